@@ -1,0 +1,306 @@
+"""The run configuration: typed, strict, YAML in and out. Imports no torch, so `--help` is instant.
+
+A key that does not exist is an error that names the file, the key and its nearest neighbour; a value out of range is
+refused before anything is loaded. Every field is written back by `dump`, so a run's `config.yaml` is complete.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+import typing
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+T = TypeVar("T")
+
+OBJECTIVES = ("uniform", "decay", "auf", "auf-decay")
+REDUCTIONS = ("global", "block", "sequence")
+DEFAULT_GAMMA = {4: 2.0, 8: 4.0, 10: 5.0, 16: 7.0}
+"""Position decay by block size, as the DFlash paper publishes it (16, 10, 8); 4 is ours, by the same trend."""
+
+
+class UserError(Exception):
+    """Something the user can mend. The CLI prints the message alone and exits with 2."""
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be run as written."""
+
+
+def nearest(name: str, choices: typing.Iterable[str]) -> str:
+    """`; did you mean 'x'?` or an empty string."""
+    match = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.4)
+    return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def choose(name: str, choices: typing.Sequence[str], what: str) -> str:
+    """Return `name` if it is one of `choices`, else raise `ConfigError` with the valid ones and the nearest."""
+    if name not in choices:
+        raise ConfigError(f"unknown {what} {name!r}{nearest(name, choices)} Valid: {', '.join(choices)}")
+    return name
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    path: str = "smollm2-135m"
+    """A directory or hub id of a Hugging Face causal LM, or `smollm2-135m`, the embedded default."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Weights of the target. float32 on a CPU (bfloat16 is 3 to 4 times slower there)."""
+    device: str = "auto"
+    """`auto` is cuda when there is one, else cpu."""
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    path: str = "sharegpt"
+    """JSON, JSONL or parquet of ShareGPT or OpenAI messages, or `sharegpt`, the embedded default."""
+    max_length: int = 384
+    """Tokens of a conversation that are kept (its head)."""
+    max_conversations: int | None = None
+    """Keep at most this many training conversations; the others are counted in the ledger as `over the limit`."""
+    heldout: float = 0.02
+    """Share of conversation groups held out (by `id.split('_')[0]` and first user turn)."""
+    seed: int = 0
+    """Which groups are held out, and in what order conversations are taken."""
+    enable_thinking: bool = False
+    """Passed to the chat template, and stored with every checkpoint."""
+
+    def __post_init__(self) -> None:
+        require(self.max_length >= 16, f"data.max_length must be at least 16, got {self.max_length}")
+        require(0 <= self.heldout < 1, f"data.heldout is a share in [0, 1), got {self.heldout}")
+        require(
+            self.max_conversations is None or self.max_conversations >= 1,
+            f"data.max_conversations must be at least 1, got {self.max_conversations}",
+        )
+
+
+@dataclass(frozen=True)
+class FeaturesConfig:
+    cache: bool = False
+    """Store the target's features on disk once, instead of running the target in every step."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    max_gb: float = 4.0
+    """Refuse to write a cache larger than this."""
+    extras: bool = False
+    """Also store the final normed hidden state, the target's argmax and its log-probability of the data token."""
+
+
+@dataclass(frozen=True)
+class DrafterConfig:
+    block_size: int = 8
+    """Slots of a block, the anchor included: `block_size - 1` predictions."""
+    num_hidden_layers: int = 2
+    num_taps: int = 5
+    """How many target layers are tapped, evenly spaced, when `target_layer_ids` is not given."""
+    target_layer_ids: tuple[int, ...] | None = None
+    mask_token_id: int | None = None
+    intermediate_size: int | None = None
+    """Width of the MLP; the target's own when not given."""
+
+    def __post_init__(self) -> None:
+        require(self.block_size >= 2, f"drafter.block_size counts the anchor and must be >= 2, got {self.block_size}")
+        require(self.num_hidden_layers >= 1, f"drafter.num_hidden_layers must be >= 1, got {self.num_hidden_layers}")
+        require(self.num_taps >= 1, f"drafter.num_taps must be >= 1, got {self.num_taps}")
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    name: str = "auf"
+    gamma: float | None = None
+    """Decay length in slots (`decay`, `auf-decay`); by block size when not given: 4 at 8, 7 at 16."""
+    reduction: str = "global"
+    logits_rows: int = 256
+    """At most this many rows of logits exist at once, whatever the batch is."""
+
+    def __post_init__(self) -> None:
+        choose(self.name, OBJECTIVES, "objective")
+        choose(self.reduction, REDUCTIONS, "reduction")
+        require(self.gamma is None or self.gamma > 0, f"objective.gamma must be > 0, got {self.gamma}")
+        require(self.logits_rows >= 1, f"objective.logits_rows must be >= 1, got {self.logits_rows}")
+
+    def decay_for(self, block_size: int) -> float | None:
+        """The decay length this objective uses at `block_size`, or None when it has no position decay."""
+        if "decay" not in self.name:
+            return None
+        return self.gamma if self.gamma is not None else DEFAULT_GAMMA.get(block_size, max(1.0, 0.45 * block_size))
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    max_steps: int | None = None
+    minutes: float | None = None
+    """A wall-clock budget for the optimizer steps, turned into `max_steps` by a calibration and then frozen."""
+    batch_size: int = 4
+    """Conversations per micro-batch and rank."""
+    accumulation: int = 1
+    num_anchors: int = 32
+    """Blocks per conversation."""
+    lr: float = 6e-4
+    warmup: float = 0.04
+    """Share of the steps with linear warm-up; cosine to zero after it."""
+    clip: float = 1.0
+    weight_decay: float = 0.0
+    seed: int = 0
+    save_every: int = 200
+    eval_every: int = 0
+    """Replay tau on held-out prompts every so many steps; 0 is never."""
+    common_every: int = 10
+    """Every so many steps, common-token accuracy on a sample of blocks."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulation", "num_anchors", "save_every", "common_every"):
+            require(getattr(self, name) >= 1, f"train.{name} must be >= 1, got {getattr(self, name)}")
+        require(self.max_steps is None or self.max_steps >= 1, f"train.max_steps must be >= 1, got {self.max_steps}")
+        require(self.minutes is None or self.minutes > 0, f"train.minutes must be > 0, got {self.minutes}")
+        require(self.lr > 0, f"train.lr must be > 0, got {self.lr}")
+        require(0 <= self.warmup < 1, f"train.warmup is a share in [0, 1), got {self.warmup}")
+        require(self.eval_every >= 0, f"train.eval_every must be >= 0, got {self.eval_every}")
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.temperature >= 0, f"temperature must be >= 0, got {self.temperature}")
+        require(0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}")
+        require(self.top_k >= 0, f"top_k must be >= 0 (0 is off), got {self.top_k}")
+        require(self.repetition_penalty > 0, f"repetition_penalty must be > 0, got {self.repetition_penalty}")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    tasks: tuple[str, ...] = ("humaneval", "heldout")
+    tasks_dir: str | None = None
+    """A directory of `<task>.jsonl` with {"id", "turns"} records, instead of the built-in sources."""
+    prompts: int = 16
+    """Prompts per task."""
+    max_new_tokens: int = 128
+    batch_size: int = 16
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "max_new_tokens", "batch_size"):
+            require(getattr(self, name) >= 1, f"eval.{name} must be >= 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    out: str = "runs/default"
+    target: TargetConfig = field(default_factory=TargetConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
+    drafter: DrafterConfig = field(default_factory=DrafterConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    """`value` from YAML as `kind`, or a `ConfigError` that names `where`."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if is_dataclass(kind):
+        return from_dict(typing.cast(type, kind), value, where)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in args:
+            return None
+        return _convert(next(a for a in args if a is not type(None)), value, where)
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(f"{where}: {value!r} is not one of {', '.join(map(repr, args))}{nearest(str(value), args)}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{where}: expected a list, got {value!r}")
+        return tuple(_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:  # YAML 1.1 reads 6e-4 as a string
+            return float(value)
+        except ValueError:
+            pass
+    if kind in (int, bool, str) and type(value) is kind:
+        return value
+    raise ConfigError(f"{where}: expected {getattr(kind, '__name__', kind)}, got {value!r}")
+
+
+def from_dict(cls: type[T], data: Any, where: str = "config") -> T:
+    """Build the dataclass `cls` from a mapping, strictly. Raises `ConfigError` on an unknown key or a wrong type."""
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where}: expected a mapping, got {data!r}")
+    hints = typing.get_type_hints(cls)
+    known = [f.name for f in fields(typing.cast(Any, cls))]
+    for key in data:
+        if key not in known:
+            raise ConfigError(f"{where}: unknown key {key!r}{nearest(str(key), known)} Valid: {', '.join(known)}")
+    values = {key: _convert(hints[key], value, f"{where}.{key}") for key, value in data.items()}
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain JSON and YAML types, every field present."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return plain
+
+
+def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunConfig:
+    """Read a recipe and apply `section.key=value` overrides. Raises `ConfigError` naming the file or the override."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"no such recipe: {path}. Recipes that ship with specauf are in recipes/*.yaml")
+    try:
+        data = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from None
+    return override(from_dict(RunConfig, data, str(path)), overrides)
+
+
+def override(config: RunConfig, overrides: typing.Sequence[str]) -> RunConfig:
+    """`config` with `section.key=value` strings applied, values read as YAML."""
+    data = to_dict(config)
+    for item in overrides:
+        key, separator, value = item.partition("=")
+        require(bool(separator), f"override {item!r}: write it as section.key=value")
+        *parents, last = key.split(".")
+        node = data
+        for depth, parent in enumerate(parents):
+            if not isinstance(node.get(parent), dict):
+                raise ConfigError(f"override {item!r}: no section {'.'.join(parents[: depth + 1])!r}{nearest(parent, node)}")
+            node = node[parent]
+        try:
+            node[last] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {item!r}: {error}") from None
+    return from_dict(RunConfig, data, "config with overrides" if overrides else "config")
+
+
+def dump(config: Any) -> str:
+    """YAML of every field, in declaration order."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def digest(config: Any) -> str:
+    """Twelve hex digits of the configuration's content."""
+    text = json.dumps(to_dict(config) if is_dataclass(config) else config, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,0 +1,179 @@
+"""Conversations through the tokenizer's own chat template, with a loss mask from render boundaries.
+
+What an assistant turn adds to the rendering, from the generation prompt to its end, is supervised. The boundaries come
+from rendering prefixes of the conversation and never from looking for markers in the text, so they hold for any
+template under which a longer conversation only appends; a template under which it does not is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any, NamedTuple
+
+from jinja2 import TemplateError
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from specauf.config import UserError
+from specauf.data.sources import Message
+
+Messages = Sequence[Message] | Sequence[Mapping[str, str]]
+
+
+class Rendered(NamedTuple):
+    input_ids: list[int]
+    loss_mask: list[bool]
+    """True where the token is part of an assistant turn (its end-of-turn included)."""
+
+
+class UnstableTemplate(Exception):
+    """A prefix of the conversation does not render, or tokenise, to a prefix of the whole."""
+
+    reason = "unstable rendering"
+
+
+class TemplateRefused(UnstableTemplate):
+    """The template itself raised an error on this conversation."""
+
+    reason = "refused by the chat template"
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, *, enable_thinking: bool, max_length: int | None = None
+) -> Rendered:
+    """Token ids of the whole conversation (one tokenisation of the full text) and their loss mask, cut to `max_length`.
+
+    Turns that begin beyond `max_length` tokens may go unchecked. Raises `UnstableTemplate` when a boundary is not one:
+    a prefix renders differently on its own, or a token straddles it; `UserError` when the tokenizer has no offsets.
+    """
+    turns = _plain(messages)
+    full = text = _render_text(tokenizer, turns, enable_thinking)
+    spans: list[tuple[int, int]] = []
+    enough = 4 * max_length if max_length else len(full) + 1  # characters after which to see if these tokens will do
+    encoded = None
+    for i, turn in enumerate(turns):
+        if turn["role"] != "assistant":
+            continue
+        start = _render_text(tokenizer, turns[:i], enable_thinking, generation_prompt=True)
+        end = _render_text(tokenizer, turns[: i + 1], enable_thinking)
+        if not (len(start) < len(end) and end.startswith(start) and full.startswith(end)):
+            raise UnstableTemplate(f"message {i} ({_differ(full, start, end)})")
+        spans.append((len(start), len(end)))
+        if len(end) >= enough and _splits_at(tokenizer, full, len(end)):
+            encoded = _encode(tokenizer, end)
+            if len(encoded[0]) >= (max_length or 0):
+                text = end
+                break
+            encoded, enough = None, 2 * len(end)
+    ids, offsets = encoded or _encode(tokenizer, full)
+    starts, ends = [a for a, _ in offsets], [b for _, b in offsets]
+    limit = len(ids) if max_length is None else min(max_length, len(ids))
+    mask = [False] * len(ids)
+    for span in spans:
+        first, last = (_token_at(tokenizer, text, ids, starts, ends, boundary) for boundary in span)
+        if first >= limit:
+            break
+        mask[first:last] = [True] * (last - first)
+    return Rendered(ids[:limit], mask[:limit])
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages, enable_thinking: bool) -> list[int]:
+    """Ids of the conversation with the header of the next assistant turn. Raises `TemplateRefused`, `UserError`."""
+    text = _render_text(tokenizer, _plain(messages), enable_thinking, generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Twelve hex digits of the chat template's text. Raises `UserError` when there is none."""
+    try:
+        template = tokenizer.get_chat_template()
+    except ValueError:
+        raise UserError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no chat template: put one beside it as chat_template.jinja, "
+            "or use the instruction-tuned version of the target"
+        ) from None
+    return hashlib.sha256(template.encode()).hexdigest()[:12]
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Twelve hex digits of the tokenizer's vocabulary and pipeline; padding and truncation settings do not count."""
+    _require_fast(tokenizer)
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    content = {key: value for key, value in state.items() if key not in ("padding", "truncation")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def colour(tokenizer: PreTrainedTokenizerBase, rendered: Rendered) -> Text:
+    """The decoded conversation, supervised tokens in green, the others dim."""
+    text = Text()
+    for supervised, run in groupby(zip(rendered.input_ids, rendered.loss_mask, strict=True), key=lambda pair: pair[1]):
+        # Whole runs are decoded, since one character can be several tokens.
+        text.append(tokenizer.decode([token for token, _ in run]), style="green" if supervised else "dim")
+    return text
+
+
+def _plain(messages: Messages) -> list[dict[str, str]]:
+    return [m._asdict() if isinstance(m, Message) else dict(m) for m in messages]
+
+
+def _render_text(
+    tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], thinking: bool, generation_prompt: bool = False
+) -> str:
+    if not tokenizer.chat_template:
+        template_hash(tokenizer)
+    try:
+        rendered: Any = tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=generation_prompt, enable_thinking=thinking
+        )
+    except TemplateError as error:
+        raise TemplateRefused(str(error)) from None
+    return str(rendered)
+
+
+def _require_fast(tokenizer: PreTrainedTokenizerBase) -> None:
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"{type(tokenizer).__name__} gives no character offsets, which the loss mask needs: use a fast tokenizer "
+            "(a tokenizer.json in the target's directory)"
+        )
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    _require_fast(tokenizer)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return encoded["input_ids"], encoded["offset_mapping"]
+
+
+def _token_at(
+    tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int], starts: list[int], ends: list[int], boundary: int
+) -> int:
+    """Index of the first token behind the character `boundary`, no token lying across it."""
+    index = bisect_left(starts, boundary)
+    before = ends[index - 1] if index else 0
+    after = starts[index] if index < len(starts) else len(text)
+    if before == boundary == after:
+        return index
+    if before <= boundary:  # the offsets leave a gap here (trimmed blanks, say): only tokenising the prefix can tell
+        prefix, _ = _encode(tokenizer, text[:boundary])
+        if ids[: len(prefix)] == prefix:
+            return len(prefix)
+    raise UnstableTemplate(f"a token straddles {text[max(0, boundary - 20) : boundary]!r} and what follows")
+
+
+def _splits_at(tokenizer: PreTrainedTokenizerBase, text: str, position: int) -> bool:
+    """Whether a special token begins at `position`: tokenizers split there first, so what precedes stands alone."""
+    return any(
+        text.startswith(token.content, position)
+        for token in tokenizer.added_tokens_decoder.values()
+        if token.special and not (token.lstrip or token.single_word or token.normalized)
+    )
+
+
+def _differ(full: str, start: str, end: str) -> str:
+    shorter = start if not end.startswith(start) else end
+    at = next((i for i, (a, b) in enumerate(zip(shorter, full, strict=False)) if a != b), len(shorter))
+    return f"its prefix renders {shorter[at : at + 20]!r} where the whole has {full[at : at + 20]!r}"

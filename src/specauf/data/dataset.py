@@ -1,0 +1,277 @@
+"""Prepared conversations on disk: tokens and loss masks in one flat file, held-out prompts and the ledger beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from specauf.config import DataConfig, UserError, digest
+from specauf.data.chat import UnstableTemplate, prompt_ids, render, template_hash, tokenizer_hash
+from specauf.data.sources import Conversation, Ledger, Message, content_hash, counter, read_conversations, split
+
+FORMAT = 1
+TOKENS, META, HELDOUT = "tokens.safetensors", "meta.json", "heldout.json"
+
+
+class Example(NamedTuple):
+    uid: int
+    """Identity of the conversation, for counter-based randomness: never its place in the dataset."""
+    input_ids: Tensor
+    """int64 [s]"""
+    loss_mask: Tensor
+    """bool [s]"""
+
+
+class Prompt(NamedTuple):
+    id: str
+    messages: list[dict[str, str]]
+    """The first user turn, after the system turn if there is one."""
+    tokens: int
+    """Length of the rendered prompt, generation prompt included."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenDataset:
+    """n conversations, flat: conversation i is `ids[offsets[i]:offsets[i + 1]]`."""
+
+    ids: Tensor
+    """int32 [tokens]"""
+    mask: Tensor
+    """uint8 [tokens], 1 where the token is supervised"""
+    offsets: Tensor
+    """int64 [n + 1]"""
+    uid: Tensor
+    """int64 [n], not negative"""
+    meta: dict[str, Any]
+    """`conversation_ids`, `ledger`, `template_hash`, `enable_thinking`, `tokenizer_hash`, `max_length`, `source`, ..."""
+
+    def __len__(self) -> int:
+        return len(self.uid)
+
+    def __getitem__(self, index: int) -> Example:
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        low, high = self.offsets[index % len(self)], self.offsets[index % len(self) + 1]
+        return Example(int(self.uid[index]), self.ids[low:high].long(), self.mask[low:high].bool())
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[tuple[int, list[int], list[bool]]], meta: dict[str, Any]) -> TokenDataset:
+        """`rows` are (uid, input ids, loss mask)."""
+        lengths = torch.tensor([0] + [len(ids) for _, ids, _ in rows])
+        return cls(
+            torch.tensor([t for _, ids, _ in rows for t in ids], dtype=torch.int32),
+            torch.tensor([m for _, _, mask in rows for m in mask], dtype=torch.uint8),
+            lengths.cumsum(0),
+            torch.tensor([uid for uid, _, _ in rows], dtype=torch.int64),
+            meta,
+        )
+
+    def save(self, directory: Path) -> None:
+        """Write both files, `meta.json` last: without it the directory holds no dataset."""
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / META).unlink(missing_ok=True)
+        tensors = {name: getattr(self, name).contiguous() for name in ("ids", "mask", "offsets", "uid")}
+        temporary = directory / f".{TOKENS}.{os.getpid()}"
+        save_file(tensors, temporary, metadata={"key": str(self.meta.get("key"))})
+        os.replace(temporary, directory / TOKENS)
+        _write_json(directory / META, self.meta)
+
+    @classmethod
+    def load(cls, directory: Path) -> TokenDataset:
+        """Raises `UserError` when `directory` holds no whole dataset."""
+        try:
+            meta = json.loads((directory / META).read_text())
+            with safe_open(directory / TOKENS, "pt") as file:
+                if (file.metadata() or {}).get("key") != str(meta.get("key")):
+                    raise ValueError("its two files do not belong together")
+                return cls(**{name: file.get_tensor(name) for name in file.keys()}, meta=meta)  # noqa: SIM118
+        except (OSError, ValueError) as error:
+            raise UserError(f"{directory} holds no prepared data ({error}): run `specauf prepare` again") from None
+
+
+class Prepared(NamedTuple):
+    train: TokenDataset
+    heldout: list[Prompt]
+    ledger: Ledger
+    reused: bool
+    """Whether the directory already held exactly this."""
+
+
+def prepare(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    *,
+    source: Path,
+    excluded_prompts: Iterable[str] = (),
+    max_prompt_tokens: int = 256,
+) -> Prepared:
+    """Read, split, render and store the corpus `source` in `out`, or reuse what is there if nothing changed.
+
+    Training conversations come in the order of a hash of (seed, uid), so a smaller `max_conversations` takes a prefix
+    of a larger one. Held-out prompts longer than `max_prompt_tokens`, or repeated, are left out and counted in
+    `train.meta["heldout"]`. Raises `UserError` when the corpus or the template leaves nothing to train on.
+    """
+    excluded = sorted(set(excluded_prompts))
+    meta: dict[str, Any] = {
+        "format": FORMAT,
+        "config": {k: v for k, v in dataclasses.asdict(config).items() if k != "path"},
+        "template_hash": template_hash(tokenizer),
+        "tokenizer_hash": tokenizer_hash(tokenizer),
+        "source": _fingerprint(source),
+        "excluded_prompts": digest(excluded),
+        "max_prompt_tokens": max_prompt_tokens,
+    }
+    meta["key"] = digest(meta)
+    if (reused := _reuse(out, meta["key"])) is not None:
+        return reused
+
+    ledger = Ledger()
+    train, heldout = split(read_conversations(source, ledger, excluded), config.heldout, config.seed)
+    ledger.drop("held out", len(heldout))
+    if config.heldout and not heldout:
+        ledger.warnings.append(f"{source.name}: no group of conversations fell into the held-out {config.heldout:.1%}")
+    rows, names = _render_rows(_hash_order(train, config.seed), config, tokenizer, ledger)
+    ledger.kept = len(rows)
+    ledger.check()
+    _require_supervision(rows, ledger, source)
+
+    prompts, counts = _heldout_prompts(_hash_order(heldout, config.seed), config, tokenizer, max_prompt_tokens)
+    meta |= {
+        "source_path": str(source.resolve()),
+        "enable_thinking": config.enable_thinking,
+        "max_length": config.max_length,
+        "conversation_ids": names,
+        "ledger": ledger.to_dict(),
+        "heldout": counts,
+    }
+    dataset = TokenDataset.from_rows(rows, meta)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / META).unlink(missing_ok=True)
+    _write_json(out / HELDOUT, [prompt._asdict() for prompt in prompts])
+    dataset.save(out)
+    return Prepared(dataset, prompts, ledger, reused=False)
+
+
+def conversation_uid(conversation: Conversation) -> int:
+    """63 bits of the id and the content."""
+    text = f"{conversation.id}\0{content_hash(conversation.messages)}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def _hash_order(conversations: Iterable[Conversation], seed: int) -> list[tuple[int, Conversation]]:
+    pairs = ((conversation_uid(c), c) for c in conversations)
+    return sorted(pairs, key=lambda pair: (counter(seed, "order", pair[0]), pair[0]))
+
+
+def _render_rows(
+    conversations: list[tuple[int, Conversation]],
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    ledger: Ledger,
+) -> tuple[list[tuple[int, list[int], list[bool]]], list[str]]:
+    rows: list[tuple[int, list[int], list[bool]]] = []
+    names: list[str] = []
+    unstable = None
+    for done, (uid, conversation) in enumerate(conversations):
+        if len(rows) == config.max_conversations:
+            ledger.drop("over the limit", len(conversations) - done)
+            break
+        try:
+            ids, mask = render(
+                tokenizer,
+                conversation.messages,
+                enable_thinking=config.enable_thinking,
+                max_length=config.max_length,
+            )
+        except UnstableTemplate as error:
+            ledger.drop(error.reason)
+            unstable = unstable or f"first {error.reason}: conversation {conversation.id}, {error}"
+            continue
+        if not any(a and b for a, b in pairwise(mask)):  # an anchor needs itself and its successor supervised
+            ledger.drop("nothing supervised within max_length")
+            continue
+        rows.append((uid, ids, mask))
+        names.append(conversation.id)
+    if unstable:
+        ledger.warnings.append(unstable)
+    return rows, names
+
+
+def _require_supervision(rows: list[tuple[int, list[int], list[bool]]], ledger: Ledger, source: Path) -> None:
+    if not rows:
+        table = "\n".join(ledger.lines())
+        raise UserError(f"{source}: no conversation is left to train on\n{table}")
+    if all(all(mask) for _, _, mask in rows):
+        raise UserError(
+            f"{source}: the chat template puts every token of every conversation into assistant turns, so the loss mask "
+            "says nothing; check the tokenizer's chat template"
+        )
+
+
+def _heldout_prompts(
+    conversations: list[tuple[int, Conversation]], config: DataConfig, tokenizer: PreTrainedTokenizerBase, limit: int
+) -> tuple[list[Prompt], dict[str, int]]:
+    counts = {"conversations": len(conversations), "prompts": 0, "repeated": 0, "too_long": 0, "refused": 0}
+    prompts: list[Prompt] = []
+    seen: set[str] = set()
+    for _, conversation in conversations:
+        if (first := conversation.first_user) in seen:
+            counts["repeated"] += 1
+            continue
+        seen.add(first)
+        end = next(i for i, m in enumerate(conversation.messages, 1) if m.role == "user")
+        messages: tuple[Message, ...] = conversation.messages[:end]
+        try:
+            tokens = len(prompt_ids(tokenizer, messages, config.enable_thinking))
+        except UnstableTemplate:
+            counts["refused"] += 1
+            continue
+        if tokens > limit:
+            counts["too_long"] += 1
+        else:
+            prompts.append(Prompt(conversation.id, [m._asdict() for m in messages], tokens))
+    counts["prompts"] = len(prompts)
+    return prompts, counts
+
+
+def _fingerprint(source: Path) -> dict[str, Any]:
+    """Size, and a hash of the first and the last MiB: enough to notice another corpus without reading 100 GB."""
+    if not source.is_file():
+        raise UserError(f"no such data file: {source}")
+    size = source.stat().st_size
+    with source.open("rb") as file:
+        hasher = hashlib.sha256(file.read(1 << 20))
+        file.seek(max(0, size - (1 << 20)))
+        hasher.update(file.read())
+    return {"bytes": size, "sha256_of_ends": hasher.hexdigest()}
+
+
+def _reuse(out: Path, key: str) -> Prepared | None:
+    try:
+        dataset = TokenDataset.load(out)
+        if dataset.meta["key"] != key:
+            return None
+        prompts = [Prompt(**prompt) for prompt in json.loads((out / HELDOUT).read_text())]
+        return Prepared(dataset, prompts, Ledger.from_dict(dataset.meta["ledger"]), reused=True)
+    except (UserError, OSError, ValueError, KeyError, TypeError):
+        return None  # not there, or not ours: build it
+
+
+def _write_json(path: Path, content: Any) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False))
+    os.replace(temporary, path)

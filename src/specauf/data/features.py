@@ -1,0 +1,176 @@
+"""Optional store of the target's features: written once, memory-mapped, resumable, keyed by what produced it.
+
+The estimate comes first and a cache over the budget is refused before a byte is written. Shards are whole files, so a killed
+build goes on at the first missing one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from specauf.config import FeaturesConfig, UserError, digest
+from specauf.files import atomic_file, atomic_write_text
+from specauf.target import Target
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
+
+    from specauf.data.dataset import TokenDataset
+
+log = logging.getLogger(__name__)
+
+SHARD_TOKENS = 16384
+BATCH_TOKENS = 2048
+
+
+class FeatureCache:
+    """Features of the first `len(self)` conversations of a dataset, read without a copy."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.meta: dict[str, Any] = json.loads((directory / "meta.json").read_text())
+        self.where: list[tuple[int, int, int]] = []  # shard, first row, rows
+        self._shards: list[dict[str, Tensor]] = []
+        for number, lengths in enumerate(self.meta["shards"]):
+            first = 0
+            for length in lengths:
+                self.where.append((number, first, length))
+                first += length
+            with safe_open(directory / f"shard-{number:05d}.safetensors", "pt") as file:  # type: ignore[no-untyped-call]
+                self._shards.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+
+    def __len__(self) -> int:
+        return len(self.where)
+
+    def __getitem__(self, index: int) -> Float[Tensor, "s taps_h"]:
+        return self.get(index, "features")
+
+    def get(self, index: int, name: str) -> Tensor:
+        """`features` [s, taps * h]; with extras also `final` [s, h], `argmax` [s], `logprob` [s] (see `extras_of`)."""
+        shard, first, rows = self.where[index]
+        if name not in self._shards[shard]:
+            raise UserError(f"{self.directory} was written without {name!r}: set features.extras and build it again")
+        return self._shards[shard][name][first : first + rows]
+
+
+def estimate_gb(
+    tokens: int, layer_ids: Sequence[int], hidden_size: int, config: FeaturesConfig, itemsize: int | None = None
+) -> float:
+    """Bytes of a cache of `tokens` tokens, in 10^9 bytes. Hugging Face names are 2 or 4 bytes an element."""
+    size = itemsize or (4 if config.dtype == "float32" else 2)
+    per_token = len(layer_ids) * hidden_size * size + (hidden_size * size + 8 if config.extras else 0)
+    return tokens * per_token / 1e9
+
+
+def shard_plan(lengths: Sequence[int], shard_tokens: int = SHARD_TOKENS) -> list[list[int]]:
+    """Consecutive conversations, grouped into shards of about `shard_tokens` tokens."""
+    plan: list[list[int]] = [[]]
+    for length in lengths:
+        if sum(plan[-1]) + length > shard_tokens and plan[-1]:
+            plan.append([])
+        plan[-1].append(length)
+    return [shard for shard in plan if shard]
+
+
+@torch.no_grad()
+def extract(
+    target: Target,
+    sequences: Sequence[Int[Tensor, " s"]],
+    layer_ids: Sequence[int],
+    *,
+    extras: bool = False,
+    batch_tokens: int = BATCH_TOKENS,
+) -> list[dict[str, Tensor]]:
+    """Features of every sequence, batched by like length, on the CPU in the target's dtype. Body only, unless `extras`."""
+    out: dict[int, dict[str, Tensor]] = {}
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    while order:
+        longest = len(sequences[order[-1]])
+        part = [order.pop() for _ in range(min(len(order), max(1, batch_tokens // longest)))]
+        ids = torch.zeros(len(part), longest, dtype=torch.long)
+        for row, i in enumerate(part):
+            ids[row, : len(sequences[i])] = sequences[i]
+        tapped = target.run(ids.to(target.device), layer_ids)
+        for row, i in enumerate(part):
+            n = len(sequences[i])
+            out[i] = {"features": tapped.features[row, :n].cpu()}
+            if extras:
+                out[i] |= extras_of(target, tapped.final[row, :n], ids[row, :n].to(target.device))
+    return [out[i] for i in range(len(sequences))]
+
+
+def extras_of(target: Target, final: Float[Tensor, "s h"], ids: Int[Tensor, " s"]) -> dict[str, Tensor]:
+    """`final` hidden state; the target's `argmax` for the next token; its `logprob` of the data's next token (last: 0)."""
+    best, logprob = [], []
+    following = torch.cat([ids[1:], ids[:1]])
+    for rows, gold in zip(final.split(128), following.split(128), strict=True):
+        logits = target.logits(rows)
+        best.append(logits.argmax(-1))
+        logprob.append(logits.log_softmax(-1).gather(1, gold[:, None]).squeeze(1))
+    chance = torch.cat(logprob)
+    chance[-1] = 0
+    return {"final": final.cpu(), "argmax": torch.cat(best).int().cpu(), "logprob": chance.float().cpu()}
+
+
+def build_features(
+    target: Target,
+    dataset: TokenDataset,
+    directory: str | Path,
+    layer_ids: Sequence[int],
+    config: FeaturesConfig,
+    *,
+    examples: int | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> FeatureCache:
+    """Write (or finish, or just open) the cache of the first `examples` conversations under `directory`.
+
+    The subdirectory is named by a digest of the target's fingerprint, the layer ids, the dtype and the tokens, so a cache
+    can never be read with another target. Raises `UserError` when the estimate exceeds `config.max_gb`.
+    """
+    count = len(dataset) if examples is None else min(examples, len(dataset))
+    sequences = [dataset[i].input_ids for i in range(count)]
+    lengths = [len(s) for s in sequences]
+    size = estimate_gb(sum(lengths), layer_ids, int(target.config.hidden_size), config)
+    if size > config.max_gb:
+        raise UserError(
+            f"the feature cache of {sum(lengths):,} tokens would take {size:.2f} GB, over features.max_gb={config.max_gb:g}. "
+            "Lower data.max_conversations, raise features.max_gb, or set features.cache=false to run the target online"
+        )
+    key = digest(
+        {
+            "target": target.fingerprint(),
+            "layers": list(layer_ids),
+            "dtype": config.dtype,
+            "extras": config.extras,
+            "tokens": [int(torch.cat(sequences).to(torch.int64).mul(torch.arange(1, sum(lengths) + 1)).sum()), lengths],
+        }
+    )
+    out = Path(directory) / f"features-{key}"
+    out.mkdir(parents=True, exist_ok=True)
+    log.info("feature cache %s: %d tokens, %.2f GB", out, sum(lengths), size)
+    plan, first = shard_plan(lengths), 0
+    for number, shard in enumerate(plan):
+        path = out / f"shard-{number:05d}.safetensors"
+        if not path.exists():
+            parts = extract(target, sequences[first : first + len(shard)], layer_ids, extras=config.extras)
+            dtype = getattr(torch, config.dtype)
+            tensors = {
+                name: torch.cat([p[name].to(dtype) if name in ("features", "final") else p[name] for p in parts])
+                for name in parts[0]
+            }
+            with atomic_file(path) as temporary:
+                save_file(tensors, temporary)
+        first += len(shard)
+        if on_progress:
+            on_progress(sum(shard))
+    atomic_write_text(out / "meta.json", json.dumps({"layer_ids": list(layer_ids), "shards": plan}) + "\n")
+    return FeatureCache(out)

@@ -1,0 +1,341 @@
+"""Chat corpora as they come: read, repaired, de-duplicated and split, with a ledger of every record that went in.
+
+Nothing is lost silently: a record is kept or dropped for a counted reason, and bytes that hold no whole record are
+named in a warning.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from specauf.config import UserError
+
+ROLES = {
+    **dict.fromkeys(("human", "user", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model"), "assistant"),
+    **dict.fromkeys(("system", "developer"), "system"),
+}
+CHUNK = 1 << 23
+_SEPARATOR = re.compile(r"[\s,]*")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class Message(NamedTuple):
+    role: str
+    """`system`, `user` or `assistant`."""
+    content: str
+
+
+class Conversation(NamedTuple):
+    id: str
+    messages: tuple[Message, ...]
+
+    @property
+    def first_user(self) -> str:
+        """The first user turn, white space squeezed; empty when there is none."""
+        return next((squeeze(m.content) for m in self.messages if m.role == "user"), "")
+
+
+@dataclass
+class Ledger:
+    """What became of every record: `records_in == kept + sum(dropped)`, which `check` enforces."""
+
+    records_in: int = 0
+    kept: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    changed: dict[str, int] = field(default_factory=dict)
+    """Repairs of records that were not dropped for it; a record counts once per reason."""
+    warnings: list[str] = field(default_factory=list)
+
+    def drop(self, reason: str, count: int = 1) -> None:
+        if count:
+            self.dropped[reason] = self.dropped.get(reason, 0) + count
+
+    def change(self, reason: str) -> None:
+        self.changed[reason] = self.changed.get(reason, 0) + 1
+
+    def check(self) -> None:
+        """Raises `RuntimeError` when a record went missing or was counted twice."""
+        lost = self.records_in - self.kept - sum(self.dropped.values())
+        if lost:
+            raise RuntimeError(f"the data ledger does not balance by {lost} records: {self.to_dict()}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Ledger:
+        return cls(**data)
+
+    def lines(self) -> list[str]:
+        """A plain-text table: records in, each drop, kept, then the repairs and the warnings."""
+        rows = [("records in", self.records_in)]
+        rows += [(f"- {reason}", count) for reason, count in self.dropped.items()]
+        rows += [("= kept", self.kept)]
+        rows += [(f"~ {reason}", count) for reason, count in self.changed.items()]
+        width = max(len(name) for name, _ in rows)
+        return [f"{name:<{width}}  {count:>9,}" for name, count in rows] + [
+            f"warning: {text}" for text in self.warnings
+        ]
+
+
+def squeeze(text: str) -> str:
+    """`text` with every run of white space as one blank."""
+    return " ".join(text.split())
+
+
+def read_records(path: Path, ledger: Ledger) -> Iterator[Any]:
+    """The raw records of a JSON array, a JSONL or a parquet file, each counted in `ledger.records_in`.
+
+    An array cut mid-record is read up to its last whole record, with a warning that says how many bytes were lost;
+    a line that is not JSON is dropped and counted. Raises `UserError` when there is no such file, or when it is
+    parquet and pyarrow is not installed.
+    """
+    if not path.is_file():
+        raise UserError(f"no such data file: {path}")
+    with path.open("rb") as file:
+        head = file.read(1 << 12).removeprefix(codecs.BOM_UTF8).lstrip()
+    if head.startswith(b"PAR1"):
+        records = _read_parquet(path)
+    elif head.startswith(b"[") and path.suffix not in (".jsonl", ".ndjson"):
+        records = _read_array(path, ledger)
+    else:
+        records = _read_lines(path, ledger)
+    for record in records:
+        ledger.records_in += 1
+        yield record
+
+
+def _read_array(path: Path, ledger: Ledger) -> Iterator[Any]:
+    # surrogateescape keeps undecodable bytes countable; `normalise` repairs those that are inside a record.
+    decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
+    scan, total = json.JSONDecoder().raw_decode, path.stat().st_size
+    with path.open("rb") as file:
+        text, size, whole = decode(file.read(CHUNK)), CHUNK, 0
+        at, closed = text.index("[") + 1, False
+        while not closed:
+            at = _SEPARATOR.match(text, at).end()  # type: ignore[union-attr]
+            if text.startswith("]", at):
+                at, closed = at + 1, True
+                continue
+            try:
+                record, at = scan(text, at)
+            except json.JSONDecodeError:
+                chunk = file.read(size)
+                text, at = text[at:] + decode(chunk, final=not chunk), 0
+                size *= 2  # so that a record longer than a chunk is scanned a logarithmic number of times
+                if not chunk:
+                    break
+            else:
+                yield record
+                whole, size = whole + 1, CHUNK
+        rest = text[at:].encode("utf-8", "surrogateescape") + file.read()
+    if not closed:
+        ledger.warnings.append(
+            f"{path.name}: the JSON array is cut or broken in record {whole + 1:,}, at byte {total - len(rest):,}; "
+            f"{whole:,} whole records were read, the last {len(rest):,} bytes of {total:,} are lost"
+        )
+    elif rest.strip():
+        ledger.warnings.append(f"{path.name}: {len(rest):,} bytes after the end of the JSON array are ignored")
+
+
+def _read_lines(path: Path, ledger: Ledger) -> Iterator[Any]:
+    bad, first, last, lost = 0, 0, 0, 0
+    number, cut = 0, False
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError:
+                bad, first, last, lost = bad + 1, first or number, number, len(line)
+                cut = not line.endswith(b"\n")
+                ledger.records_in += 1
+                ledger.drop("not JSON")
+                continue
+            yield record
+    if cut:
+        ledger.warnings.append(f"{path.name}: the last line ({last:,}) is cut; its {lost:,} bytes are lost")
+        bad -= 1
+    if bad:
+        ledger.warnings.append(f"{path.name}: {bad:,} lines are not JSON, the first is line {first:,}")
+
+
+def _read_parquet(path: Path) -> Iterator[Any]:
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise UserError(f"{path}: reading parquet needs pyarrow: pip install 'specauf[parquet]'") from None
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches(1024):
+            yield from batch.to_pylist()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a readable parquet file: {error}") from None
+
+
+class _Unusable(Exception):
+    """Its text is the ledger's reason."""
+
+
+def _message(item: Any) -> Message:
+    if not isinstance(item, dict):
+        raise _Unusable("malformed")
+    role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
+    if isinstance(content, list):
+        if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
+            raise _Unusable("content that is not text")
+        content = "".join(part["text"] for part in content)
+    content = "" if content is None else content
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise _Unusable("malformed")
+    if (role := role.strip().lower()) not in ROLES:
+        raise _Unusable("unknown role")
+    return Message(ROLES[role], content)
+
+
+def _repair(message: Message) -> Message:
+    """Half a surrogate pair cannot be hashed or tokenised."""
+    if message.content.isascii() or not _SURROGATE.search(message.content):
+        return message
+    return Message(message.role, message.content.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+
+
+def _strip_leading(messages: list[Message]) -> list[Message]:
+    first = next((i for i, m in enumerate(messages) if m.role == "user"), len(messages))
+    return [m for i, m in enumerate(messages) if i > first or m.role != "assistant"]
+
+
+def _merge(messages: list[Message]) -> list[Message]:
+    merged: list[Message] = []
+    for message in messages:
+        if merged and merged[-1].role == message.role:
+            message = Message(message.role, f"{merged.pop().content}\n\n{message.content}")
+        merged.append(message)
+    return merged
+
+
+def _strip_trailing(messages: list[Message]) -> list[Message]:
+    return messages[: max((i for i, m in enumerate(messages, 1) if m.role == "assistant"), default=0)]
+
+
+_STEPS = (
+    ("leading assistant turns removed", _strip_leading),
+    ("same-role neighbours merged", _merge),
+    ("turns after the last answer removed", _strip_trailing),
+)
+
+
+def content_hash(messages: Iterable[Message]) -> str:
+    """64 hex digits; roles, contents and the boundaries between them count."""
+    digest = hashlib.sha256()
+    for role, content in messages:
+        data = content.encode()
+        digest.update(f"{role}\0{len(data)}\0".encode() + data)
+    return digest.hexdigest()
+
+
+def normalise(record: Any, ledger: Ledger) -> Conversation | None:
+    """A conversation of non-empty `system`, `user` and `assistant` turns that ends in an assistant turn, or None.
+
+    Takes ShareGPT (`conversations`: `from`, `value`) and OpenAI (`messages`: `role`, `content`) records. Empty
+    messages, assistant turns before the first user turn and what follows the last answer are removed, neighbours of one
+    role are merged; each repair is counted in `ledger.changed`, and a None in `ledger.dropped`.
+    """
+    repairs = []
+    try:
+        if not isinstance(record, dict):
+            raise _Unusable("malformed")
+        items = next((record[k] for k in ("conversations", "messages") if isinstance(record.get(k), list)), None)
+        if items is None:
+            raise _Unusable("neither conversations nor messages")
+        raw = [_message(item) for item in items]
+        messages = [_repair(m) for m in raw]
+        if messages != raw:
+            repairs.append("undecodable characters replaced")
+        filled = [m for m in messages if m.content.strip()]
+        if not filled:
+            raise _Unusable("empty")
+        repairs += ["empty messages removed"] if len(filled) < len(messages) else []
+        for reason, step in _STEPS:
+            after = step(filled)
+            repairs += [reason] if len(after) < len(filled) else []
+            filled = after
+        if not filled:
+            raise _Unusable("no answer to a user turn")
+    except _Unusable as unusable:
+        ledger.drop(str(unusable))
+        return None
+    for reason in repairs:
+        ledger.change(reason)
+    identity = record.get("id")
+    return Conversation(str(identity) if identity not in (None, "") else content_hash(filled), tuple(filled))
+
+
+def read_conversations(path: Path, ledger: Ledger, excluded_prompts: Iterable[str] = ()) -> list[Conversation]:
+    """Every usable conversation of `path`, once, in file order; `ledger` balances afterwards.
+
+    A conversation with a user turn equal to one of `excluded_prompts` (white space and case aside) is dropped as
+    `evaluation prompt`. Raises `UserError` as `read_records` does.
+    """
+    excluded = {squeeze(prompt).casefold() for prompt in excluded_prompts}
+    seen: set[str] = set()
+    kept = []
+    for record in read_records(path, ledger):
+        conversation = normalise(record, ledger)
+        if conversation is None:
+            continue
+        if (key := content_hash(conversation.messages)) in seen:
+            ledger.drop("exact duplicate")
+            continue
+        seen.add(key)
+        if excluded and any(
+            squeeze(m.content).casefold() in excluded for m in conversation.messages if m.role == "user"
+        ):
+            ledger.drop("evaluation prompt")
+            continue
+        kept.append(conversation)
+    ledger.kept = len(kept)
+    ledger.check()
+    return kept
+
+
+def split(
+    conversations: Iterable[Conversation], heldout: float, seed: int
+) -> tuple[list[Conversation], list[Conversation]]:
+    """(train, held out), each in the given order. `heldout` is the expected share of *groups* that are held out.
+
+    A group is everything linked by `id.split('_')[0]` or by the first user turn, so that neither occurs on both sides.
+    Which groups are held out depends on the seed and on a group's own members, not on the order of the file.
+    """
+    conversations = list(conversations)
+    parent: dict[str, str] = {}
+
+    def root(key: str) -> str:
+        parent.setdefault(key, key)
+        while parent[key] != key:
+            parent[key] = parent[parent[key]]
+            key = parent[key]
+        return key
+
+    keys = [(f"id:{c.id.split('_')[0] or c.id}", f"turn:{c.first_user}") for c in conversations]
+    for pair in keys:
+        low, high = sorted(map(root, pair))
+        parent[high] = low  # a root is always the least key of its group
+    held = {key: counter(seed, "heldout", key) < heldout for key in {root(k) for k, _ in keys}}
+    sides: tuple[list[Conversation], list[Conversation]] = ([], [])
+    for conversation, (key, _) in zip(conversations, keys, strict=True):
+        sides[held[root(key)]].append(conversation)
+    return sides
+
+
+def counter(seed: int, stream: str, key: object) -> float:
+    """A number in [0, 1) that depends on its arguments alone."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{stream}:{key}".encode()).digest()[:6], "big") / 2**48

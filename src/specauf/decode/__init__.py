@@ -1,0 +1,1 @@
+"""Exact speculative decoding and the measurement of acceptance, live and by replay."""

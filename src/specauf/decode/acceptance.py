@@ -1,0 +1,103 @@
+"""From rounds to numbers: A, tau, alpha_k, and paired bootstrap intervals over prompts.
+
+tau = 1 + mean A. Survival S_k = share of rounds with A >= k, per prompt, then averaged over prompts; alpha_k = S_k / S_{k-1},
+so that tau = 1 + sum_k S_k holds exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from specauf.decode.generate import Round
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """One drafter on one task. Prompts weigh equally."""
+
+    tau: float
+    interval: tuple[float, float]
+    """95 % percentile bootstrap over prompts."""
+    survival: list[float]
+    """S_1 .. S_{B-1}."""
+    alpha: list[float | None]
+    """alpha_1 .. alpha_{B-1}; None where no round survived that far."""
+    rounds: int
+    cut_share: float
+    """Share of rounds that an EOS token ended inside the draft."""
+    engine_tau: float
+    """Generated tokens over rounds, prefill token included, as engines report it."""
+    prompts: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "accepted": self.tau - 1, "interval": list(self.interval)}
+
+
+def prompt_taus(rounds: Sequence[Sequence[Round]]) -> NDArray[np.float64]:
+    """1 + mean A of each prompt. A prompt without a round (its first token was EOS) is left out, as NaN."""
+    return np.array([1 + np.mean([r.accepted for r in row]) if row else np.nan for row in rounds])
+
+
+def summarise(rounds: Sequence[Sequence[Round]], tokens: Sequence[int], num_predictions: int) -> Acceptance:
+    """`rounds[i]` and `tokens[i]`: the rounds and the number of generated tokens of prompt i."""
+    taus = prompt_taus(rounds)
+    kept = [row for row in rounds if row]
+    runs = [np.array([r.accepted for r in row]) for row in kept]
+    survival = [float(np.mean([(a >= k).mean() for a in runs])) for k in range(1, num_predictions + 1)]
+    alpha = [s / p if p > 0 else None for s, p in zip(survival, [1.0, *survival], strict=False)]
+    count = sum(len(row) for row in kept)
+    return Acceptance(
+        tau=1 + sum(survival),
+        interval=bootstrap(taus[~np.isnan(taus)]),
+        survival=survival,
+        alpha=alpha,
+        rounds=count,
+        cut_share=sum(r.cut for row in kept for r in row) / count,
+        engine_tau=sum(n for n, row in zip(tokens, rounds, strict=True) if row) / count,
+        prompts=len(kept),
+    )
+
+
+def bootstrap(values: NDArray[np.float64], resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile interval of the mean. A single value or no spread gives a degenerate interval."""
+    if len(values) < 2 or np.ptp(values) == 0:
+        return float(values.mean()), float(values.mean())
+    result = stats.bootstrap(
+        (values,), np.mean, n_resamples=resamples, method="percentile", rng=np.random.default_rng(seed)
+    )
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    difference: float
+    """Mean over prompts of tau_a - tau_b."""
+    interval: tuple[float, float]
+    """95 % paired bootstrap over prompts."""
+    ratio: float
+    """(tau_a - 1) / (tau_b - 1), of the means."""
+
+
+def compare(a: Sequence[Sequence[Round]], b: Sequence[Sequence[Round]]) -> Comparison:
+    """Two drafters over the same trajectories, prompt by prompt."""
+    first, second = prompt_taus(a), prompt_taus(b)
+    both = ~(np.isnan(first) | np.isnan(second))
+    difference = first[both] - second[both]
+    ratio = float((first[both].mean() - 1) / max(second[both].mean() - 1, 1e-9))
+    return Comparison(float(difference.mean()), bootstrap(difference), ratio)
+
+
+def repeated_share(sequences: Sequence[Sequence[int]], n: int = 8) -> float:
+    """Share of n-grams that occurred before in the same sequence: how much of the text repeats itself."""
+    repeated = total = 0
+    for tokens in sequences:
+        grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+        total += len(grams)
+        repeated += len(grams) - len(set(grams))
+    return repeated / total if total else 0.0

@@ -1,0 +1,187 @@
+"""Draft, verify, commit: exact speculative decoding with a key-value cache, one row or many; plain decoding beside it.
+
+Rows of a batch accept different numbers of tokens. The cache keeps as many new columns as the luckiest row needs; in the
+other rows the surplus columns hold rejected tokens and are masked from then on. Positions are explicit, so a hole in the
+cache changes nothing but its size. Rows that are done leave the batch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import DynamicCache
+
+from specauf.config import SamplingConfig, UserError
+from specauf.decode.propose import Proposer
+from specauf.decode.verify import ACCEPT, RESAMPLE, accept_greedy, accept_sampled, uniform, warp
+from specauf.target import Target
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Round:
+    """One verify round."""
+
+    start: int
+    """Index of the anchor among the generated tokens."""
+    accepted: int
+    """A: draft tokens committed."""
+    cut: bool = False
+    """Ended inside the draft by an EOS token, so that no further token was emitted."""
+
+
+@dataclass
+class Generation:
+    prompt: list[int]
+    tokens: list[int] = field(default_factory=list)
+    """At most `max_new_tokens`, an EOS token included."""
+    rounds: list[Round] = field(default_factory=list)
+    """Every round that started before the limit, its A not cut by the limit."""
+    margins: list[float] = field(default_factory=list)
+    """Top-1 minus top-2 logit of the target at each token, when asked for (T=0)."""
+    ended: bool = False
+    """By EOS rather than by the limit."""
+    drafted: list[bool] = field(default_factory=list)
+    """Per token: was it an accepted draft token?"""
+
+
+@torch.no_grad()
+def generate(
+    target: Target,
+    proposer: Proposer | None,
+    prompts: Sequence[Sequence[int]],
+    *,
+    sampling: SamplingConfig | None = None,
+    max_new_tokens: int = 128,
+    uids: Sequence[int] | None = None,
+    eos_ids: frozenset[int] | None = None,
+    record_margins: bool = False,
+    on_commit: Callable[[int, list[int], list[bool]], None] | None = None,
+) -> list[Generation]:
+    """Decode every prompt. `proposer` None is plain decoding, one token a round.
+
+    `uids` number the prompts for the counter-based randomness (default 0, 1, ...). `on_commit(row, tokens, drafted)` is
+    called as tokens are committed. Raises `UserError` on an empty prompt.
+    """
+    sampling = sampling or SamplingConfig()
+    eos = target.eos_ids() if eos_ids is None else eos_ids
+    empty = [i for i, prompt in enumerate(prompts) if not len(prompt)]
+    if empty:
+        raise UserError(f"prompt {empty[0]} is empty: there is no token to start from")
+    device, out = target.device, [Generation(list(prompt)) for prompt in prompts]
+    block = proposer.block_size if proposer else 1
+    layer_ids = proposer.layer_ids if proposer else ()
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    width = int(lengths.max()) + max_new_tokens + 2 * block
+    ids = torch.zeros(len(prompts), width, dtype=torch.long, device=device)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = torch.tensor(prompt, device=device)
+    uid = torch.as_tensor(uids if uids is not None else range(len(prompts)), device=device)
+    rows = torch.arange(len(prompts), device=device)  # row of `out` that each row of the batch is
+
+    # Prefill. Padding on the right is harmless under causal attention; its columns are masked from here on.
+    first, cache = int(lengths.max()), DynamicCache(config=target.config)
+    seen = target.run(ids[:, :first], layer_ids, cache=cache)
+    columns = torch.arange(first, device=device) < lengths[:, None]
+    if proposer:
+        proposer.start(len(prompts), width)
+        proposer.observe(seen.features, torch.arange(first, device=device).expand(len(prompts), -1))
+    ending = seen.final.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, seen.final.shape[-1]))
+    anchors = lengths - 1  # position of the last committed token; its features are known only during the prefill
+    batch = _Batch(target, sampling, eos, max_new_tokens, record_margins, on_commit, out)
+    active = batch.commit(rows, uid, ids, anchors, lengths, ids[:, :0], target.logits(ending), first=True)
+
+    while True:
+        if not active.all():
+            kept = active.nonzero().squeeze(1)
+            if not len(kept):
+                return out
+            rows, uid, ids, anchors, lengths, columns = (t[kept] for t in (rows, uid, ids, anchors, lengths, columns))
+            cache.batch_select_indices(kept)
+            if proposer:
+                proposer.select(kept)
+        draft = proposer.propose(ids, anchors) if proposer else ids[:, :0]
+        inputs = torch.cat([ids.gather(1, anchors[:, None]), draft], 1)  # b block
+        positions = anchors[:, None] + torch.arange(block, device=device)
+        mask = torch.cat([columns, columns.new_ones(len(rows), block)], 1)
+        seen = target.run(
+            inputs, layer_ids, attention_mask=None if mask.all() else mask, position_ids=positions, cache=cache
+        )
+        if proposer:
+            proposer.observe(seen.features, positions)
+        before = anchors.clone()
+        active = batch.commit(rows, uid, ids, anchors, lengths, draft, target.logits(seen.final))
+        gained = anchors - before  # columns that hold committed tokens: the old anchor and the accepted drafts
+        most = int(gained.max())
+        cache.crop(most - block)
+        columns = torch.cat([columns, torch.arange(most, device=device) < gained[:, None]], 1)
+
+
+@dataclass
+class _Batch:
+    target: Target
+    sampling: SamplingConfig
+    eos: frozenset[int]
+    limit: int
+    record_margins: bool
+    on_commit: Callable[[int, list[int], list[bool]], None] | None
+    out: list[Generation]
+
+    def commit(
+        self,
+        rows: Tensor,
+        uid: Tensor,
+        ids: Tensor,
+        anchors: Tensor,
+        lengths: Tensor,
+        draft: Tensor,
+        logits: Tensor,
+        first: bool = False,
+    ) -> Tensor:
+        """Verify `draft` [b, k] with `logits` [b, k+1, v]; write tokens into `ids`, advance `anchors`. Returns who goes on."""
+        k, greedy = draft.shape[1], self.sampling.temperature == 0
+        after = anchors[:, None] + 1 + torch.arange(k + 1, device=ids.device)  # positions the logits speak of
+        if k:
+            ids.scatter_(1, after[:, :k], draft)
+        prefixes = [row[: a + 1 + k] for row, a in zip(ids, anchors.tolist(), strict=True)]
+        logits = warp(logits, prefixes, self.sampling)
+        if greedy:
+            accepted, ending = accept_greedy(draft, logits)
+        else:
+            accepted, ending = accept_sampled(
+                draft,
+                logits.softmax(-1),
+                uniform(self.sampling.seed, ACCEPT, uid[:, None], after[:, :k]),
+                uniform(self.sampling.seed, RESAMPLE, uid[:, None], after),
+            )
+        ids.scatter_(1, (anchors + 1 + accepted)[:, None], ending[:, None])
+        margin = (-logits.topk(2).values.diff(dim=-1).squeeze(-1)).tolist() if self.record_margins else None
+        go_on = []
+        for i, (row, a) in enumerate(zip(rows.tolist(), accepted.tolist(), strict=True)):
+            generation, anchor = self.out[row], int(anchors[i])
+            new = ids[i, anchor + 1 : anchor + 2 + a].tolist()
+            stop = next((j for j, token in enumerate(new) if token in self.eos), None)
+            new = new if stop is None else new[: stop + 1]
+            drafted = [j < a for j in range(len(new))]
+            done = len(generation.tokens)
+            if not first:
+                generation.rounds.append(Round(done - 1, min(a, len(new)), cut=stop is not None and stop < a))
+            room = self.limit - done
+            generation.tokens += new[:room]
+            generation.drafted += drafted[:room]
+            if margin is not None:
+                generation.margins += margin[i][: len(new[:room])]
+            generation.ended = stop is not None and stop < room
+            if self.on_commit:
+                self.on_commit(row, new[:room], drafted[:room])
+            go_on.append(stop is None and len(generation.tokens) < self.limit)
+        anchors += 1 + accepted
+        return torch.tensor(go_on, device=ids.device)

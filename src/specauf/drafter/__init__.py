@@ -1,0 +1,1 @@
+"""Block drafters: architecture, configuration and the checkpoint layout that serving engines read."""

@@ -1,0 +1,177 @@
+"""The drafter's `config.json`, spelt as shipped DFlash checkpoints spell it, read strictly and never guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from specauf.config import ConfigError
+
+
+def spread_layer_ids(num_target_layers: int, num_taps: int) -> tuple[int, ...]:
+    """Evenly spaced target layers, round(1 + i(L-4)/(n-1)) with Python's rounding; L // 2 for a single tap.
+
+    Layer id l is the output of decoder layer l, which Hugging Face calls `hidden_states[l + 1]`.
+    """
+    if num_taps == 1:
+        return (num_target_layers // 2,)
+    if num_target_layers - 3 < num_taps:
+        raise ConfigError(f"{num_taps} taps do not fit between layers 1 and {num_target_layers - 3} of the target")
+    return tuple(round(1 + i * (num_target_layers - 4) / (num_taps - 1)) for i in range(num_taps))
+
+
+@dataclass(frozen=True)
+class DFlashConfig:
+    """Geometry of a DFlash drafter. `block_size` counts the anchor slot."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    num_target_layers: int
+    target_layer_ids: tuple[int, ...]
+    mask_token_id: int
+    block_size: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    max_position_embeddings: int = 40960
+    initializer_range: float = 0.02
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Provenance kept under the key `specauf`: objective, reduction, template hash, thinking flag, ..."""
+
+    def __post_init__(self) -> None:
+        if self.block_size < 2:
+            raise ConfigError(f"block_size counts the anchor and must be at least 2, got {self.block_size}")
+        if not 0 <= self.mask_token_id < self.vocab_size:
+            raise ConfigError(f"mask_token_id {self.mask_token_id} is not a row of the embedding ({self.vocab_size} rows)")
+        bad = [i for i in self.target_layer_ids if not 0 <= i < self.num_target_layers - 1]
+        if bad or not self.target_layer_ids:
+            # The last layer's entry in hidden_states is taken after the final norm, and converters drop it.
+            raise ConfigError(
+                f"target_layer_ids {list(self.target_layer_ids)}: need ids from 0 to {self.num_target_layers - 2}"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError("num_attention_heads must be a multiple of num_key_value_heads")
+
+    @property
+    def num_predictions(self) -> int:
+        return self.block_size - 1
+
+    @classmethod
+    def for_target(
+        cls,
+        target: Any,
+        *,
+        block_size: int,
+        num_hidden_layers: int,
+        mask_token_id: int,
+        target_layer_ids: Sequence[int] | None = None,
+        num_taps: int = 5,
+        intermediate_size: int | None = None,
+    ) -> DFlashConfig:
+        """The drafter that fits a Hugging Face target config: its widths, heads and rotary base, fewer layers."""
+        rope = getattr(target, "rope_parameters", None) or {}
+        heads = target.num_attention_heads
+        ids = target_layer_ids or spread_layer_ids(target.num_hidden_layers, num_taps)
+        return cls(
+            hidden_size=target.hidden_size,
+            intermediate_size=intermediate_size or target.intermediate_size,
+            num_hidden_layers=num_hidden_layers,
+            num_attention_heads=heads,
+            num_key_value_heads=getattr(target, "num_key_value_heads", None) or heads,
+            head_dim=getattr(target, "head_dim", None) or target.hidden_size // heads,
+            vocab_size=target.vocab_size,
+            num_target_layers=target.num_hidden_layers,
+            target_layer_ids=tuple(ids),
+            mask_token_id=mask_token_id,
+            block_size=block_size,
+            rms_norm_eps=getattr(target, "rms_norm_eps", 1e-6),
+            rope_theta=float(rope.get("rope_theta", getattr(target, "rope_theta", None) or 1e4)),
+            max_position_embeddings=target.max_position_embeddings,
+            bos_token_id=target.bos_token_id,
+            eos_token_id=target.eos_token_id,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The z-lab layout: a flat Qwen3 config with `block_size`, `num_target_layers` and a nested `dflash_config`."""
+        return {
+            "architectures": ["DFlashDraftModel"],
+            "model_type": "qwen3",
+            "block_size": self.block_size,
+            "num_target_layers": self.num_target_layers,
+            "dflash_config": {
+                "mask_token_id": self.mask_token_id,
+                "target_layer_ids": list(self.target_layer_ids),
+            },
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_hidden_layers,
+            "num_attention_heads": self.num_attention_heads,
+            "num_key_value_heads": self.num_key_value_heads,
+            "head_dim": self.head_dim,
+            "vocab_size": self.vocab_size,
+            "hidden_act": "silu",
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope_theta": self.rope_theta,  # older readers look here, newer ones in rope_parameters
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+            "max_position_embeddings": self.max_position_embeddings,
+            "initializer_range": self.initializer_range,
+            "layer_types": ["full_attention"] * self.num_hidden_layers,
+            "use_sliding_window": False,
+            "sliding_window": None,
+            "max_window_layers": self.num_hidden_layers,
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "tie_word_embeddings": False,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": self.eos_token_id,
+            "dtype": "float32",
+            "specauf": dict(self.extra),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], where: str = "config.json") -> DFlashConfig:
+        """Read a shipped checkpoint's configuration. A missing or unsupported field is an error that names it."""
+        nested = data.get("dflash_config", {})
+
+        def get(name: str) -> Any:
+            value = nested.get(name, data.get(name))
+            if value is None:
+                raise ConfigError(f"{where}: the field {name!r} is missing; it is never guessed")
+            return value
+
+        if "DFlashDraftModel" not in data.get("architectures", []):
+            raise ConfigError(f"{where}: architectures is {data.get('architectures')}, expected ['DFlashDraftModel']")
+        if nested.get("projector_type"):
+            raise ConfigError(f"{where}: projector_type {nested['projector_type']!r} is not a plain DFlash drafter")
+        for name, plain in (("attention_bias", False), ("is_causal", False), ("use_sliding_window", False)):
+            if data.get(name, plain) not in (plain, None):
+                raise ConfigError(f"{where}: {name}={data[name]!r} is not supported, only {plain!r}")
+        if any(kind != "full_attention" for kind in data.get("layer_types") or ()):
+            raise ConfigError(f"{where}: only full_attention layers are supported, got {data['layer_types']}")
+        rope = data.get("rope_parameters") or {}
+        scaling = data.get("rope_scaling") or {}
+        if {rope.get("rope_type", "default"), scaling.get("rope_type", "default")} != {"default"}:
+            raise ConfigError(f"{where}: only the default rotary embedding is supported")
+        theta = rope.get("rope_theta", data.get("rope_theta"))
+        if theta is None:
+            raise ConfigError(f"{where}: the field 'rope_theta' is missing; it is never guessed")
+        plain_fields = (
+            "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim vocab_size "
+            "num_target_layers mask_token_id block_size rms_norm_eps max_position_embeddings"
+        ).split()
+        return cls(
+            **{name: get(name) for name in plain_fields},
+            target_layer_ids=tuple(get("target_layer_ids")),
+            rope_theta=float(theta),
+            initializer_range=data.get("initializer_range", 0.02),
+            bos_token_id=data.get("bos_token_id"),
+            eos_token_id=data.get("eos_token_id"),
+            extra=data.get("specauf", {}),
+        )

@@ -1,0 +1,180 @@
+"""DFlash: a few transformer layers that turn [anchor, MASK, MASK, ...] and the target's features into a block of tokens.
+
+The target's tapped hidden states are projected once (`fc`, `hidden_norm`) and enter every layer as extra keys and values;
+they are never updated. Queries come from the block alone. Parameter names are those of shipped checkpoints. Embedding and
+LM head belong to the target and are neither held nor saved here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+
+from specauf.config import UserError
+from specauf.drafter.attention import block_attention
+from specauf.drafter.config import DFlashConfig
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
+
+
+class ContextKV(NamedTuple):
+    """One layer's keys (rotated) and values of the context; index s is the absolute position."""
+
+    key: Float[Tensor, "b kv s d"]
+    value: Float[Tensor, "b kv s d"]
+
+
+class RMSNorm(nn.RMSNorm):
+    """Normalised in float32 whatever comes in, as the Qwen3 layers do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.normalized_shape, None, self.eps).to(x.dtype) * self.weight
+
+
+def rotate(x: Float[Tensor, "b heads s d"], positions: Int[Tensor, "b s"], theta: float) -> Float[Tensor, "b heads s d"]:
+    """Rotary embedding over the full head dimension, halves rotated against each other (the neox form)."""
+    half = x.shape[-1] // 2
+    frequency = theta ** (-torch.arange(half, dtype=torch.float32, device=x.device) / half)
+    angle = positions[:, None, :, None].float() * frequency  # b 1 s d/2
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: DFlashConfig) -> None:
+        super().__init__()
+        self.head_dim, self.theta = config.head_dim, config.rope_theta
+        q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv, bias=False)
+        self.o_proj = nn.Linear(q, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+
+    def _heads(self, x: Float[Tensor, "b s hd"]) -> Float[Tensor, "b heads s d"]:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def context(self, projected: Float[Tensor, "b s h"], positions: Int[Tensor, "b s"]) -> ContextKV:
+        key = self.k_norm(self._heads(self.k_proj(projected)))
+        return ContextKV(rotate(key, positions, self.theta), self._heads(self.v_proj(projected)))
+
+    def forward(
+        self, x: Float[Tensor, "b n slots h"], anchors: Int[Tensor, "b n"], context: ContextKV
+    ) -> Float[Tensor, "b n slots h"]:
+        b, n, slots, _ = x.shape
+        positions = (anchors[..., None] + torch.arange(slots, device=x.device)).flatten(1)
+        flat = x.flatten(1, 2)
+        query = rotate(self.q_norm(self._heads(self.q_proj(flat))), positions, self.theta)
+        key = rotate(self.k_norm(self._heads(self.k_proj(flat))), positions, self.theta)
+        value = self._heads(self.v_proj(flat))
+        query, key, value = (t.unflatten(2, (n, slots)) for t in (query, key, value))
+        out = block_attention(query, key, value, context.key, context.value, anchors)  # b heads n slots d
+        return self.o_proj(out.permute(0, 2, 3, 1, 4).flatten(-2))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: DFlashConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: DFlashConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, x: Tensor, anchors: Tensor, context: ContextKV) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), anchors, context)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class DFlash(nn.Module):
+    """The masked block drafter (Chen, Liang and Liu 2026), for training, replay and live decoding alike."""
+
+    def __init__(self, config: DFlashConfig, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.fc = nn.Linear(len(config.target_layer_ids) * config.hidden_size, config.hidden_size, bias=False)
+        self.hidden_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in self.parameters():
+            if parameter.ndim == 2:
+                nn.init.normal_(parameter, std=config.initializer_range, generator=generator)
+
+    def context(self, features: Float[Tensor, "b s taps_h"], positions: Int[Tensor, "b s"]) -> list[ContextKV]:
+        """Keys and values of the context in every layer, from the tapped hidden states in the order of the ids."""
+        projected = self.hidden_norm(self.fc(features))
+        return [layer.self_attn.context(projected, positions) for layer in self.layers]
+
+    def forward(
+        self, embeds: Float[Tensor, "b n slots h"], anchors: Int[Tensor, "b n"], context: list[ContextKV]
+    ) -> Float[Tensor, "b n slots h"]:
+        """Final hidden state of every slot; the predictions are slots 1..B-1, through the target's LM head.
+
+        `embeds` are the target's embeddings of [anchor token, MASK, ...]; slot k sits at rotary position anchor + k and
+        sees context positions < anchor and its own block.
+        """
+        x = embeds
+        for layer, kv in zip(self.layers, context, strict=True):
+            x = layer(x, anchors, kv)
+        return self.norm(x)
+
+
+def save_drafter(drafter: DFlash, directory: str | Path, extra: Mapping[str, Any] | None = None) -> Path:
+    """Write `config.json` and `model.safetensors` in the z-lab layout, without a name prefix; atomic per file."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in drafter.state_dict().items()}
+    config = dataclasses.replace(drafter.config, extra={**drafter.config.extra, **(extra or {})}).to_json()
+    config["dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    save_file(tensors, directory / "model.safetensors.tmp", metadata={"format": "pt"})
+    os.replace(directory / "model.safetensors.tmp", directory / "model.safetensors")
+    (directory / "config.json.tmp").write_text(json.dumps(config, indent=2) + "\n")
+    os.replace(directory / "config.json.tmp", directory / "config.json")
+    return directory
+
+
+def load_drafter(directory: str | Path, device: str | torch.device = "cpu") -> DFlash:
+    """Load a drafter strictly. Raises `UserError` on a missing file, field or tensor, or an unexpected one."""
+    directory = Path(directory)
+    for name in ("config.json", "model.safetensors"):
+        if not (directory / name).is_file():
+            raise UserError(f"{directory} is not a drafter checkpoint: {name} is missing")
+    config = DFlashConfig.from_json(json.loads((directory / "config.json").read_text()), str(directory / "config.json"))
+    with torch.device("meta"):
+        drafter = DFlash(config)
+    tensors = load_file(directory / "model.safetensors", device=str(device))
+    wanted = {name: tuple(p.shape) for name, p in drafter.state_dict().items()}
+    found = {name: tuple(t.shape) for name, t in tensors.items()}
+    for what, names in (
+        ("missing", wanted.keys() - found.keys()),
+        ("unexpected", found.keys() - wanted.keys()),
+        ("misshapen", {n for n in wanted.keys() & found.keys() if wanted[n] != found[n]}),
+    ):
+        if names:
+            raise UserError(f"{directory}/model.safetensors: {what} tensors {', '.join(sorted(names)[:5])}")
+    drafter.load_state_dict(tensors, strict=True, assign=True)
+    return drafter

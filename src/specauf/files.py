@@ -1,0 +1,68 @@
+"""Whole files or none: written under a temporary name beside the destination, then renamed over it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def _destination(path: str | Path) -> Path:
+    """The real path (a link is followed, so that it survives), its parents made."""
+    real = Path(os.path.realpath(path))
+    real.parent.mkdir(parents=True, exist_ok=True)
+    return real
+
+
+def _sibling(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.{kind}")
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path to write the file at; it replaces `path` on a clean exit and is deleted on any other."""
+    path = _destination(path)
+    temporary = _sibling(path, "tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def atomic_write_text(path: str | Path, text: str) -> None:
+    """Write `text` as UTF-8. Readers see the old content or the new, never a part; parents are made."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+@contextlib.contextmanager
+def atomic_dir(path: str | Path) -> Iterator[Path]:
+    """Yield an empty temporary directory to fill; it becomes `path` on a clean exit and is deleted on any other.
+
+    An existing directory is replaced as a whole, nothing of it is merged. Two renames are needed for that: a process
+    killed between them leaves the old content beside `path` as `.<name>.<hex>.old`. Raises NotADirectoryError, before
+    anything is written, when `path` is a file.
+    """
+    path = _destination(path)
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{path} is a file, a directory is to be written there")
+    temporary, old = _sibling(path, "tmp"), _sibling(path, "old")
+    temporary.mkdir()
+    try:
+        yield temporary
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(path, old)
+            os.rename(temporary, path)
+        except BaseException:  # Ctrl-C between the two included
+            if old.exists() and not path.exists():
+                os.rename(old, path)
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)

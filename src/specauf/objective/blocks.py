@@ -1,0 +1,99 @@
+"""Anchors, slots, labels and validity: the only home of alignment.
+
+A block of `block_size` B slots starts at its *anchor*, the last committed token at position a. Slot 0 holds the anchor's
+token, slots 1..B-1 hold MASK, and slot k predicts the token at position a+k: N = B-1 predictions. The drafter sees the
+target's features at positions < a, never at a, because decoding does not have it yet.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Int
+    from torch import Tensor
+
+_MASK63 = 0x7FFFFFFFFFFFFFFF
+
+
+def counter_hash(*parts: Tensor | int) -> Int[Tensor, "..."]:
+    """A well-mixed integer in [0, 2^63) of its arguments (splitmix64 chained), broadcast over tensors.
+
+    Randomness that is a function of counters, not of a generator's state: the same (seed, epoch, conversation, position)
+    draws the same number whatever the batch layout, the world size or the point at which a run was resumed.
+    """
+    state = torch.zeros((), dtype=torch.int64)
+    for part in parts:
+        part = torch.as_tensor(part, dtype=torch.int64)
+        state = state.to(part.device) if part.ndim else state
+        x = (state ^ part) - 7046029254386353131  # 0x9E3779B97F4A7C15 as a signed integer; int64 wraps
+        x = (x ^ _shift(x, 30)) * -4658895280553007687
+        x = (x ^ _shift(x, 27)) * -7723592293110705685
+        state = x ^ _shift(x, 31)
+    return state & _MASK63
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift of a signed 64-bit integer."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+class Blocks(NamedTuple):
+    """n blocks in each of b sequences, N predictions each. Integers are int64, masks are bool."""
+
+    anchors: Int[Tensor, "b n"]
+    """Position of slot 0; 0 where `keep` is false."""
+    keep: Bool[Tensor, "b n"]
+    """False for the padding of sequences that have fewer anchors than the widest."""
+    labels: Int[Tensor, "b n k"]
+    """The token each prediction is trained towards; 0 where invalid."""
+    valid: Bool[Tensor, "b n k"]
+    """m: block kept, label inside the sequence, label supervised. May have holes, which are skipped, not stopped at."""
+
+
+def sample_anchors(
+    loss_mask: Bool[Tensor, "b s"], uid: Int[Tensor, " b"], num_anchors: int, *, seed: int, epoch: int
+) -> tuple[Int[Tensor, "b n"], Bool[Tensor, "b n"]]:
+    """A uniform random subset of at most `num_anchors` anchors per sequence, ascending, and which of them are real.
+
+    Position a qualifies when it and its successor are supervised (SpecForge's rule since July 2026: the first prediction
+    of a kept block is always valid). `uid` [b] identifies the conversation; see `counter_hash` for why.
+    """
+    s = loss_mask.shape[1]
+    candidate = torch.zeros_like(loss_mask)
+    candidate[:, :-1] = loss_mask[:, :-1] & loss_mask[:, 1:]
+    position = torch.arange(s, device=loss_mask.device)
+    key = counter_hash(seed, epoch, uid[:, None], position[None, :]).masked_fill(~candidate, _MASK63)
+    width = max(1, min(num_anchors, int(candidate.sum(1).max())))
+    chosen = key.topk(width, dim=1, largest=False).indices
+    keep = candidate.gather(1, chosen)
+    anchors = chosen.masked_fill(~keep, s).sort(1).values  # real anchors first, ascending
+    return anchors.masked_fill(anchors == s, 0), anchors < s
+
+
+def build_blocks(
+    input_ids: Int[Tensor, "b s"],
+    loss_mask: Bool[Tensor, "b s"],
+    anchors: Int[Tensor, "b n"],
+    keep: Bool[Tensor, "b n"],
+    block_size: int,
+) -> Blocks:
+    """Labels and validity of the B-1 predictions of every block."""
+    s = input_ids.shape[1]
+    position = anchors[..., None] + torch.arange(1, block_size, device=anchors.device)  # b n k
+    inside = (position < s) & keep[..., None]
+    flat = position.clamp(max=s - 1).flatten(1)
+    labels = input_ids.gather(1, flat).view_as(position)
+    valid = inside & loss_mask.gather(1, flat).view_as(position)
+    return Blocks(anchors, keep, labels.masked_fill(~valid, 0), valid)
+
+
+def block_inputs(
+    input_ids: Int[Tensor, "b s"], anchors: Int[Tensor, "b n"], block_size: int, mask_token_id: int
+) -> Int[Tensor, "b n slots"]:
+    """Token ids that enter the drafter: the anchor's token in slot 0, MASK in the other `block_size` - 1."""
+    ids = anchors.new_full((*anchors.shape, block_size), mask_token_id)
+    ids[..., 0] = input_ids.gather(1, anchors)
+    return ids

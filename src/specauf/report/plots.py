@@ -1,0 +1,334 @@
+"""The report's figures: results dict -> matplotlib `Figure` (no pyplot, no global state), then SVG or PNG.
+
+- A method has one colour and one mark everywhere: the objective before an `@` chooses them, what stands after it (the
+  same objective at another number of steps) makes the mark hollow and the line dotted.
+- SVG keeps its text as text, has a transparent background, and carries rules that swap each colour of `COLOURS` for its
+  dark twin where the reader prefers a dark screen. PNG is for places that cannot, and has a light ground.
+- Every figure comes wide (7.4 inches, a page's column) and narrow (3.6 inches, a phone's), with the same text size.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from specauf.report.tables import Results, method_label, survival, task_label
+from specauf.report.words import THIN, clean, fixed, real, span
+
+INK, SOFT, RULE, PAPER = "#3b3a37", "#77746e", "#e2dfd8", "#fffefb"
+LOOKUP = "#7c7a75"
+COLOURS = {
+    INK: "#d6d3cc", SOFT: "#9a968e", RULE: "#34332f", PAPER: "#171715", LOOKUP: "#a5a29b",
+    "#4a7299": "#86b0d9", "#d1570b": "#f58f4f", "#a04a85": "#dc92c3", "#1d8265": "#58c3a0",
+    "#9c7a00": "#d9b83f", "#2a93b8": "#63c6e8", "#5b4ba8": "#a99cf0",
+}  # fmt: skip
+"""Light colour -> the same on a dark screen. After the greys: slate, orange, mauve, green, ochre, cyan, indigo, which
+stay apart under the common colour-blindnesses; marks differ as well, so colour is never alone."""
+
+KNOWN = {
+    "decay": ("#4a7299", "s"),
+    "auf": ("#d1570b", "o"),
+    "auf-decay": ("#a04a85", "D"),
+    "uniform": ("#1d8265", "^"),
+}
+SPARE = (("#9c7a00", "v"), ("#2a93b8", "P"), ("#5b4ba8", "X"))
+STYLE = {
+    "font.family": "DejaVu Sans", "font.size": 9, "text.color": INK, "axes.labelcolor": SOFT, "axes.edgecolor": SOFT,
+    "axes.titlesize": 9.5, "axes.titlelocation": "left", "axes.titlecolor": INK, "axes.titlepad": 8,
+    "axes.linewidth": 0.7, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+    "axes.axisbelow": True, "grid.color": RULE, "grid.linewidth": 0.7, "xtick.color": SOFT, "ytick.color": SOFT,
+    "xtick.major.width": 0.7, "ytick.major.width": 0.7, "xtick.major.size": 3, "ytick.major.size": 0,
+    "lines.solid_capstyle": "round", "svg.fonttype": "none", "svg.hashsalt": "specauf", "path.simplify": True,
+    "axes.unicode_minus": True, "axes.formatter.useoffset": False, "axes.formatter.limits": (-4, 6),
+}  # fmt: skip
+FONTS = 'system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif'
+PANELS = (
+    ("loss", "Loss"),
+    ("simulated_tau", "Simulated τ"),
+    ("r_active", "Share of slots that carry loss (r_active)"),
+    ("common_accuracy", "Common-token accuracy"),
+)
+
+
+@dataclass(frozen=True)
+class Style:
+    """How one method is drawn."""
+
+    colour: str
+    marker: str
+    dash: str
+    hollow: bool
+
+    def mark(self, size: float = 5.5, pale: bool = False) -> dict[str, Any]:
+        face = PAPER if self.hollow else self.colour
+        return {
+            "marker": self.marker,
+            "markersize": size,
+            "markerfacecolor": face,
+            "markeredgecolor": self.colour,
+            "markeredgewidth": 1.3,
+            "alpha": 0.4 if pale else 1.0,
+        }
+
+
+def styles(results: Results) -> dict[str, Style]:
+    """The style of every method that has a row or a training log."""
+    lookups = {m["name"] for m in results["methods"] if m.get("kind") == "lookup"}
+    names = list(dict.fromkeys([*(m["name"] for m in results["methods"]), *(results.get("training") or {})]))
+    known, found = dict(KNOWN), {}
+    for name in names:
+        base, _, variant = name.partition("@")
+        if name in lookups:
+            found[name] = Style(LOOKUP, "d", "--", True)
+            continue
+        if base not in known:
+            known[base] = SPARE[(len(known) - len(KNOWN)) % len(SPARE)]
+        found[name] = Style(*known[base], ":" if variant else "-", bool(variant))
+    return found
+
+
+def tau(results: Results, narrow: bool = False) -> Figure | None:
+    """tau with its interval: a panel per task, a line per method; None when nothing was measured."""
+    look, tasks = styles(results), results["evaluation"]
+    rows = [m["name"] for m in results["methods"] if any(m["name"] in t["methods"] for t in tasks.values())]
+    points = [real(t["methods"].get(n, {}).get("tau")) for t in tasks.values() for n in rows]
+    if not any(p is not None for p in points):
+        return None
+    figure, axes = _panels(len(tasks), narrow, 0.62 + 0.29 * len(rows), sharex=True, sharey=True)
+    for ax, (task, facts) in zip(axes, tasks.items(), strict=False):
+        for y, name in enumerate(rows):
+            scores, style = facts["methods"].get(name, {}), look[name]
+            value, interval = real(scores.get("tau")), span(scores.get("interval"))
+            if value is None:
+                continue
+            if interval:
+                ax.plot(
+                    interval, (y, y), color=style.colour, linewidth=1.6, linestyle="--" if style.dash == "--" else "-"
+                )
+            ax.plot([value], [y], **style.mark(7))
+            end = max(value, interval[1] if interval else value)
+            ax.annotate(fixed(value, 2), (end, y), (7, 0), textcoords="offset points", va="center", color=style.colour)
+        ax.set_title(_short(task_label(results, task), narrow), parse_math=False)
+        ax.set_yticks(range(len(rows)), [_short(method_label(results, n), narrow) for n in rows], parse_math=False)
+        for tick, name in zip(ax.get_yticklabels(), rows, strict=False):  # only the first column has any
+            tick.set_color(look[name].colour)
+        ax.grid(axis="y", visible=False)
+        ax.spines["left"].set_visible(False)
+        ax.axvline(1.0, color=SOFT, linewidth=0.9)
+    axes[0].set_ylim(len(rows) - 0.45, -0.55)
+    low, high = axes[0].get_xlim()
+    axes[0].set_xlim(min(low, 1.0 - 0.02 * (high - 1)), high + 0.16 * (high - min(low, 1.0)))
+    axes[0].xaxis.set_major_locator(MaxNLocator(5))
+    for ax in _bottom(axes):
+        ax.set_xlabel("tokens per verify round, τ")
+    return figure
+
+
+def alpha(results: Results, narrow: bool = False) -> Figure | None:
+    """alpha_k over slots: a panel per task, a line per method."""
+    look, tasks = styles(results), results["evaluation"]
+    drawn = [
+        m["name"]
+        for m in results["methods"]
+        if any(t["methods"].get(m["name"], {}).get("alpha") for t in tasks.values())
+    ]
+    if not drawn:
+        return None
+    figure, axes = _panels(len(tasks), narrow, 2.35, sharex=True, sharey=True)
+    for ax, (task, facts) in zip(axes, tasks.items(), strict=False):
+        for name in (n for n in drawn if n in facts["methods"]):
+            scores, style = facts["methods"][name], look[name]
+            values = [real(a) for a in scores.get("alpha") or []]
+            points = [(k, a) for k, a in enumerate(values, start=1) if a is not None]
+            if not points:
+                continue
+            ax.plot(*zip(*points, strict=True), color=style.colour, linestyle=style.dash, linewidth=1.5)
+            reached, rounds = [1.0, *survival(scores)], real(scores.get("rounds"))
+            for k, a in points:
+                base = rounds * reached[k - 1] if rounds is not None and k - 1 < len(reached) else THIN
+                ax.plot([k], [a], **style.mark(5.5 if base >= THIN else 3.2, pale=base < THIN))
+        ax.set_title(_short(task_label(results, task), narrow), parse_math=False)
+        ax.grid(axis="x", visible=False)
+    axes[0].set_ylim(0, min(1.04, 1.12 * axes[0].get_ylim()[1]))
+    axes[0].xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    for ax in _bottom(axes):
+        ax.set_xlabel("slot k")
+    _left_label(axes, "acceptance α at slot k")
+    _legend(figure, results, drawn, narrow)
+    return figure
+
+
+def training(results: Results, narrow: bool = False) -> Figure | None:
+    """Loss, simulated tau, r_active and common-token accuracy over steps; panels without data are left out."""
+    look, logs = styles(results), results.get("training") or {}
+    panels = [
+        (key, title) for key, title in PANELS if any(_curve(log, "step", key) is not None for log in logs.values())
+    ]
+    if not panels:
+        return None
+    figure, axes = _panels(len(panels), narrow, 1.95, columns=2, sharex=True)
+    for ax, (key, title) in zip(axes, panels, strict=False):
+        for name, log in logs.items():
+            curve = _curve(log, "step", key)
+            if curve is None:
+                continue
+            steps, values = curve
+            few, style = max(1, len(steps) // 250), look[name]
+            if len(steps) > 8:
+                ax.plot(steps[::few], values[::few], color=style.colour, alpha=0.22, linewidth=0.7)
+            line = _smooth(values)[:: max(1, len(steps) // 160)]
+            at = steps[:: max(1, len(steps) // 160)]
+            ax.plot(at, line, color=style.colour, linestyle=style.dash, linewidth=1.6)
+            ax.plot(at[-1:], line[-1:], **style.mark(5))
+        ax.set_title(title, parse_math=False)
+        ax.grid(axis="x", visible=False)
+        if key in ("r_active", "common_accuracy"):
+            ax.set_ylim(0, min(1.05, 1.1 * ax.get_ylim()[1]))
+    axes[0].xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    for ax in _bottom(axes):
+        ax.set_xlabel("optimizer step")
+    _legend(figure, results, list(logs), narrow)
+    return figure
+
+
+def support(results: Results, narrow: bool = False) -> Figure | None:
+    """The path of (r_active, a_support) through training, smoothed."""
+    look, logs = styles(results), results.get("training") or {}
+    paths = {name: path for name, log in logs.items() if (path := _curve(log, "r_active", "a_support")) is not None}
+    if not paths:
+        return None
+    figure, (ax,) = _panels(1, narrow, 3.0)
+    for name, (across, up) in paths.items():
+        style, every = look[name], max(1, len(across) // 160)
+        x, y = _smooth(across)[::every], _smooth(up)[::every]
+        ax.plot(x, y, color=style.colour, linestyle=style.dash, linewidth=1.6)
+        ax.plot(x[:1], y[:1], **{**style.mark(5), "markerfacecolor": PAPER})
+        ax.plot(x[-1:], y[-1:], **{**style.mark(7), "markerfacecolor": style.colour})
+    ax.set_xlim(0, 1.04)
+    ax.set_ylim(0, min(1.04, 1.15 * ax.get_ylim()[1]))
+    ax.set_xlabel("share of slots that carry loss, r_active")
+    ax.set_ylabel("accuracy on them, a_support")
+    _legend(figure, results, list(paths), narrow)
+    return figure
+
+
+FIGURES: dict[str, Callable[[Results, bool], Figure | None]] = {
+    "tau": tau,
+    "alpha": alpha,
+    "training": training,
+    "support": support,
+}
+
+
+def to_png(figure: Figure) -> bytes:
+    """200 dots per inch on a light ground; the same bytes for the same figure."""
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(buffer, format="png", dpi=200, facecolor=PAPER, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def to_svg(figure: Figure, prefix: str) -> str:
+    """A self-contained SVG with dark twins. Every id starts with `prefix`, so that several can live in one page."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context(STYLE):
+        empty = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=empty)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r'(\sid="|href="#|url\(#)', rf"\g<1>{prefix}-", text)
+    rules = f"svg text{{font-family:{FONTS}!important}}{dark_rules()}"
+    return re.sub(r"<style type=\"text/css\">.*?</style>", f"<style>{rules}</style>", text, count=1, flags=re.S)
+
+
+def dark_rules() -> str:
+    """CSS that swaps the colours of inline SVG styles on dark screens; elsewhere the light ones stay."""
+    swaps = "".join(
+        f'svg [style*="{kind}: {light}"]{{{kind}:{dark}!important}}'
+        for light, dark in COLOURS.items()
+        for kind in ("fill", "stroke")
+    )
+    return f"@media screen and (prefers-color-scheme:dark){{{swaps}}}"
+
+
+def _panels(
+    count: int, narrow: bool, height: float, columns: int = 3, sharex: bool = False, sharey: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels, `height` inches each, reading order; narrow ones stand in one column."""
+    across = 1 if narrow else min(count, columns if count != 4 else 2)
+    down = -(-count // across)
+    width = 3.6 if narrow else 7.4 if count > 1 else 5.2
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, height * down + 0.5), layout="constrained")
+        axes = figure.subplots(down, across, squeeze=False, sharex=sharex, sharey=sharey)
+    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06, wspace=0.03, hspace=0.04)
+    for ax in axes.flat[count:]:
+        ax.set_visible(False)
+    if sharex and count % across:  # the panel above an empty place is the last of its column
+        for ax in axes.flat[count - across : down * across - across]:
+            ax.tick_params(labelbottom=True)
+    return figure, list(axes.flat[:count])
+
+
+def _bottom(axes: Sequence[Axes]) -> list[Axes]:
+    """The last visible panel of each column."""
+    last: dict[int, Axes] = {}
+    for ax in axes:
+        last[ax.get_subplotspec().colspan.start] = ax
+    return list(last.values())
+
+
+def _left_label(axes: Sequence[Axes], text: str) -> None:
+    for ax in axes:
+        if ax.get_subplotspec().is_first_col():
+            ax.set_ylabel(text)
+
+
+def _legend(figure: Figure, results: Results, names: Sequence[str], narrow: bool) -> None:
+    look = styles(results)
+    handles = [
+        Line2D([], [], color=look[n].colour, linestyle=look[n].dash, linewidth=1.5, **look[n].mark(5)) for n in names
+    ]
+    legend = figure.legend(
+        handles,
+        ["x"] * len(names),  # set below: a legend would drop a name with a leading underscore and read $ as mathematics
+        loc="outside upper left",
+        ncols=2 if narrow else 4,
+        frameon=False,
+        borderpad=0,
+        handlelength=2.2,
+        columnspacing=1.6,
+    )
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set(text=_short(method_label(results, name), narrow), parse_math=False, color=INK)
+
+
+def _short(text: str, narrow: bool) -> str:
+    limit, line = 20 if narrow else 30, " ".join(clean(text).split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def _curve(log: Sequence[dict[str, Any]], x: str, y: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Two float arrays of equal length from the records that have both values, or None when none has."""
+    pairs = [(real(record.get(x)), real(record.get(y))) for record in log]
+    kept = [pair for pair in pairs if None not in pair]
+    return None if not kept else tuple(np.array(kept, dtype=float).T)  # type: ignore[return-value]
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """A centred running mean over a twentieth of the run, narrower at its ends."""
+    half = len(values) // 40
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    reach = np.minimum(half, np.minimum(index, len(values) - 1 - index))
+    return (total[index + reach + 1] - total[index - reach]) / (2 * reach + 1)

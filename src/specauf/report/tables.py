@@ -1,0 +1,367 @@
+"""Rows, sentences and Markdown from a results dict; no file is read or written here.
+
+- A table is a list of rows of strings, its header first; a missing number is a dash, an empty column is left out.
+- Sentences are made from the numbers: better or worse only where the paired interval excludes zero.
+- Every string of the data goes through `clean`, and through `escape` before it enters Markdown.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from specauf.report.words import (
+    CAPTIONS,
+    COMPARED,
+    GLOSSARY,
+    LEGEND,
+    NONE,
+    PROSE,
+    clean,
+    count,
+    duration,
+    escape,
+    fixed,
+    large,
+    real,
+    series,
+    share,
+    signed,
+    span,
+    subscript,
+)
+
+Results = dict[str, Any]
+Rows = list[list[str]]
+
+
+def method_label(results: Results, name: str) -> str:
+    found = next((m for m in results["methods"] if m["name"] == name), {})
+    return clean(found.get("label") or name)
+
+
+def task_label(results: Results, task: str) -> str:
+    return clean(results["evaluation"].get(task, {}).get("label") or task)
+
+
+def survival(scores: dict[str, Any]) -> list[float]:
+    """S_1, S_2, ... of one method on one task, from `survival` or else from `alpha`; stops at the first missing one."""
+    kept: list[float] = []
+    values, running = scores.get("survival") or [], 1.0
+    for value in values or scores.get("alpha") or []:
+        number = real(value)
+        if number is None:
+            break
+        running = number if values else running * number
+        kept.append(running)
+    return kept
+
+
+def mean_alpha(results: Results, name: str, k: int) -> float | None:
+    """alpha_k over all tasks: S_k averaged over tasks, over S_(k-1) likewise; None unless every task has both."""
+    curves = [[1.0, *survival(task["methods"].get(name, {}))] for task in results["evaluation"].values()]
+    if not curves or min(map(len, curves)) <= k or not (before := sum(c[k - 1] for c in curves)):
+        return None
+    return sum(c[k] for c in curves) / before
+
+
+def tau_cell(scores: dict[str, Any]) -> str:
+    interval = span(scores.get("interval"))
+    return fixed(scores.get("tau")) + (f" [{fixed(interval[0])}, {fixed(interval[1])}]" if interval else "")
+
+
+def dense(rows: Rows) -> Rows:
+    """Without the columns (the first apart) that hold nothing but dashes."""
+    keep = [i for i in range(len(rows[0])) if i == 0 or any(row[i] not in (NONE, "") for row in rows[1:])]
+    return [[row[i] for i in keep] for row in rows]
+
+
+def summary_rows(results: Results) -> Rows:
+    """The main table: per method tau with its interval on each task, alpha_1..4 over all tasks, and the cost."""
+    tasks = list(results["evaluation"])
+    rows = [["method", *(f"τ {task_label(results, t)}" for t in tasks), *(f"α{subscript(k)}" for k in range(1, 5))]]
+    rows[0] += ["s/step", "tokens seen"]
+    for method in results["methods"]:
+        name = method["name"]
+        row = [method_label(results, name)]
+        row += [tau_cell(results["evaluation"][task]["methods"].get(name, {})) for task in tasks]
+        row += [fixed(mean_alpha(results, name, k), 2) for k in range(1, 5)]
+        rows.append([*row, fixed(method.get("seconds_per_step"), 2), large(method.get("tokens_seen"))])
+    return dense(rows)
+
+
+def task_rows(results: Results, task: str) -> Rows:
+    """Everything measured on one task, a row per method."""
+    measured = results["evaluation"][task]["methods"]
+    slots = max((len(scores.get("alpha") or []) for scores in measured.values()), default=0)
+    rows = [["method", "τ", "accepted", "engine τ", "rounds", "cut", *(f"α{subscript(k + 1)}" for k in range(slots))]]
+    for name in (m["name"] for m in results["methods"] if m["name"] in measured):
+        scores = measured[name]
+        alphas = [*(scores.get("alpha") or []), *[None] * slots][:slots]
+        row = [
+            method_label(results, name),
+            tau_cell(scores),
+            fixed(scores.get("accepted")),
+            fixed(scores.get("engine_tau")),
+        ]
+        rows.append([*row, count(scores.get("rounds")), share(scores.get("cut_share")), *(fixed(a) for a in alphas)])
+    return dense(rows)
+
+
+def task_note(results: Results, task: str) -> str:
+    """Prompts, repeated share and note of one task, as sentences."""
+    facts, parts = results["evaluation"][task], []
+    if real(facts.get("prompts")) is not None:
+        parts.append(f"{count(facts['prompts'])} prompts.")
+    if real(facts.get("repeated_share")) is not None:
+        parts.append(
+            f"{share(facts['repeated_share'])} of the recorded text is repetition, which favours prompt lookup."
+        )
+    return " ".join([*parts, clean(facts.get("note") or "")]).strip()
+
+
+def method_rows(results: Results) -> Rows:
+    """What each method cost and saw."""
+    rows = [["method", "steps", "s/step", "training", "tokens seen", "blocks seen", "head rows/block", "note"]]
+    for m in results["methods"]:
+        row = [method_label(results, m["name"]), count(m.get("steps")), fixed(m.get("seconds_per_step"), 2)]
+        row += [duration(m.get("train_seconds")), large(m.get("tokens_seen")), large(m.get("blocks_seen"))]
+        rows.append([*row, fixed(m.get("head_rows_per_block"), 2), clean(m.get("note") or "")])
+    return dense(rows)
+
+
+def ledger_rows(results: Results) -> Rows:
+    """Records in = kept + each reason to drop; a line says so when the numbers do not add up."""
+    ledger = results.get("ledger") or {}
+    dropped, changed = ledger.get("dropped") or {}, ledger.get("changed") or {}
+    rows = [["records", "count"]]
+    rows += [[name, count(ledger[key])] for key, name in (("records_in", "read"), ("kept", "kept")) if key in ledger]
+    rows += [[f"dropped: {clean(reason)}", count(n)] for reason, n in dropped.items()]
+    if "records_in" in ledger and "kept" in ledger:
+        missing = (
+            (real(ledger["records_in"]) or 0)
+            - (real(ledger["kept"]) or 0)
+            - sum(real(n) or 0 for n in dropped.values())
+        )
+        rows += [["unaccounted for", count(missing)]] if missing else []
+    return rows + [[f"kept, but changed: {clean(reason)}", count(n)] for reason, n in changed.items()]
+
+
+def check_rows(results: Results) -> Rows:
+    rows = [["check", "value", "outcome"]]
+    for check in results.get("checks") or []:
+        passed = check.get("passed")
+        outcome = "passed" if passed is True else "FAILED" if passed is False else "for information"
+        rows.append([clean(check.get("name", "")), clean(check.get("value", "")), outcome])
+    return rows
+
+
+def speedup_rows(results: Results) -> Rows:
+    rows = [["what", "ratio", "note"]]
+    for item in results.get("speedups") or []:
+        number = real(item.get("ratio"))
+        ratio = NONE if number is None else f"{number:.2f} ×" if number < 10 else f"{number:.0f} ×"
+        rows.append([clean(item.get("name", "")), ratio, clean(item.get("note") or "")])
+    return dense(rows)
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
+    """Dotted key and cleaned value of every leaf of a nested dict."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{clean(key)}.")
+        else:
+            yield prefix + clean(key), NONE if value is None else clean(value)
+
+
+def verdict(comparison: dict[str, Any]) -> str:
+    """`better`, `worse`, `undecided` (the interval includes zero) or `unknown` (there is no usable interval)."""
+    interval, difference = span(comparison.get("interval")), real(comparison.get("difference"))
+    if interval is None:
+        return "unknown"
+    if interval[0] > 0 and (difference is None or difference > 0):
+        return "better"
+    return "worse" if interval[1] < 0 and (difference is None or difference < 0) else "undecided"
+
+
+def comparison_sentences(results: Results) -> list[str]:
+    """One sentence a comparison, which claims no more than its interval says."""
+    sentences = []
+    for c in results.get("comparisons") or []:
+        a, b = method_label(results, c["a"]), method_label(results, c["b"])
+        where = f"{_at(c)}on {task_label(results, c['task'])}, " if _at(c) else f"On {task_label(results, c['task'])}, "
+        interval, ratio, outcome = span(c.get("interval")), _ratio(c), verdict(c)
+        bounds = f"95 % interval {signed(interval[0])} to {signed(interval[1])}" if interval else ""
+        numbers = f"τ differs by {signed(c.get('difference'))}"
+        if outcome == "unknown":
+            sentences.append(f"{where}{a} and {b}: {numbers}; there is no interval, so nothing is claimed.")
+        elif outcome == "undecided":
+            sentences.append(f"{where}{a} against {b} is undecided: {numbers}, {bounds}.")
+        else:
+            times = f"; its accepted length is {ratio:.2f} times as long by point estimate" if ratio else ""
+            sentences.append(f"{where}{a} is {outcome} than {b}: {numbers}, {bounds}{times}.")
+    return sentences
+
+
+def headline(results: Results) -> list[str]:
+    """The findings in one sentence per pair and condition, then what prompt lookup reaches for nothing."""
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for c in results.get("comparisons") or []:
+        groups.setdefault((c["a"], c["b"], _at(c)), []).append(c)
+    sentences = [_finding(results, *key, members) for key, members in groups.items()]
+    return [*sentences, *_lookups(results)] or [
+        "No paired comparison is recorded here; the table gives what was measured."
+    ]
+
+
+def _finding(results: Results, first: str, second: str, at: str, members: list[dict[str, Any]]) -> str:
+    a, b, clauses = method_label(results, first), method_label(results, second), []
+    for outcome in ("better", "worse", "undecided", "unknown"):
+        chosen = [c for c in members if verdict(c) == outcome]
+        where, ratios = (
+            series([task_label(results, c["task"]) for c in chosen]),
+            [r for c in chosen if (r := _ratio(c))],
+        )
+        if chosen and outcome in ("better", "worse"):
+            told = outcome == "better" and len(ratios) == len(chosen)
+            times = f", with {series([f'{r:.2f}' for r in ratios])} times its accepted length" if told else ""
+            clauses.append(f"{a} is {outcome} than {b} on {where}{times}")
+        elif chosen:
+            why = "is undecided" if outcome == "undecided" else "has no interval, so nothing is claimed"
+            clauses.append(f"the difference between {a} and {b} on {where} {why}")
+    text = "; ".join(clauses)
+    return f"{at or text[0].upper()}{text if at else text[1:]}."
+
+
+def _lookups(results: Results) -> list[str]:
+    tasks, methods = results["evaluation"], results["methods"]
+    taus = {(m["name"], t): real(e["methods"].get(m["name"], {}).get("tau")) for m in methods for t, e in tasks.items()}
+    lookups, sentences = [m["name"] for m in methods if m.get("kind") == "lookup"], []
+    for name in lookups:
+        met = [t for t in tasks if taus[name, t] is not None]
+        best = [max((v for (n, u), v in taus.items() if u == t and n not in lookups and v), default=None) for t in met]
+        rivals = f" (best drafter: {series([fixed(v) for v in best])})" if all(best) else ""
+        reached = series([f"{fixed(taus[name, t])} on {task_label(results, t)}" for t in met])
+        sentences += (
+            [f"{method_label(results, name)}, which has no parameters, reaches τ {reached}{rivals}."] if met else []
+        )
+    return sentences
+
+
+def _ratio(comparison: dict[str, Any]) -> float | None:
+    ratio = real(comparison.get("ratio"))
+    return ratio if ratio and ratio > 0 else None
+
+
+def _at(comparison: dict[str, Any]) -> str:
+    return f"At {clean(comparison['condition'])}, " if comparison.get("condition") else ""
+
+
+def live_line(sample: dict[str, Any]) -> str:
+    """tau, rounds and speeds of one live sample."""
+    parts = [f"τ {fixed(sample.get('tau'))}", f"{count(sample.get('rounds'))} rounds"]
+    if real(sample.get("tokens_per_second")) is not None:
+        plain = real(sample.get("plain_tokens_per_second"))
+        beside = f" beside {fixed(plain, 1)} for plain decoding" if plain is not None else ""
+        parts.append(f"{fixed(sample['tokens_per_second'], 1)} tokens/s{beside}")
+    return " · ".join(part for part in parts if not part.startswith(NONE) and not part.endswith(NONE))
+
+
+def plain_table(rows: Rows) -> str:
+    """Aligned columns for a terminal: the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [[c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))] for r in rows]
+    lines.insert(1, ["─" * w for w in widths])
+    return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def markdown_table(rows: Rows) -> str:
+    """A pipe table; columns to the right except the first and those of words."""
+    lines = ["| " + " | ".join(map(escape, row)) + " |" for row in rows]
+    lines.insert(1, "|" + "|".join("---" if not i or h in PROSE else "--:" for i, h in enumerate(rows[0])) + "|")
+    return "\n".join(lines)
+
+
+def meta(results: Results) -> list[str]:
+    """What stands under the title: date, target, data, machine."""
+    facts = results.get("provenance") or {}
+    parts = [results.get("created"), *((facts.get(k) or {}).get("name") for k in ("target", "data"))]
+    machine = facts.get("machine") or {}
+    parts += [machine.get("cpu"), f"{machine['cores']} cores" if machine.get("cores") else None]
+    return [clean(part) for part in parts if part]
+
+
+def provenance_rows(results: Results) -> Rows:
+    """Command, provenance and settings, flattened."""
+    tree = {"command": results["command"]} if results.get("command") else {}
+    tree |= {
+        **(results.get("provenance") or {}),
+        **({"settings": results["settings"]} if results.get("settings") else {}),
+    }
+    return [["key", "value"], *map(list, flat(tree))]
+
+
+def markdown(results: Results, figures: Sequence[str] = ()) -> str:
+    """The whole report as Markdown. `figures` are the names, keys of `CAPTIONS`, of the files in figures/ to show."""
+
+    def section(title: str, *blocks: str) -> str:
+        return "\n\n".join([f"## {title}", *filter(None, blocks)]) if any(blocks) else ""
+
+    def figure(name: str) -> str:
+        return (
+            f"![{escape(CAPTIONS[name])}](figures/{name}.png)\n\n*{escape(CAPTIONS[name])}*" if name in figures else ""
+        )
+
+    def table(rows: Rows) -> str:
+        return markdown_table(rows) if len(rows) > 1 else ""
+
+    def bullets(lines: Iterable[str]) -> str:
+        return "\n".join(f"- {escape(line)}" for line in lines)
+
+    tasks, ledger = results["evaluation"], results.get("ledger") or {}
+    per_task = [
+        "\n\n".join(
+            filter(
+                None,
+                [f"**{escape(task_label(results, t))}**", escape(task_note(results, t)), table(task_rows(results, t))],
+            )
+        )
+        for t in tasks
+    ]
+    live = []
+    for sample in results.get("live") or []:
+        text = "".join(
+            f"<b>{html.escape(clean(s['text']))}</b>" if s.get("kind") == "draft" else html.escape(clean(s["text"]))
+            for s in sample.get("segments") or []
+        )
+        name = " · ".join(escape(v) for v in (task_label(results, sample.get("task", "")), sample.get("id")) if v)
+        live += [
+            f"**{name}** {escape(live_line(sample))}",
+            bullets([shorten(sample.get("prompt", ""))]),
+            f"<pre>{text}</pre>",
+        ]
+    legend = LEGEND.replace("Marked text", "Bold text") if live else ""
+    blocks = [
+        f"# {escape(results['title'])}",
+        escape(" · ".join(meta(results))),
+        "\n\n".join(f"**{escape(line)}**" for line in headline(results)),
+        table(summary_rows(results)),
+        bullets(comparison_sentences(results)),
+        section("Emitted length", figure("tau")),
+        section("Conditional acceptance", figure("alpha"), *per_task),
+        section("What was compared", escape(COMPARED), table(method_rows(results)), table(speedup_rows(results))),
+        section("Training", figure("training"), figure("support")),
+        section("Live decoding", legend, *live),
+        section("Data", table(ledger_rows(results)), bullets(ledger.get("warnings") or [])),
+        section("Checks", table(check_rows(results))),
+        section("Provenance", table(provenance_rows(results))),
+        section("Terms", bullets(f"{term}: {text}" for term, text in GLOSSARY)),
+    ]
+    return "\n\n".join(filter(None, blocks)) + "\n"
+
+
+def shorten(text: object, limit: int = 600) -> str:
+    """The first `limit` characters, with a count of the others."""
+    whole = clean(text)
+    return whole if len(whole) <= limit else f"{whole[:limit].rstrip()} … ({len(whole) - limit:,} more characters)"

@@ -1,0 +1,198 @@
+"""The frozen target: a Hugging Face causal LM whose layers are tapped and whose embedding and head are lent out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from specauf import assets
+from specauf.config import ConfigError, TargetConfig, UserError
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+EMBEDDED = "smollm2-135m"
+
+
+class Tapped(NamedTuple):
+    features: Float[Tensor, "b s taps_h"]
+    """Outputs of the tapped layers, concatenated in the order of the ids; layer l is `hidden_states[l + 1]`."""
+    final: Float[Tensor, "b s h"]
+    """The body's output after the final norm: what the LM head reads."""
+
+
+class Target:
+    """A frozen causal LM. Nothing here is trained, copied or saved with a drafter."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str) -> None:
+        self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
+        self.body: nn.Module = model.base_model
+        self.layers: nn.ModuleList = _decoder_layers(model)
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        if head is None or embedding is None:
+            raise UserError(f"{name}: this model has no LM head or no input embedding; specauf needs a causal LM")
+        self.head_weight: Tensor = head.weight
+        self.head_bias: Tensor | None = getattr(head, "bias", None)
+        self.embed_weight: Tensor = embedding.weight
+        if model.config.tie_word_embeddings and head.weight is not embedding.weight:
+            raise UserError(f"{name}: the config ties embedding and head, but the loaded weights are not tied")
+        if getattr(model.config, "final_logit_softcapping", None):
+            raise UserError(f"{name}: soft-capped logits are not supported yet")
+
+    @classmethod
+    def load(cls, config: TargetConfig) -> Target:
+        """Load a directory, a hub id or the embedded default. Raises `UserError` saying what is wrong with the path."""
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        embedded = config.path == EMBEDDED
+        path = str(assets.smollm2()) if embedded else config.path
+        if not embedded and path.startswith(("/", "./", "../", "~")) and not Path(path).expanduser().is_dir():
+            raise UserError(f"target.path: no such directory: {path}")
+        path = str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path
+        device = config.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+        try:
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype), **options)
+            tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"target.path: cannot load {config.path!r} as a causal LM: {error}") from error
+        return cls(model.to(device), tokenizer, EMBEDDED if embedded else config.path)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_weight.device
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    def embed(self, ids: Int[Tensor, "..."]) -> Float[Tensor, "... h"]:
+        return F.embedding(ids, self.embed_weight)
+
+    def logits(self, hidden: Float[Tensor, "... h"]) -> Float[Tensor, "... v"]:
+        """LM head on final hidden states, as float32 (float64 stays)."""
+        logits = F.linear(hidden.to(self.head_weight.dtype), self.head_weight, self.head_bias)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    @contextmanager
+    def tap(self, layer_ids: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+        """While open, the outputs of the given layers land in the returned dict at every forward."""
+        taps: dict[int, Tensor] = {}
+
+        def keep(layer_id: int) -> Any:
+            def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+                taps[layer_id] = output[0] if isinstance(output, tuple) else output
+
+            return hook
+
+        handles = [self.layers[i].register_forward_hook(keep(i)) for i in layer_ids]
+        try:
+            yield taps
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def run(
+        self,
+        input_ids: Int[Tensor, "b s"],
+        layer_ids: Sequence[int] = (),
+        *,
+        attention_mask: Bool[Tensor, "b kv"] | None = None,
+        position_ids: Int[Tensor, "b s"] | None = None,
+        cache: Any = None,
+    ) -> Tapped:
+        """The body alone, no head. Rows padded on the right need no attention mask: attention is causal.
+
+        With `cache` (a Hugging Face cache), `input_ids` continue it; `attention_mask` then covers cache and input.
+        """
+        if self.num_layers - 1 in layer_ids:
+            raise ConfigError(f"layer {self.num_layers - 1} is the last; its hidden state is only known after the norm")
+        with self.tap(layer_ids) as taps:
+            out = self.body(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            )
+        final: Tensor = out.last_hidden_state
+        features = torch.cat([taps[i] for i in layer_ids], -1) if layer_ids else final[..., :0]
+        return Tapped(features, final)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    def fingerprint(self) -> str:
+        """Twelve hex digits of configuration, tokenizer, template and a strided sample of every weight."""
+        digest = hashlib.sha256()
+        config = {k: v for k, v in self.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+        if self.tokenizer is not None:
+            backend = getattr(self.tokenizer, "backend_tokenizer", None)
+            digest.update((backend.to_str() if backend is not None else str(self.tokenizer.get_vocab())).encode())
+            digest.update((self.tokenizer.chat_template or "").encode())
+        for name, tensor in self.model.state_dict().items():
+            flat = tensor.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // 4096)].float().cpu()
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode() + sample.numpy().tobytes())
+        return digest.hexdigest()[:12]
+
+    def eos_ids(self) -> frozenset[int]:
+        """Every id that ends a generation: the generation config's, the model config's and the tokenizer's."""
+        found: set[int] = set()
+        generation = getattr(self.model, "generation_config", None)
+        for source in (generation, self.config, self.tokenizer):
+            value = getattr(source, "eos_token_id", None)
+            found.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
+        return frozenset(found)
+
+    def mask_token_id(self, explicit: int | None = None) -> int:
+        """An embedding row that text never uses: the given one, the tokenizer's mask token, the first row beyond the
+        tokenizer in a padded table, or the highest special token that neither the template nor generation uses."""
+        vocab, tokenizer = self.embed_weight.shape[0], self.tokenizer
+        if explicit is not None:
+            if not 0 <= explicit < vocab:
+                raise ConfigError(f"drafter.mask_token_id {explicit} is not a row of the embedding ({vocab} rows)")
+            return explicit
+        if tokenizer is None:
+            raise ConfigError("drafter.mask_token_id must be given: this target has no tokenizer to find an unused row in")
+        if tokenizer.mask_token_id is not None:
+            return int(tokenizer.mask_token_id)
+        if len(tokenizer) < vocab:
+            return len(tokenizer)
+        named = {getattr(tokenizer, f"{kind}_token_id", None) for kind in ("bos", "eos", "pad", "unk")} | self.eos_ids()
+        template = tokenizer.chat_template or ""
+        free = [
+            i
+            for i, token in tokenizer.added_tokens_decoder.items()
+            if token.special and i not in named and token.content not in template
+        ]
+        if not free:
+            raise ConfigError("no unused embedding row found for MASK: give drafter.mask_token_id a row that text never uses")
+        return max(free)
+
+
+def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The longest ModuleList of the body is its stack of decoder layers, in every causal LM of the library."""
+    wanted = model.config.num_hidden_layers
+    for module in model.base_model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == wanted:
+            return module
+    raise UserError(f"no list of {wanted} decoder layers found in {type(model).__name__}")

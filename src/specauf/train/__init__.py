@@ -1,0 +1,1 @@
+"""Training: the step, its batches, and what is written to disk."""

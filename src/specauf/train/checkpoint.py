@@ -1,0 +1,103 @@
+"""A run's state on disk: the drafter as engines load it, the optimizer's moments, and where the run stood."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from specauf.config import UserError, digest, dump
+from specauf.drafter.dflash import load_drafter, save_drafter
+from specauf.files import atomic_dir, atomic_write_text
+
+if TYPE_CHECKING:
+    from specauf.train.loop import Trainer
+
+
+def identity(trainer: Trainer) -> str:
+    """Digest of what must not change when a run is resumed: everything but where it is written and how long it is."""
+    config = trainer.config
+    return digest(
+        {
+            "data": dump(config.data),
+            "drafter": trainer.drafter.config.to_json() | {"specauf": None},
+            "objective": dump(config.objective),
+            "train": {
+                k: v
+                for k, v in vars(config.train).items()
+                if k not in ("max_steps", "minutes", "save_every", "eval_every")
+            },
+            "examples": trainer.batches.examples,
+        }
+    )
+
+
+def provenance_of(trainer: Trainer) -> dict[str, Any]:
+    """What a drafter's `config.json` remembers of its training, under `specauf`."""
+    config, objective = trainer.config, trainer.objective
+    return {
+        "objective": objective.name,
+        "gamma": objective.gamma,
+        "reduction": objective.reduction,
+        "labels": "data",
+        "target": trainer.target.name,
+        "target_fingerprint": trainer.target.fingerprint(),
+        "template_hash": getattr(trainer.batches.dataset, "meta", {}).get("template_hash"),
+        "enable_thinking": config.data.enable_thinking,
+        "steps": trainer.done,
+        "max_steps": trainer.max_steps,
+    }
+
+
+def save(trainer: Trainer, out: Path) -> None:
+    """Replace `out/checkpoint` as a whole: a kill at any moment leaves the old one or the new one."""
+    if not hasattr(trainer, "_provenance"):
+        trainer._provenance = provenance_of(trainer)  # type: ignore[attr-defined]  # the fingerprint takes a second
+    extra = trainer._provenance | {"steps": trainer.done, "max_steps": trainer.max_steps}  # type: ignore[attr-defined]
+    with atomic_dir(out / "checkpoint") as directory:
+        save_drafter(trainer.drafter, directory, extra)
+        names = {id(p): name for name, p in trainer.drafter.named_parameters()}
+        moments = {
+            f"{names[id(p)]}::{key}": value
+            for p, state in trainer.optimizer.state.items()
+            for key, value in state.items()
+        }
+        save_file(moments, directory / "optimizer.safetensors")
+        state = {
+            "step": trainer.done,
+            "max_steps": trainer.max_steps,
+            "seconds": trainer.seconds,
+            "identity": identity(trainer),
+        }
+        (directory / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+
+
+def resume(trainer: Trainer, out: Path) -> bool:
+    """Continue from `out/checkpoint` if there is one; the log is cut back to the step it stands at.
+
+    Raises `UserError` when the checkpoint was made with another data, drafter, objective or optimizer configuration.
+    """
+    directory = out / "checkpoint"
+    if not (directory / "state.json").is_file():
+        return False
+    state = json.loads((directory / "state.json").read_text())
+    if state["identity"] != identity(trainer):
+        raise UserError(
+            f"{directory} was trained with another configuration; resume with the same recipe, or choose another `out`"
+        )
+    trainer.drafter.load_state_dict(load_drafter(directory).state_dict())
+    named = dict(trainer.drafter.named_parameters())
+    for key, value in load_file(directory / "optimizer.safetensors").items():
+        name, _, field = key.partition("::")
+        device = torch.device("cpu") if field == "step" else named[name].device
+        trainer.optimizer.state[named[name]][field] = value.to(device)
+    trainer.done, trainer.seconds = state["step"], state["seconds"]
+    trainer.max_steps = state["max_steps"]
+    log = out / "log.jsonl"
+    if log.is_file():
+        lines = [line for line in log.read_text().splitlines() if line and json.loads(line)["step"] <= trainer.done]
+        atomic_write_text(log, "".join(line + "\n" for line in lines))
+    return True

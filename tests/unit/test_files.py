@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from specauf.files import atomic_dir, atomic_file, atomic_write_text
+
+
+def test_text_is_written_as_utf8_and_parents_are_made(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b.txt"
+    atomic_write_text(path, "τ = 1\n")
+    assert path.read_bytes() == "τ = 1\n".encode()
+    assert os.listdir(path.parent) == ["b.txt"]
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "b.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), atomic_file(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["b.txt"]
+
+
+def test_text_that_cannot_be_encoded_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "b.txt"
+    path.write_text("old")
+    with pytest.raises(UnicodeEncodeError):
+        atomic_write_text(path, "\ud800")
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["b.txt"]
+
+
+def test_a_new_file_is_as_readable_as_any_other(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_text("")
+    atomic_write_text(tmp_path / "atomic", "")
+    assert (tmp_path / "atomic").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_link_survives_and_its_target_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to("real")
+    atomic_write_text(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_text() == "new"
+
+
+def test_nothing_is_at_the_destination_until_the_directory_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "out"
+    with atomic_dir(path) as temporary:
+        (temporary / "x").write_text("1")
+        assert temporary.parent == path.parent and not path.exists()
+    assert (path / "x").read_text() == "1" and os.listdir(path.parent) == ["out"]
+
+
+def test_a_directory_is_replaced_and_not_merged(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    path.mkdir()
+    (path / "stale").write_text("")
+    with atomic_dir(path) as temporary:
+        (temporary / "fresh").write_text("")
+        assert (path / "stale").exists()
+    assert os.listdir(path) == ["fresh"] and os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_interrupted_directory_leaves_the_old_one(tmp_path: Path, error: type[BaseException]) -> None:
+    path = tmp_path / "out"
+    path.mkdir()
+    (path / "old").write_text("")
+    with pytest.raises(error), atomic_dir(path) as temporary:
+        (temporary / "half").write_text("")
+        raise error
+    assert os.listdir(path) == ["old"] and os.listdir(tmp_path) == ["out"]
+
+
+def test_a_rename_that_fails_puts_the_old_directory_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "out"
+    path.mkdir()
+    (path / "old").write_text("")
+    rename = os.rename
+
+    def refuse(source: Path, destination: Path) -> None:
+        if str(source).endswith(".tmp"):
+            raise OSError("no")
+        rename(source, destination)
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(OSError, match="no"), atomic_dir(path):
+        pass
+    assert os.listdir(path) == ["old"] and os.listdir(tmp_path) == ["out"]
+
+
+def test_a_file_in_the_way_is_refused_before_any_work(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    path.write_text("precious")
+    with pytest.raises(NotADirectoryError, match="out"), atomic_dir(path):
+        pytest.fail("the body must not run")
+    assert path.read_text() == "precious"
