@@ -6,10 +6,12 @@ refused before anything is loaded. Every field is written back by `dump`, so a r
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -35,9 +37,9 @@ class ConfigError(UserError):
 
 
 def nearest(name: str, choices: typing.Iterable[str]) -> str:
-    """`; did you mean 'x'?` or an empty string."""
+    """`; did you mean 'x'?`, or a full stop when nothing is near."""
     match = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.4)
-    return f"; did you mean {match[0]!r}?" if match else ""
+    return f"; did you mean {match[0]!r}?" if match else "."
 
 
 def choose(name: str, choices: typing.Sequence[str], what: str) -> str:
@@ -97,6 +99,9 @@ class FeaturesConfig:
     extras: bool = False
     """Also store the final normed hidden state, the target's argmax and its log-probability of the data token."""
 
+    def __post_init__(self) -> None:
+        require(self.max_gb > 0, f"features.max_gb must be > 0, got {self.max_gb}")
+
 
 @dataclass(frozen=True)
 class DrafterConfig:
@@ -114,6 +119,11 @@ class DrafterConfig:
         require(self.block_size >= 2, f"drafter.block_size counts the anchor and must be >= 2, got {self.block_size}")
         require(self.num_hidden_layers >= 1, f"drafter.num_hidden_layers must be >= 1, got {self.num_hidden_layers}")
         require(self.num_taps >= 1, f"drafter.num_taps must be >= 1, got {self.num_taps}")
+        require(self.target_layer_ids != (), "drafter.target_layer_ids is empty; leave it out for evenly spaced taps")
+        require(
+            self.intermediate_size is None or self.intermediate_size >= 1,
+            f"drafter.intermediate_size must be >= 1, got {self.intermediate_size}",
+        )
 
 
 @dataclass(frozen=True)
@@ -165,7 +175,10 @@ class TrainConfig:
             require(getattr(self, name) >= 1, f"train.{name} must be >= 1, got {getattr(self, name)}")
         require(self.max_steps is None or self.max_steps >= 1, f"train.max_steps must be >= 1, got {self.max_steps}")
         require(self.minutes is None or self.minutes > 0, f"train.minutes must be > 0, got {self.minutes}")
-        require(self.lr > 0, f"train.lr must be > 0, got {self.lr}")
+        for name in ("lr", "clip"):
+            require(getattr(self, name) > 0, f"train.{name} must be > 0, got {getattr(self, name)}")
+        for name in ("weight_decay", "seed"):
+            require(getattr(self, name) >= 0, f"train.{name} must be >= 0, got {getattr(self, name)}")
         require(0 <= self.warmup < 1, f"train.warmup is a share in [0, 1), got {self.warmup}")
         require(self.eval_every >= 0, f"train.eval_every must be >= 0, got {self.eval_every}")
 
@@ -197,6 +210,7 @@ class EvalConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def __post_init__(self) -> None:
+        require(bool(self.tasks), "eval.tasks is empty")
         for name in ("prompts", "max_new_tokens", "batch_size"):
             require(getattr(self, name) >= 1, f"eval.{name} must be >= 1, got {getattr(self, name)}")
 
@@ -224,17 +238,18 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         return _convert(next(a for a in args if a is not type(None)), value, where)
     if origin is Literal:
         if value not in args:
-            raise ConfigError(f"{where}: {value!r} is not one of {', '.join(map(repr, args))}{nearest(str(value), args)}")
+            raise ConfigError(
+                f"{where}: {value!r} is not one of {', '.join(map(repr, args))}{nearest(str(value), args)}"
+            )
         return value
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"{where}: expected a list, got {value!r}")
         return tuple(_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
     if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:  # YAML 1.1 reads 6e-4 as a string
-            return float(value)
-        except ValueError:
-            pass
+        with contextlib.suppress(ValueError, OverflowError):  # YAML 1.1 reads 6e-4 as a string
+            if math.isfinite(number := float(value)):
+                return number
     if kind in (int, bool, str) and type(value) is kind:
         return value
     raise ConfigError(f"{where}: expected {getattr(kind, '__name__', kind)}, got {value!r}")
@@ -270,29 +285,43 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunConfig:
     if not path.is_file():
         raise ConfigError(f"no such recipe: {path}. Recipes that ship with specauf are in recipes/*.yaml")
     try:
-        data = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not YAML: {error}") from None
-    return override(from_dict(RunConfig, data, str(path)), overrides)
+    return override(from_dict(RunConfig, {} if data is None else data, str(path)), overrides)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """A key given twice is an error: which of the two was meant cannot be known."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def override(config: RunConfig, overrides: typing.Sequence[str]) -> RunConfig:
-    """`config` with `section.key=value` strings applied, values read as YAML."""
-    data = to_dict(config)
+    """`config` with `section.key=value` strings applied, values read as YAML. Errors name the override."""
     for item in overrides:
+        data = to_dict(config)
         key, separator, value = item.partition("=")
         require(bool(separator), f"override {item!r}: write it as section.key=value")
         *parents, last = key.split(".")
         node = data
         for depth, parent in enumerate(parents):
             if not isinstance(node.get(parent), dict):
-                raise ConfigError(f"override {item!r}: no section {'.'.join(parents[: depth + 1])!r}{nearest(parent, node)}")
+                path = ".".join(parents[: depth + 1])
+                raise ConfigError(f"override {item!r}: no section {path!r}{nearest(parent, node)}")
             node = node[parent]
+        require(not isinstance(node.get(last), dict), f"override {item!r}: {key!r} is a section; set its keys")
         try:
             node[last] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise ConfigError(f"override {item!r}: {error}") from None
-    return from_dict(RunConfig, data, "config with overrides" if overrides else "config")
+        config = from_dict(RunConfig, data, f"override {item!r}")
+    return config
 
 
 def dump(config: Any) -> str:

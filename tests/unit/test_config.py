@@ -45,7 +45,7 @@ runs = st.builds(
     drafter=st.builds(
         DrafterConfig,
         block_size=st.integers(2, 64),
-        target_layer_ids=st.none() | st.lists(st.integers(0, 99), max_size=5).map(tuple),
+        target_layer_ids=st.none() | st.lists(st.integers(0, 99), min_size=1, max_size=5).map(tuple),
     ),
     objective=st.builds(
         ObjectiveConfig, name=st.sampled_from(config.OBJECTIVES), gamma=st.none() | st.floats(1e-9, 1e9)
@@ -53,7 +53,7 @@ runs = st.builds(
     train=st.builds(TrainConfig, lr=st.floats(1e-12, 1.0), minutes=st.none() | st.floats(1e-3, 1e6)),
     eval=st.builds(
         EvalConfig,
-        tasks=st.lists(st.sampled_from(["humaneval", "heldout", "no", "1"]), max_size=3).map(tuple),
+        tasks=st.lists(st.sampled_from(["humaneval", "heldout", "no", "1"]), min_size=1, max_size=3).map(tuple),
         sampling=st.builds(SamplingConfig, temperature=st.floats(0, 10), top_p=st.floats(0.01, 1)),
     ),
 )

@@ -6,7 +6,6 @@ import subprocess
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -16,16 +15,15 @@ from specauf import assets, doctor, provenance
 Usage = collections.namedtuple("Usage", "total used free")
 
 
-def record(present: bool, size: int = 0) -> Any:
-    return SimpleNamespace(
-        name="target", package="some-package", version="0.1.2", present=present, path=Path("/x"), bytes=size
-    )
+def record(present: bool, size: int = 0) -> assets.Status:
+    return assets.Status("smollm2", "some-package", "0.1.2", present, Path("/x"), size)
 
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
     """A machine on which all is well; a test spoils one thing."""
     state = SimpleNamespace(total=16.0, available=12.0, disk=50.0, records=[record(True, 10**9)], threads=2, cores=2)
+    monkeypatch.delenv("SPECAUF_OFFLINE", raising=False)
     monkeypatch.setattr(assets, "status", lambda: state.records)
     monkeypatch.setattr(assets, "cache_dir", lambda: tmp_path / "not" / "made" / "yet")
     monkeypatch.setattr(provenance, "total_memory", lambda: int(state.total * doctor.GIB))
@@ -141,6 +139,23 @@ def test_missing_assets_are_listed_with_what_would_be_downloaded(machine: Simple
     machine.records = [record(True, 5), record(False)]
     check = found("assets")
     assert check.status == "warn" and "some-package==0.1.2" in check.detail
+
+
+def test_missing_assets_fail_when_fetching_is_forbidden(
+    machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.records = [record(False)]
+    monkeypatch.setenv("SPECAUF_OFFLINE", "1")
+    assert found("assets").status == "fail" and "SPECAUF_OFFLINE" in found("assets").mend
+
+
+def test_without_gguf_only_a_converted_target_will_do(
+    machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, "gguf", None)
+    assert found("gguf").status == "warn"
+    machine.records = [record(False)]
+    assert found("gguf").status == "fail"
 
 
 def test_no_process_is_started_and_no_socket_opened(machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:

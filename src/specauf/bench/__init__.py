@@ -1,0 +1,1 @@
+"""Prompt sets and the measurement of drafters over them."""

@@ -12,14 +12,16 @@ import json
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import TemplateError
 from rich.text import Text
-from transformers import PreTrainedTokenizerBase
 
 from specauf.config import UserError
 from specauf.data.sources import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Messages = Sequence[Message] | Sequence[Mapping[str, str]]
 
@@ -60,7 +62,7 @@ def render(
             continue
         start = _render_text(tokenizer, turns[:i], enable_thinking, generation_prompt=True)
         end = _render_text(tokenizer, turns[: i + 1], enable_thinking)
-        if not (len(start) < len(end) and end.startswith(start) and full.startswith(end)):
+        if not (len(start) < len(end) and full.startswith(start) and full.startswith(end)):
             raise UnstableTemplate(f"message {i} ({_differ(full, start, end)})")
         spans.append((len(start), len(end)))
         if len(end) >= enough and _splits_at(tokenizer, full, len(end)):
@@ -112,7 +114,7 @@ def colour(tokenizer: PreTrainedTokenizerBase, rendered: Rendered) -> Text:
     text = Text()
     for supervised, run in groupby(zip(rendered.input_ids, rendered.loss_mask, strict=True), key=lambda pair: pair[1]):
         # Whole runs are decoded, since one character can be several tokens.
-        text.append(tokenizer.decode([token for token, _ in run]), style="green" if supervised else "dim")
+        text.append(str(tokenizer.decode([token for token, _ in run])), style="green" if supervised else "dim")
     return text
 
 
@@ -174,6 +176,8 @@ def _splits_at(tokenizer: PreTrainedTokenizerBase, text: str, position: int) -> 
 
 
 def _differ(full: str, start: str, end: str) -> str:
-    shorter = start if not end.startswith(start) else end
-    at = next((i for i, (a, b) in enumerate(zip(shorter, full, strict=False)) if a != b), len(shorter))
-    return f"its prefix renders {shorter[at : at + 20]!r} where the whole has {full[at : at + 20]!r}"
+    for prefix in (start, end):
+        if not full.startswith(prefix):
+            at = next((i for i, (a, b) in enumerate(zip(prefix, full, strict=False)) if a != b), len(full))
+            return f"its prefix renders {prefix[at : at + 20]!r} where the whole has {full[at : at + 20]!r}"
+    return "it adds nothing to the rendering"

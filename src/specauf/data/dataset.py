@@ -5,22 +5,26 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from specauf.config import DataConfig, UserError, digest
 from specauf.data.chat import UnstableTemplate, prompt_ids, render, template_hash, tokenizer_hash
 from specauf.data.sources import Conversation, Ledger, Message, content_hash, counter, read_conversations, split
+from specauf.files import atomic_file, atomic_write_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    Row = tuple[int, Tensor, Tensor]
 
 FORMAT = 1
 TOKENS, META, HELDOUT = "tokens.safetensors", "meta.json", "heldout.json"
@@ -56,7 +60,7 @@ class TokenDataset:
     uid: Tensor
     """int64 [n], not negative"""
     meta: dict[str, Any]
-    """`conversation_ids`, `ledger`, `template_hash`, `enable_thinking`, `tokenizer_hash`, `max_length`, `source`, ..."""
+    """`conversation_ids`, `ledger`, `template_hash`, `tokenizer_hash`, `enable_thinking`, `max_length`, ..."""
 
     def __len__(self) -> int:
         return len(self.uid)
@@ -68,37 +72,30 @@ class TokenDataset:
         return Example(int(self.uid[index]), self.ids[low:high].long(), self.mask[low:high].bool())
 
     @classmethod
-    def from_rows(cls, rows: Sequence[tuple[int, list[int], list[bool]]], meta: dict[str, Any]) -> TokenDataset:
-        """`rows` are (uid, input ids, loss mask)."""
-        lengths = torch.tensor([0] + [len(ids) for _, ids, _ in rows])
-        return cls(
-            torch.tensor([t for _, ids, _ in rows for t in ids], dtype=torch.int32),
-            torch.tensor([m for _, _, mask in rows for m in mask], dtype=torch.uint8),
-            lengths.cumsum(0),
-            torch.tensor([uid for uid, _, _ in rows], dtype=torch.int64),
-            meta,
-        )
+    def from_rows(cls, rows: Sequence[Row], meta: dict[str, Any]) -> TokenDataset:
+        """`rows` are (uid, input ids int32 [s], loss mask uint8 [s]); at least one."""
+        uids, ids, masks = zip(*rows, strict=True)
+        offsets = torch.tensor([0] + [len(row) for row in ids]).cumsum(0)
+        return cls(torch.cat(ids), torch.cat(masks), offsets, torch.tensor(uids), meta)
 
     def save(self, directory: Path) -> None:
         """Write both files, `meta.json` last: without it the directory holds no dataset."""
-        directory.mkdir(parents=True, exist_ok=True)
         (directory / META).unlink(missing_ok=True)
-        tensors = {name: getattr(self, name).contiguous() for name in ("ids", "mask", "offsets", "uid")}
-        temporary = directory / f".{TOKENS}.{os.getpid()}"
-        save_file(tensors, temporary, metadata={"key": str(self.meta.get("key"))})
-        os.replace(temporary, directory / TOKENS)
+        with atomic_file(directory / TOKENS) as temporary:
+            tensors = {name: getattr(self, name) for name in ("ids", "mask", "offsets", "uid")}
+            save_file(tensors, temporary, metadata={"key": str(self.meta.get("key"))})
         _write_json(directory / META, self.meta)
 
     @classmethod
     def load(cls, directory: Path) -> TokenDataset:
         """Raises `UserError` when `directory` holds no whole dataset."""
         try:
-            meta = json.loads((directory / META).read_text())
+            meta = json.loads((directory / META).read_text(encoding="utf-8"))
             with safe_open(directory / TOKENS, "pt") as file:
                 if (file.metadata() or {}).get("key") != str(meta.get("key")):
                     raise ValueError("its two files do not belong together")
                 return cls(**{name: file.get_tensor(name) for name in file.keys()}, meta=meta)  # noqa: SIM118
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"{directory} holds no prepared data ({error}): run `specauf prepare` again") from None
 
 
@@ -159,7 +156,6 @@ def prepare(
         "heldout": counts,
     }
     dataset = TokenDataset.from_rows(rows, meta)
-    out.mkdir(parents=True, exist_ok=True)
     (out / META).unlink(missing_ok=True)
     _write_json(out / HELDOUT, [prompt._asdict() for prompt in prompts])
     dataset.save(out)
@@ -182,8 +178,8 @@ def _render_rows(
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     ledger: Ledger,
-) -> tuple[list[tuple[int, list[int], list[bool]]], list[str]]:
-    rows: list[tuple[int, list[int], list[bool]]] = []
+) -> tuple[list[Row], list[str]]:
+    rows: list[Row] = []
     names: list[str] = []
     unstable = None
     for done, (uid, conversation) in enumerate(conversations):
@@ -204,21 +200,21 @@ def _render_rows(
         if not any(a and b for a, b in pairwise(mask)):  # an anchor needs itself and its successor supervised
             ledger.drop("nothing supervised within max_length")
             continue
-        rows.append((uid, ids, mask))
+        rows.append((uid, torch.tensor(ids, dtype=torch.int32), torch.tensor(mask, dtype=torch.uint8)))
         names.append(conversation.id)
     if unstable:
         ledger.warnings.append(unstable)
     return rows, names
 
 
-def _require_supervision(rows: list[tuple[int, list[int], list[bool]]], ledger: Ledger, source: Path) -> None:
+def _require_supervision(rows: list[Row], ledger: Ledger, source: Path) -> None:
     if not rows:
         table = "\n".join(ledger.lines())
         raise UserError(f"{source}: no conversation is left to train on\n{table}")
-    if all(all(mask) for _, _, mask in rows):
+    if all(bool(mask.all()) for _, _, mask in rows):
         raise UserError(
-            f"{source}: the chat template puts every token of every conversation into assistant turns, so the loss mask "
-            "says nothing; check the tokenizer's chat template"
+            f"{source}: the chat template puts every token of every conversation into assistant turns, so the loss "
+            "mask says nothing; check the tokenizer's chat template"
         )
 
 
@@ -265,13 +261,11 @@ def _reuse(out: Path, key: str) -> Prepared | None:
         dataset = TokenDataset.load(out)
         if dataset.meta["key"] != key:
             return None
-        prompts = [Prompt(**prompt) for prompt in json.loads((out / HELDOUT).read_text())]
+        prompts = [Prompt(**prompt) for prompt in json.loads((out / HELDOUT).read_text(encoding="utf-8"))]
         return Prepared(dataset, prompts, Ledger.from_dict(dataset.meta["ledger"]), reused=True)
     except (UserError, OSError, ValueError, KeyError, TypeError):
         return None  # not there, or not ours: build it
 
 
 def _write_json(path: Path, content: Any) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False))
-    os.replace(temporary, path)
+    atomic_write_text(path, json.dumps(content, indent=1, ensure_ascii=False))

@@ -8,6 +8,7 @@ cache changes nothing but its size. Rows that are done leave the batch.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -51,6 +52,8 @@ class Generation:
     """By EOS rather than by the limit."""
     drafted: list[bool] = field(default_factory=list)
     """Per token: was it an accepted draft token?"""
+    seconds: float = 0.0
+    """Wall-clock time from the prefill until this row was done; rows of a batch share it."""
 
 
 @torch.no_grad()
@@ -71,6 +74,7 @@ def generate(
     `uids` number the prompts for the counter-based randomness (default 0, 1, ...). `on_commit(row, tokens, drafted)` is
     called as tokens are committed. Raises `UserError` on an empty prompt.
     """
+    began = time.perf_counter()
     sampling = sampling or SamplingConfig()
     eos = target.eos_ids() if eos_ids is None else eos_ids
     empty = [i for i, prompt in enumerate(prompts) if not len(prompt)]
@@ -96,7 +100,7 @@ def generate(
         proposer.observe(seen.features, torch.arange(first, device=device).expand(len(prompts), -1))
     ending = seen.final.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, seen.final.shape[-1]))
     anchors = lengths - 1  # position of the last committed token; its features are known only during the prefill
-    batch = _Batch(target, sampling, eos, max_new_tokens, record_margins, on_commit, out)
+    batch = _Batch(target, sampling, eos, max_new_tokens, record_margins, on_commit, out, began)
     active = batch.commit(rows, uid, ids, anchors, lengths, ids[:, :0], target.logits(ending), first=True)
 
     while True:
@@ -134,6 +138,7 @@ class _Batch:
     record_margins: bool
     on_commit: Callable[[int, list[int], list[bool]], None] | None
     out: list[Generation]
+    began: float
 
     def commit(
         self,
@@ -151,8 +156,7 @@ class _Batch:
         after = anchors[:, None] + 1 + torch.arange(k + 1, device=ids.device)  # positions the logits speak of
         if k:
             ids.scatter_(1, after[:, :k], draft)
-        prefixes = [row[: a + 1 + k] for row, a in zip(ids, anchors.tolist(), strict=True)]
-        logits = warp(logits, prefixes, self.sampling)
+        logits = warp(logits, ids, anchors + 1 + k, self.sampling)
         if greedy:
             accepted, ending = accept_greedy(draft, logits)
         else:
@@ -182,6 +186,7 @@ class _Batch:
             generation.ended = stop is not None and stop < room
             if self.on_commit:
                 self.on_commit(row, new[:room], drafted[:room])
+            generation.seconds = time.perf_counter() - self.began
             go_on.append(stop is None and len(generation.tokens) < self.limit)
         anchors += 1 + accepted
         return torch.tensor(go_on, device=ids.device)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-
 from specauf.drafter.dflash import ContextKV, DFlash
 from specauf.objective.blocks import block_inputs
 from specauf.target import Target
@@ -130,5 +129,3 @@ class _Ngrams:
                 out = tokens[start : start + length]
                 break
         return out + [tokens[-1]] * (length - len(out))
-
-

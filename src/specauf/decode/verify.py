@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from transformers import (
-    LogitsProcessorList,
+    LogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -29,44 +29,41 @@ ACCEPT, RESAMPLE = 1, 2
 """Streams of `uniform`: one number decides acceptance at a position, another draws the token that ends a round."""
 
 
-def uniform(seed: int, stream: int, uid: Int[Tensor, "..."], position: Int[Tensor, "..."]) -> Float[Tensor, "..."]:
+def uniform(seed: int, stream: int, uid: Int[Tensor, ...], position: Int[Tensor, ...]) -> Float[Tensor, ...]:
     """float64 in [0, 1): a function of (seed, stream, prompt, position), so no draw depends on the batch layout."""
     return (counter_hash(seed, stream, uid, position) >> 10).double() * 2.0**-53
 
 
 def warp(
-    logits: Float[Tensor, "b slots v"], prefixes: list[Int[Tensor, " length"]], sampling: SamplingConfig
+    logits: Float[Tensor, "b slots v"],
+    ids: Int[Tensor, "b s"],
+    lengths: Int[Tensor, " b"],
+    sampling: SamplingConfig,
 ) -> Float[Tensor, "b slots v"]:
     """Logits under the repetition penalty, temperature, top-k and top-p, in Hugging Face's order.
 
-    `prefixes[i]` are the tokens of row i up to and including the input of its last slot; the penalty of slot j sees the
-    tokens up to that slot's input and no further. Temperature 0 leaves the scale alone: its argmax is taken.
+    `ids[i, : lengths[i]]` are the tokens of row i up to and including the input of its last slot; the penalty of a slot
+    sees the tokens up to that slot's input and no further. Temperature 0 leaves the scale alone: its argmax is taken.
     """
     b, slots, v = logits.shape
     if sampling.repetition_penalty != 1.0:
+        logits = logits.clone()
         penalise = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)
-        logits = torch.stack(
-            [
-                torch.cat(
-                    [
-                        penalise(prefix[None, : len(prefix) - slots + 1 + j], row[None, j])
-                        for j in range(slots)
-                    ]
-                )
-                for prefix, row in zip(prefixes, logits, strict=True)
-            ]
-        )
-    warpers = LogitsProcessorList()
+        for row, length in enumerate(lengths.tolist()):
+            for slot in range(slots):
+                prefix = ids[row : row + 1, : length - slots + 1 + slot]
+                logits[row, slot] = penalise(prefix, logits[row, slot][None])[0]
+    warpers: list[LogitsProcessor] = []
     if sampling.temperature not in (0.0, 1.0):
         warpers.append(TemperatureLogitsWarper(sampling.temperature))
     if sampling.temperature and sampling.top_k:
         warpers.append(TopKLogitsWarper(sampling.top_k))
     if sampling.temperature and sampling.top_p < 1:
         warpers.append(TopPLogitsWarper(sampling.top_p))
-    if not warpers:
-        return logits
     flat = logits.reshape(b * slots, v)
-    return warpers(flat.new_zeros(b * slots, 0, dtype=torch.long), flat).view(b, slots, v)
+    for warper in warpers:
+        flat = warper(ids[:0], flat)
+    return flat.view(b, slots, v)
 
 
 def accept_greedy(

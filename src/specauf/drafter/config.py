@@ -49,7 +49,9 @@ class DFlashConfig:
         if self.block_size < 2:
             raise ConfigError(f"block_size counts the anchor and must be at least 2, got {self.block_size}")
         if not 0 <= self.mask_token_id < self.vocab_size:
-            raise ConfigError(f"mask_token_id {self.mask_token_id} is not a row of the embedding ({self.vocab_size} rows)")
+            raise ConfigError(
+                f"mask_token_id {self.mask_token_id} is not a row of the embedding ({self.vocab_size} rows)"
+            )
         bad = [i for i in self.target_layer_ids if not 0 <= i < self.num_target_layers - 1]
         if bad or not self.target_layer_ids:
             # The last layer's entry in hidden_states is taken after the final norm, and converters drop it.
@@ -162,10 +164,20 @@ class DFlashConfig:
         theta = rope.get("rope_theta", data.get("rope_theta"))
         if theta is None:
             raise ConfigError(f"{where}: the field 'rope_theta' is missing; it is never guessed")
-        plain_fields = (
-            "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim vocab_size "
-            "num_target_layers mask_token_id block_size rms_norm_eps max_position_embeddings"
-        ).split()
+        plain_fields = [
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "vocab_size",
+            "num_target_layers",
+            "mask_token_id",
+            "block_size",
+            "rms_norm_eps",
+            "max_position_embeddings",
+        ]
         return cls(
             **{name: get(name) for name in plain_fields},
             target_layer_ids=tuple(get("target_layer_ids")),

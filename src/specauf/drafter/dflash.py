@@ -42,7 +42,9 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x.float(), self.normalized_shape, None, self.eps).to(x.dtype) * self.weight
 
 
-def rotate(x: Float[Tensor, "b heads s d"], positions: Int[Tensor, "b s"], theta: float) -> Float[Tensor, "b heads s d"]:
+def rotate(
+    x: Float[Tensor, "b heads s d"], positions: Int[Tensor, "b s"], theta: float
+) -> Float[Tensor, "b heads s d"]:
     """Rotary embedding over the full head dimension, halves rotated against each other (the neox form)."""
     half = x.shape[-1] // 2
     frequency = theta ** (-torch.arange(half, dtype=torch.float32, device=x.device) / half)
@@ -74,7 +76,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Float[Tensor, "b n slots h"], anchors: Int[Tensor, "b n"], context: ContextKV
     ) -> Float[Tensor, "b n slots h"]:
-        b, n, slots, _ = x.shape
+        _, n, slots, _ = x.shape
         positions = (anchors[..., None] + torch.arange(slots, device=x.device)).flatten(1)
         flat = x.flatten(1, 2)
         query = rotate(self.q_norm(self._heads(self.q_proj(flat))), positions, self.theta)

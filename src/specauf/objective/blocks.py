@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _MASK63 = 0x7FFFFFFFFFFFFFFF
 
 
-def counter_hash(*parts: Tensor | int) -> Int[Tensor, "..."]:
+def counter_hash(*parts: Tensor | int) -> Int[Tensor, ...]:
     """A well-mixed integer in [0, 2^63) of its arguments (splitmix64 chained), broadcast over tensors.
 
     Randomness that is a function of counters, not of a generator's state: the same (seed, epoch, conversation, position)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from specauf.objective.wavefront import Readout
 
 
-def leading_run(hit: Bool[Tensor, "... k"], valid: Bool[Tensor, "... k"]) -> Int[Tensor, "..."]:
+def leading_run(hit: Bool[Tensor, "... k"], valid: Bool[Tensor, "... k"]) -> Int[Tensor, ...]:
     """A: how many valid slots are right before the first valid one that is wrong. Holes neither count nor break."""
     return (exclusive_prefix(hit | ~valid) & hit & valid).sum(-1)
 

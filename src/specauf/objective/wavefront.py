@@ -82,7 +82,9 @@ def read_head(
         if cuts is not None and not alive.any():
             break
     shape = (b, n, k)
-    return Readout(ce.view(shape), hit.view(shape), evaluated.view(shape), None if grad is None else grad.view_as(hidden))
+    return Readout(
+        ce.view(shape), hit.view(shape), evaluated.view(shape), None if grad is None else grad.view_as(hidden)
+    )
 
 
 def _rows(

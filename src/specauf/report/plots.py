@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import re
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, MultipleLocator
 
 from specauf.report.tables import Results, method_label, survival, task_label
 from specauf.report.words import THIN, clean, fixed, real, span
@@ -55,7 +56,7 @@ FONTS = 'system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-s
 PANELS = (
     ("loss", "Loss"),
     ("simulated_tau", "Simulated τ"),
-    ("r_active", "Share of slots that carry loss (r_active)"),
+    ("r_active", "Share of slots with loss, r_active"),
     ("common_accuracy", "Common-token accuracy"),
 )
 
@@ -72,12 +73,15 @@ class Style:
     def mark(self, size: float = 5.5, pale: bool = False) -> dict[str, Any]:
         face = PAPER if self.hollow else self.colour
         return {
+            "color": self.colour,
             "marker": self.marker,
             "markersize": size,
             "markerfacecolor": face,
             "markeredgecolor": self.colour,
             "markeredgewidth": 1.3,
-            "alpha": 0.4 if pale else 1.0,
+            "alpha": 0.45 if pale else 1.0,
+            "clip_on": False,
+            "zorder": 3,
         }
 
 
@@ -97,6 +101,21 @@ def styles(results: Results) -> dict[str, Style]:
     return found
 
 
+Draw = Callable[[Results, bool], Figure | None]
+
+
+def _styled(draw: Draw) -> Draw:
+    """`draw` under `STYLE`: matplotlib reads its parameters when an artist is made, and again when it is saved."""
+
+    @functools.wraps(draw)
+    def styled(results: Results, narrow: bool = False) -> Figure | None:
+        with matplotlib.rc_context(STYLE):
+            return draw(results, narrow)
+
+    return styled
+
+
+@_styled
 def tau(results: Results, narrow: bool = False) -> Figure | None:
     """tau with its interval: a panel per task, a line per method; None when nothing was measured."""
     look, tasks = styles(results), results["evaluation"]
@@ -112,10 +131,8 @@ def tau(results: Results, narrow: bool = False) -> Figure | None:
             if value is None:
                 continue
             if interval:
-                ax.plot(
-                    interval, (y, y), color=style.colour, linewidth=1.6, linestyle="--" if style.dash == "--" else "-"
-                )
-            ax.plot([value], [y], **style.mark(7))
+                ax.plot(interval, (y, y), color=style.colour, alpha=0.32, linewidth=6, solid_capstyle="butt")
+            ax.plot([value], [y], **style.mark(5))
             end = max(value, interval[1] if interval else value)
             ax.annotate(fixed(value, 2), (end, y), (7, 0), textcoords="offset points", va="center", color=style.colour)
         ax.set_title(_short(task_label(results, task), narrow), parse_math=False)
@@ -126,14 +143,16 @@ def tau(results: Results, narrow: bool = False) -> Figure | None:
         ax.spines["left"].set_visible(False)
         ax.axvline(1.0, color=SOFT, linewidth=0.9)
     axes[0].set_ylim(len(rows) - 0.45, -0.55)
-    low, high = axes[0].get_xlim()
-    axes[0].set_xlim(min(low, 1.0 - 0.02 * (high - 1)), high + 0.16 * (high - min(low, 1.0)))
-    axes[0].xaxis.set_major_locator(MaxNLocator(5))
+    reach = axes[0].get_xlim()[1] - 1
+    axes[0].set_xlim(min(axes[0].get_xlim()[0], 1 - 0.03 * reach), 1 + 1.2 * reach)  # room for the last number
+    step = next(s for s in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if 1.2 * reach / s < 6 or s == 10)
+    axes[0].xaxis.set_major_locator(MultipleLocator(step, offset=1.0))
     for ax in _bottom(axes):
         ax.set_xlabel("tokens per verify round, τ")
     return figure
 
 
+@_styled
 def alpha(results: Results, narrow: bool = False) -> Figure | None:
     """alpha_k over slots: a panel per task, a line per method."""
     look, tasks = styles(results), results["evaluation"]
@@ -152,11 +171,13 @@ def alpha(results: Results, narrow: bool = False) -> Figure | None:
             points = [(k, a) for k, a in enumerate(values, start=1) if a is not None]
             if not points:
                 continue
-            ax.plot(*zip(*points, strict=True), color=style.colour, linestyle=style.dash, linewidth=1.5)
             reached, rounds = [1.0, *survival(scores)], real(scores.get("rounds"))
+            thin = {k for k, _ in points if rounds is not None and rounds * (reached[k - 1 : k] or [0.0])[0] < THIN}
+            for part in (points, [p for p in points if p[0] not in thin]):
+                faint = 0.35 if part is points and thin else 1.0
+                ax.plot([k for k, _ in part], [a for _, a in part], style.dash, color=style.colour, lw=1.5, alpha=faint)
             for k, a in points:
-                base = rounds * reached[k - 1] if rounds is not None and k - 1 < len(reached) else THIN
-                ax.plot([k], [a], **style.mark(5.5 if base >= THIN else 3.2, pale=base < THIN))
+                ax.plot([k], [a], **style.mark(3.2 if k in thin else 5.5, pale=k in thin))
         ax.set_title(_short(task_label(results, task), narrow), parse_math=False)
         ax.grid(axis="x", visible=False)
     axes[0].set_ylim(0, min(1.04, 1.12 * axes[0].get_ylim()[1]))
@@ -168,6 +189,7 @@ def alpha(results: Results, narrow: bool = False) -> Figure | None:
     return figure
 
 
+@_styled
 def training(results: Results, narrow: bool = False) -> Figure | None:
     """Loss, simulated tau, r_active and common-token accuracy over steps; panels without data are left out."""
     look, logs = styles(results), results.get("training") or {}
@@ -201,6 +223,7 @@ def training(results: Results, narrow: bool = False) -> Figure | None:
     return figure
 
 
+@_styled
 def support(results: Results, narrow: bool = False) -> Figure | None:
     """The path of (r_active, a_support) through training, smoothed."""
     look, logs = styles(results), results.get("training") or {}
@@ -222,7 +245,7 @@ def support(results: Results, narrow: bool = False) -> Figure | None:
     return figure
 
 
-FIGURES: dict[str, Callable[[Results, bool], Figure | None]] = {
+FIGURES: dict[str, Draw] = {
     "tau": tau,
     "alpha": alpha,
     "training": training,
@@ -253,8 +276,9 @@ def to_svg(figure: Figure, prefix: str) -> str:
 
 def dark_rules() -> str:
     """CSS that swaps the colours of inline SVG styles on dark screens; elsewhere the light ones stay."""
+    # No `svg` before the bracket: marks are drawn by `use`, in whose shadow tree an ancestor would not match.
     swaps = "".join(
-        f'svg [style*="{kind}: {light}"]{{{kind}:{dark}!important}}'
+        f'[style*="{kind}: {light}"]{{{kind}:{dark}!important}}'
         for light, dark in COLOURS.items()
         for kind in ("fill", "stroke")
     )
@@ -268,9 +292,8 @@ def _panels(
     across = 1 if narrow else min(count, columns if count != 4 else 2)
     down = -(-count // across)
     width = 3.6 if narrow else 7.4 if count > 1 else 5.2
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width, height * down + 0.5), layout="constrained")
-        axes = figure.subplots(down, across, squeeze=False, sharex=sharex, sharey=sharey)
+    figure = Figure(figsize=(width, height * down + 0.5), layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False, sharex=sharex, sharey=sharey)
     figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06, wspace=0.03, hspace=0.04)
     for ax in axes.flat[count:]:
         ax.set_visible(False)
@@ -296,9 +319,7 @@ def _left_label(axes: Sequence[Axes], text: str) -> None:
 
 def _legend(figure: Figure, results: Results, names: Sequence[str], narrow: bool) -> None:
     look = styles(results)
-    handles = [
-        Line2D([], [], color=look[n].colour, linestyle=look[n].dash, linewidth=1.5, **look[n].mark(5)) for n in names
-    ]
+    handles = [Line2D([], [], linestyle=look[n].dash, linewidth=1.5, **look[n].mark(5)) for n in names]
     legend = figure.legend(
         handles,
         ["x"] * len(names),  # set below: a legend would drop a name with a leading underscore and read $ as mathematics
@@ -326,9 +347,8 @@ def _curve(log: Sequence[dict[str, Any]], x: str, y: str) -> tuple[np.ndarray, n
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """A centred running mean over a twentieth of the run, narrower at its ends."""
-    half = len(values) // 40
+    """A centred running mean over a twentieth of the run; one-sided at its ends, so that they are no noisier."""
+    half, index = len(values) // 40, np.arange(len(values))
     total = np.concatenate([[0.0], np.cumsum(values)])
-    index = np.arange(len(values))
-    reach = np.minimum(half, np.minimum(index, len(values) - 1 - index))
-    return (total[index + reach + 1] - total[index - reach]) / (2 * reach + 1)
+    low, high = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
+    return (total[high] - total[low]) / (high - low)

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -95,16 +96,11 @@ def task_rows(results: Results, task: str) -> Rows:
     """Everything measured on one task, a row per method."""
     measured = results["evaluation"][task]["methods"]
     slots = max((len(scores.get("alpha") or []) for scores in measured.values()), default=0)
-    rows = [["method", "τ", "accepted", "engine τ", "rounds", "cut", *(f"α{subscript(k + 1)}" for k in range(slots))]]
+    rows = [["method", "τ", "engine τ", "rounds", "cut", *(f"α{subscript(k + 1)}" for k in range(slots))]]
     for name in (m["name"] for m in results["methods"] if m["name"] in measured):
         scores = measured[name]
         alphas = [*(scores.get("alpha") or []), *[None] * slots][:slots]
-        row = [
-            method_label(results, name),
-            tau_cell(scores),
-            fixed(scores.get("accepted")),
-            fixed(scores.get("engine_tau")),
-        ]
+        row = [method_label(results, name), tau_cell(scores), fixed(scores.get("engine_tau"))]
         rows.append([*row, count(scores.get("rounds")), share(scores.get("cut_share")), *(fixed(a) for a in alphas)])
     return dense(rows)
 
@@ -166,13 +162,14 @@ def speedup_rows(results: Results) -> Rows:
     return dense(rows)
 
 
-def flat(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
-    """Dotted key and cleaned value of every leaf of a nested dict."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{clean(key)}.")
-        else:
-            yield prefix + clean(key), NONE if value is None else clean(value)
+def flat(value: object) -> str:
+    """A leaf as it is, a dict as `key value · key value`, a list with commas; underscores of keys become spaces."""
+    if isinstance(value, dict):
+        names = {key: "" if key == "name" else f"{clean(key).replace('_', ' ')} " for key in value}
+        return " · ".join(f"{names[key]}{flat(leaf)}" for key, leaf in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(flat, value))
+    return NONE if value is None else clean(value)
 
 
 def verdict(comparison: dict[str, Any]) -> str:
@@ -189,7 +186,7 @@ def comparison_sentences(results: Results) -> list[str]:
     """One sentence a comparison, which claims no more than its interval says."""
     sentences = []
     for c in results.get("comparisons") or []:
-        a, b = method_label(results, c["a"]), method_label(results, c["b"])
+        a, b = _side(results, c, "a"), _side(results, c, "b")
         where = f"{_at(c)}on {task_label(results, c['task'])}, " if _at(c) else f"On {task_label(results, c['task'])}, "
         interval, ratio, outcome = span(c.get("interval")), _ratio(c), verdict(c)
         bounds = f"95 % interval {signed(interval[0])} to {signed(interval[1])}" if interval else ""
@@ -209,23 +206,24 @@ def headline(results: Results) -> list[str]:
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for c in results.get("comparisons") or []:
         groups.setdefault((c["a"], c["b"], _at(c)), []).append(c)
-    sentences = [_finding(results, *key, members) for key, members in groups.items()]
-    return [*sentences, *_lookups(results)] or [
-        "No paired comparison is recorded here; the table gives what was measured."
-    ]
+    sentences = [_finding(results, at, members) for (_, _, at), members in groups.items()]
+    nothing = ["No paired comparison is recorded here; the table gives what was measured."]
+    return [*(sentences or nothing), *_lookups(results)]
 
 
-def _finding(results: Results, first: str, second: str, at: str, members: list[dict[str, Any]]) -> str:
-    a, b, clauses = method_label(results, first), method_label(results, second), []
+def _finding(results: Results, at: str, members: list[dict[str, Any]]) -> str:
+    a, b, clauses = _side(results, members[0], "a"), _side(results, members[0], "b"), []
     for outcome in ("better", "worse", "undecided", "unknown"):
         chosen = [c for c in members if verdict(c) == outcome]
-        where, ratios = (
-            series([task_label(results, c["task"]) for c in chosen]),
-            [r for c in chosen if (r := _ratio(c))],
-        )
+        where = series([task_label(results, c["task"]) for c in chosen])
+        ratios = [r for c in chosen if (r := _ratio(c))]
         if chosen and outcome in ("better", "worse"):
             told = outcome == "better" and len(ratios) == len(chosen)
-            times = f", with {series([f'{r:.2f}' for r in ratios])} times its accepted length" if told else ""
+            times = (
+                f" ({series([f'{r:.2f}' for r in ratios])} times its accepted length, by point estimate)"
+                if told
+                else ""
+            )
             clauses.append(f"{a} is {outcome} than {b} on {where}{times}")
         elif chosen:
             why = "is undecided" if outcome == "undecided" else "has no interval, so nothing is claimed"
@@ -247,6 +245,14 @@ def _lookups(results: Results) -> list[str]:
             [f"{method_label(results, name)}, which has no parameters, reaches τ {reached}{rivals}."] if met else []
         )
     return sentences
+
+
+def _side(results: Results, comparison: dict[str, Any], side: str) -> str:
+    """The label of `a` or `b`; where a condition is named, of the objective before the `@`: the condition tells the rest."""
+    name = comparison[side]
+    base = name.partition("@")[0]
+    known = bool(comparison.get("condition")) and any(m["name"] == base for m in results["methods"])
+    return method_label(results, base if known else name)
 
 
 def _ratio(comparison: dict[str, Any]) -> float | None:
@@ -286,20 +292,22 @@ def markdown_table(rows: Rows) -> str:
 def meta(results: Results) -> list[str]:
     """What stands under the title: date, target, data, machine."""
     facts = results.get("provenance") or {}
-    parts = [results.get("created"), *((facts.get(k) or {}).get("name") for k in ("target", "data"))]
     machine = facts.get("machine") or {}
+    parts = [re.sub(r"^(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d).*", r"\1 \2", clean(results.get("created") or ""))]
+    parts += [(facts.get(key) or {}).get("name") for key in ("target", "data")]
     parts += [machine.get("cpu"), f"{machine['cores']} cores" if machine.get("cores") else None]
     return [clean(part) for part in parts if part]
 
 
 def provenance_rows(results: Results) -> Rows:
-    """Command, provenance and settings, flattened."""
-    tree = {"command": results["command"]} if results.get("command") else {}
-    tree |= {
+    """Command, provenance and settings, a row each."""
+    facts = {
+        "command": results.get("command"),
         **(results.get("provenance") or {}),
-        **({"settings": results["settings"]} if results.get("settings") else {}),
+        "settings": results.get("settings"),
     }
-    return [["key", "value"], *map(list, flat(tree))]
+    rows = [[clean(key).replace("_", " "), flat(value)] for key, value in facts.items() if value not in (None, {}, [])]
+    return [["key", "value"], *rows]
 
 
 def markdown(results: Results, figures: Sequence[str] = ()) -> str:

@@ -46,6 +46,11 @@ def results() -> dict[str, Any]:
     return full()
 
 
+@pytest.fixture(scope="session")
+def everything() -> dict[str, Any]:
+    return full()
+
+
 def full() -> dict[str, Any]:
     evaluation = {
         task: {

@@ -1,0 +1,145 @@
+"""`specauf eval`: several checkpoints and prompt lookup over the same recordings, as a results dict for the report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+from specauf import provenance
+from specauf.bench.runner import LiveCheck, Recorded, check_live, comparison, measure, recorded
+from specauf.bench.tasks import TASKS, load_task, render_prompts
+from specauf.config import ConfigError, EvalConfig, UserError
+from specauf.decode.propose import DrafterProposer, PromptLookup
+from specauf.drafter.dflash import load_drafter
+from specauf.files import atomic_write_text
+from specauf.target import Target
+
+
+class Progress(Protocol):
+    def progress(self, label: str, total: float) -> AbstractContextManager[Callable[[float, str], None]]: ...
+
+
+def evaluate(
+    target: Target,
+    checkpoints: Sequence[Path],
+    config: EvalConfig,
+    out: Path,
+    data_dir: Path | None,
+    live: int,
+    console: Progress,
+) -> tuple[dict[str, Any], bool]:
+    """(results, whether every live check passed). Writes `out/results.json`.
+
+    Raises `UserError` when the checkpoints differ in block size or thinking flag, or have the same name.
+    """
+    if not checkpoints:
+        raise UserError("give at least one drafter directory")
+    if live and config.sampling.temperature:
+        raise ConfigError("--live compares token for token, so it needs temperature 0")
+    names = [_name(path) for path in checkpoints]
+    if len(set(names)) < len(names):
+        raise UserError(f"checkpoints must have different names, got {', '.join(names)}")
+    drafters = {name: load_drafter(path, target.device) for name, path in zip(names, checkpoints, strict=True)}
+    blocks = {d.config.block_size for d in drafters.values()}
+    if len(blocks) > 1:
+        raise UserError(f"checkpoints with block sizes {sorted(blocks)} cannot share one table: evaluate them apart")
+    thinking = {bool(d.config.extra.get("enable_thinking", False)) for d in drafters.values()}
+    if len(thinking) > 1:
+        raise UserError("the checkpoints were trained with different enable_thinking: evaluate them apart")
+    block = blocks.pop()
+    proposers: dict[str, DrafterProposer | PromptLookup] = {n: DrafterProposer(d, target) for n, d in drafters.items()}
+    proposers["prompt-lookup"] = PromptLookup(block)
+    tasks = {}
+    flag = thinking.pop()
+    for task in config.tasks:
+        prompts = load_task(task, tasks_dir=config.tasks_dir, data_dir=data_dir)[: config.prompts]
+        label = TASKS[task].label if task in TASKS else task
+        with console.progress(f"recording the target on {label}", len(prompts)) as advance:
+            rendered = render_prompts(target, prompts, flag)
+            tasks[task] = recorded(
+                target,
+                label,
+                rendered,
+                config,
+                block,
+                out / "trajectories",
+                lambda n, advance=advance: advance(n, ""),  # type: ignore[misc]
+            )
+    evaluation, rounds = measure(target, proposers, tasks)
+    found = provenance.collect()
+    results: dict[str, Any] = {
+        "title": "Acceptance by replay",
+        "created": found["created"],
+        "provenance": {
+            "commit": (found["git"] or {}).get("commit"),
+            "version": found["specauf"],
+            "python": found["python"],
+            "packages": found["packages"],
+            "machine": found["machine"],
+            "target": {"name": target.display_name, "fingerprint": target.fingerprint()},
+        },
+        "settings": {"block size": block, "new tokens": config.max_new_tokens, "prompts": config.prompts},
+        "methods": [
+            *(
+                {"name": n, "label": n, "kind": "drafter", "steps": d.config.extra.get("steps")}
+                for n, d in drafters.items()
+            ),
+            {"name": "prompt-lookup", "label": "prompt lookup", "kind": "lookup"},
+        ],
+        "evaluation": evaluation,
+        "comparisons": [row for other in names[1:] for row in comparison(rounds, other, names[0], "")],
+        "checks": [],
+        "speedups": [],
+    }
+    passed = True
+    for name, proposer in proposers.items():
+        for task, recording in tasks.items():
+            if live:
+                passed &= _live(target, name, proposer, task, recording, live, results, console)
+    atomic_write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
+    return results, passed
+
+
+def _name(path: Path) -> str:
+    """`runs/x/auf/checkpoint` is `auf`; a trailing slash does not matter."""
+    parts = [p for p in path.resolve().parts if p != "checkpoint"]
+    return parts[-1]
+
+
+def _live(
+    target: Target,
+    name: str,
+    proposer: DrafterProposer | PromptLookup,
+    task: str,
+    recording: Recorded,
+    count: int,
+    results: dict[str, Any],
+    console: Progress,
+) -> bool:
+    some = recording.trajectories[:count]
+    with console.progress(f"{name} live on {recording.label}", len(some)) as advance:
+        one = check_live(target, proposer, some, recording.limit, on_done=lambda n: advance(n, ""))
+    many = check_live(target, proposer, some, recording.limit, batched=True)
+    for how, check in (("batch 1", one), (f"batch {len(some)}", many)):
+        told = f"{len(some)} prompts, {sum(len(g.rounds) for g in check.generations)} rounds, {len(check.near_ties)} near ties"
+        results["checks"].append(
+            {
+                "name": f"{name}, {recording.label}, {how}: live tokens are plain decoding's, live rounds are replay's",
+                "value": "; ".join(check.problems) or told,
+                "passed": not check.problems,
+            }
+        )
+    results["speedups"] += _ratios(name, recording.label, one, many)
+    return not one.problems and not many.problems
+
+
+def _ratios(name: str, label: str, one: LiveCheck, many: LiveCheck) -> list[dict[str, Any]]:
+    cached, counted = one.replay_seconds, one.replay_seconds + one.prefill_seconds
+    return [
+        {"name": f"replay of {name}, {label}, against {against}", "ratio": live / spent, "note": note}
+        for against, live in (("live, batch 1", one.live_seconds), ("live, batched", many.live_seconds))
+        for note, spent in (("features cached", cached), ("prefill counted", counted))
+    ]

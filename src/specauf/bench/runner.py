@@ -1,0 +1,235 @@
+"""Record once, replay every drafter over the same trajectories, and check a sample live."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from specauf.config import EvalConfig, UserError, digest, to_dict
+from specauf.decode.acceptance import compare, repeated_share, summarise
+from specauf.decode.generate import Generation, Round, generate
+from specauf.decode.propose import DrafterProposer, PromptLookup
+from specauf.decode.replay import (
+    Trajectory,
+    load_trajectories,
+    record,
+    replay,
+    save_trajectories,
+    trajectory_features,
+)
+from specauf.target import Target
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+MARGIN = 1e-4
+"""A divergence between two float32 computations is rounding below this top-2 margin, and a bug above it."""
+
+Proposers = Mapping[str, DrafterProposer | PromptLookup]
+
+
+@dataclass
+class Recorded:
+    """A task's trajectories, and the features of every drafter's layers once something asked for them."""
+
+    label: str
+    trajectories: list[Trajectory]
+    limit: int
+    features: dict[tuple[int, ...], list[Tensor]]
+    seconds_prefill: float = 0.0
+
+    def features_for(self, target: Target, layer_ids: Sequence[int]) -> list[Tensor] | None:
+        if not layer_ids:
+            return None
+        key = tuple(layer_ids)
+        if key not in self.features:
+            began = time.perf_counter()
+            self.features[key] = trajectory_features(target, self.trajectories, key)
+            self.seconds_prefill = time.perf_counter() - began
+        return self.features[key]
+
+
+def recorded(
+    target: Target,
+    label: str,
+    prompts: Sequence[tuple[str, list[int]]],
+    config: EvalConfig,
+    block_size: int,
+    cache: Path,
+    on_progress: Callable[[int], None] | None = None,
+) -> Recorded:
+    """Trajectories from `cache`, or recorded into it; keyed by target, prompts, sampling, length and block size."""
+    if not prompts:
+        raise UserError(f"the task {label!r} has no prompts")
+    limit = config.max_new_tokens
+    meta = {
+        "target": target.fingerprint(),
+        "prompts": digest([list(p) for p in prompts]),
+        "sampling": to_dict(config.sampling),
+        "limit": limit,
+        "block_size": block_size,
+    }
+    directory = cache / f"trajectories-{digest(meta)}"
+    if not directory.is_dir():
+        found = record(
+            target,
+            prompts,
+            limit=limit,
+            block_size=block_size,
+            sampling=config.sampling,
+            batch_size=config.batch_size,
+            on_progress=on_progress,
+        )
+        save_trajectories(directory, found, meta)
+    return Recorded(label, load_trajectories(directory)[0], limit, {})
+
+
+def measure(
+    target: Target, proposers: Proposers, tasks: Mapping[str, Recorded]
+) -> tuple[dict[str, Any], dict[str, dict[str, list[list[Round]]]]]:
+    """(the `evaluation` section of a report, rounds by task and method), every method over the same trajectories."""
+    evaluation: dict[str, Any] = {}
+    rounds: dict[str, dict[str, list[list[Round]]]] = {}
+    for name, task in tasks.items():
+        tokens = [min(len(t.tokens), task.limit) for t in task.trajectories]
+        rounds[name] = {
+            method: replay(p, task.trajectories, task.features_for(target, p.layer_ids), task.limit)
+            for method, p in proposers.items()
+        }
+        evaluation[name] = {
+            "label": task.label,
+            "prompts": len(task.trajectories),
+            "methods": {
+                method: summarise(found, tokens, proposers[method].block_size - 1).to_dict()
+                for method, found in rounds[name].items()
+            },
+            "repeated_share": repeated_share([t.tokens[: task.limit] for t in task.trajectories]),
+        }
+    return evaluation, rounds
+
+
+def comparison(
+    rounds: Mapping[str, dict[str, list[list[Round]]]], a: str, b: str, condition: str
+) -> list[dict[str, Any]]:
+    """Rows of the report's `comparisons`: method `a` against `b` on every task, paired over prompts."""
+    rows = []
+    for task, by_method in rounds.items():
+        found = compare(by_method[a], by_method[b])
+        rows.append(
+            {
+                "task": task,
+                "a": a,
+                "b": b,
+                "condition": condition,
+                "difference": found.difference,
+                "interval": list(found.interval),
+                "ratio": found.ratio,
+            }
+        )
+    return rows
+
+
+@dataclass
+class LiveCheck:
+    """Live decoding of recorded prompts beside plain decoding and replay."""
+
+    generations: list[Generation]
+    plain: list[Generation]
+    live_seconds: float
+    plain_seconds: float
+    replay_seconds: float
+    """Features cached."""
+    prefill_seconds: float
+    """What computing those features takes."""
+    problems: list[str]
+    """Divergences with a top-2 margin above `MARGIN`. Empty is a pass."""
+    near_ties: list[str]
+    """Divergences below it."""
+
+
+def check_live(
+    target: Target,
+    proposer: DrafterProposer | PromptLookup,
+    trajectories: Sequence[Trajectory],
+    limit: int,
+    *,
+    batched: bool = False,
+    on_done: Callable[[int], None] | None = None,
+) -> LiveCheck:
+    """Decode recorded prompts (T=0) live, and compare tokens with plain decoding and rounds with replay."""
+    plain: list[Generation] = []
+    live: list[Generation] = []
+    groups = [list(trajectories)] if batched else [[t] for t in trajectories]
+    plain_seconds = live_seconds = 0.0
+    for group in groups:
+        prompts = [t.prompt for t in group]
+        began = time.perf_counter()
+        plain += generate(target, None, prompts, max_new_tokens=limit, record_margins=True)
+        plain_seconds += time.perf_counter() - began
+        began = time.perf_counter()
+        live += generate(target, proposer, prompts, max_new_tokens=limit)
+        live_seconds += time.perf_counter() - began
+        if on_done:
+            on_done(len(group))
+    began = time.perf_counter()
+    features = trajectory_features(target, trajectories, proposer.layer_ids) if proposer.layer_ids else None
+    prefill_seconds = time.perf_counter() - began
+    began = time.perf_counter()
+    replayed = replay(proposer, trajectories, features, limit)
+    replay_seconds = time.perf_counter() - began
+    check = LiveCheck(live, plain, live_seconds, plain_seconds, replay_seconds, prefill_seconds, [], [])
+    for i, trajectory in enumerate(trajectories):
+        _compare_tokens(check, trajectory.id, live[i], plain[i])
+        if trajectory.tokens[: len(live[i].tokens)] == live[i].tokens:
+            _compare_rounds(
+                check, target, proposer, trajectory, features[i] if features else None, live[i], replayed[i]
+            )
+    return check
+
+
+def _note(check: LiveCheck, text: str, margin: float) -> None:
+    log.warning("%s (top-2 margin %.2e)", text, margin)
+    (check.problems if margin > MARGIN else check.near_ties).append(f"{text}, top-2 margin {margin:.2e}")
+
+
+def _compare_tokens(check: LiveCheck, name: str, live: Generation, plain: Generation) -> None:
+    if live.tokens != plain.tokens:
+        pairs = enumerate(zip(live.tokens, plain.tokens, strict=False))
+        at = next((i for i, (a, b) in pairs if a != b), min(len(live.tokens), len(plain.tokens)) - 1)
+        _note(check, f"{name}: speculative and plain decoding part at token {at}", plain.margins[at])
+
+
+def _compare_rounds(
+    check: LiveCheck,
+    target: Target,
+    proposer: DrafterProposer | PromptLookup,
+    trajectory: Trajectory,
+    features: Tensor | None,
+    live: Generation,
+    replayed: list[Round],
+) -> None:
+    if live.rounds == replayed:
+        return
+    number = next(
+        (i for i, (a, b) in enumerate(zip(live.rounds, replayed, strict=False)) if a != b),
+        min(len(live.rounds), len(replayed)) - 1,
+    )
+    at = live.rounds[number]
+    margin = float("inf")
+    if isinstance(proposer, DrafterProposer) and features is not None:
+        slot = min(at.accepted, replayed[number].accepted)
+        ids = torch.tensor(trajectory.ids)[None].to(target.device)
+        anchors = torch.tensor([[len(trajectory.prompt) + at.start]], device=target.device)
+        context = proposer.drafter.context(features[None], torch.arange(features.shape[0])[None])
+        logits = target.logits(proposer.hidden(ids, anchors, context)[0, 0, slot])
+        top = logits.topk(2).values
+        margin = float(top[0] - top[1])
+    _note(check, f"{trajectory.id}: live and replayed round {number} differ, at token {at.start}", margin)

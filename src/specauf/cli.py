@@ -1,0 +1,335 @@
+"""The verbs: parse, call one function, print. Nothing is decided here.
+
+Exit codes: 0 done, 1 a check failed, 2 a mistake that the message says how to mend, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from specauf import config as configuration
+from specauf.config import ConfigError, EvalConfig, RunConfig, SamplingConfig, TargetConfig, UserError
+from specauf.console import Terminal
+
+if TYPE_CHECKING:
+    from specauf.target import Target
+
+Recipe = Annotated[Path, tyro.conf.Positional]
+Overrides = Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="SECTION.KEY=VALUE ...")]
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Read a corpus, print what was kept and dropped and why, and store its tokens."""
+
+    recipe: Recipe
+    """A recipe, e.g. recipes/smollm2_cpu.yaml."""
+    show: int = 0
+    """Print so many conversations with the supervised tokens coloured."""
+    set: Overrides = ()
+    """Override fields of the recipe."""
+
+    def run(self, terminal: Terminal) -> int:
+        from specauf.data.chat import Rendered, colour
+        from specauf.run import data_dir, prepare_data
+
+        config = configuration.load(self.recipe, self.set)
+        target = _target(config.target)
+        prepared = prepare_data(config, target)
+        for line in prepared.ledger.lines():
+            terminal.say(line)
+        terminal.say(f"{int(prepared.train.mask.sum()):,} of {len(prepared.train.ids):,} tokens supervised")
+        terminal.say(f"held out: {prepared.train.meta['heldout']}")
+        terminal.say(f"{'reused' if prepared.reused else 'written to'} {data_dir(config)}")
+        assert target.tokenizer is not None
+        for i in range(min(self.show, len(prepared.train))):
+            example = prepared.train[i]
+            terminal.rich.rule(f"conversation {prepared.train.meta['conversation_ids'][i]}")
+            terminal.rich.print(
+                colour(target.tokenizer, Rendered(example.input_ids.tolist(), example.loss_mask.tolist()))
+            )
+        return 0
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a drafter from a recipe. Run the same command again to go on after an interruption."""
+
+    recipe: Recipe
+    """A recipe, e.g. recipes/smollm2_cpu.yaml."""
+    set: Overrides = ()
+    """Override fields of the recipe."""
+    fresh: bool = False
+    """Start over even if a checkpoint is there."""
+
+    def run(self, terminal: Terminal) -> int:
+        from specauf.run import feature_cache, heldout_evaluator, open_run, prepare_data, set_horizon
+
+        config = configuration.load(self.recipe, self.set)
+        if config.train.max_steps is None and config.train.minutes is None:
+            raise ConfigError("set train.max_steps or train.minutes: the learning-rate schedule needs a horizon")
+        target = _target(config.target)
+        prepared = prepare_data(config, target)
+        with terminal.progress("features", float(len(prepared.train.ids)) if config.features.cache else 0) as advance:
+            features = feature_cache(config, target, prepared, on_progress=lambda n: advance(n, ""))
+        run = open_run(config, target, prepared, features, resume=not self.fresh)
+        terminal.say(set_horizon(run.trainer))
+        evaluate = heldout_evaluator(config, target, prepared) if config.train.eval_every else None
+        with terminal.progress(f"training {config.objective.name}", run.trainer.max_steps or 0) as advance:
+            advance(run.trainer.done, "")
+            run.trainer.run(on_step=lambda row: advance(1, _step_note(row)), evaluate=evaluate)
+        terminal.say(f"drafter: {Path(config.out) / 'checkpoint'}; log: {Path(config.out) / 'log.jsonl'}")
+        return 0
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Measure drafters: record the target once, replay every drafter over it, compare them prompt by prompt."""
+
+    checkpoints: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Drafter directories; the first is what the others are compared with."""
+    target: TargetConfig = field(default_factory=TargetConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    live: int = 0
+    """Also decode so many prompts per task for real, and compare with plain decoding and with replay (T=0)."""
+    data_dir: Path | None = None
+    """Prepared data to take the task `heldout` from, as `specauf prepare` prints it."""
+    out: Path = Path("runs/eval")
+
+    def run(self, terminal: Terminal) -> int:
+        from specauf.bench.compare import evaluate
+
+        results, passed = evaluate(
+            _target(self.target), self.checkpoints, self.eval, self.out, self.data_dir, self.live, terminal
+        )
+        _print_results(terminal, results)
+        return 0 if passed else 1
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Stream text with accepted draft tokens coloured; print tau, rounds and tokens per second beside plain decoding."""
+
+    checkpoint: Annotated[Path, tyro.conf.Positional]
+    """A drafter directory, or `prompt-lookup`."""
+    prompt: Annotated[str, tyro.conf.Positional]
+    target: TargetConfig = field(default_factory=TargetConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    max_new_tokens: int = 128
+    block_size: int = 8
+    """Of prompt lookup; a drafter's checkpoint says its own."""
+    enable_thinking: bool = False
+
+    def run(self, terminal: Terminal) -> int:
+        from specauf.data.chat import prompt_ids
+        from specauf.decode.generate import generate
+        from specauf.decode.propose import DrafterProposer, PromptLookup
+        from specauf.drafter.dflash import load_drafter
+
+        lookup = str(self.checkpoint) == "prompt-lookup"
+        drafter = None if lookup else load_drafter(self.checkpoint)
+        target = _target(self.target)
+        if drafter is not None:
+            _warn_mismatch(terminal, target, drafter.config.extra, self.enable_thinking)
+        proposer = (
+            PromptLookup(self.block_size) if drafter is None else DrafterProposer(drafter.to(target.device), target)
+        )
+        assert target.tokenizer is not None
+        ids = prompt_ids(target.tokenizer, [{"role": "user", "content": self.prompt}], self.enable_thinking)
+        stream = _Stream(target, terminal)
+        options: dict[str, Any] = {"sampling": self.sampling, "max_new_tokens": self.max_new_tokens}
+        (out,) = generate(target, proposer, [ids], on_commit=stream.commit, **options)
+        terminal.rich.print()
+        (plain,) = generate(target, None, [ids], **options)
+        rounds = max(1, len(out.rounds))
+        tau = 1 + sum(r.accepted for r in out.rounds) / rounds
+        terminal.say(f"\ntau {tau:.3f} over {len(out.rounds)} rounds, {len(out.tokens)} tokens")
+        terminal.say(
+            f"{len(out.tokens) / out.seconds:.1f} tokens/s; plain decoding {len(plain.tokens) / plain.seconds:.1f} tokens/s"
+        )
+        if self.sampling.temperature == 0:
+            same = out.tokens == plain.tokens
+            terminal.say(f"the text is {'' if same else 'NOT '}the target's own, token for token")
+            return 0 if same else 1
+        return 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write the page, Markdown and figures again from a results.json."""
+
+    results: Annotated[Path, tyro.conf.Positional]
+    out: Path | None = None
+    """Where to; the results' own directory when not given."""
+
+    def run(self, terminal: Terminal) -> int:
+        from specauf.report import page
+
+        index = page.write(page.read(self.results), self.out or self.results.parent)
+        terminal.say(str(index))
+        return 0
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Train two drafters on the embedded default, decay and AUF, measure both and prompt lookup, write a page."""
+
+    minutes: float = 13.0
+    """The whole demo's budget after installation. Turned into numbers once; nothing runs on the clock."""
+    drafter: str = "dflash"
+    block_size: int = 8
+    out: Path | None = None
+    """Where to; runs/demo-... when not given."""
+    set: Overrides = ()
+    """Override fields of the demo's recipe."""
+
+    def run(self, terminal: Terminal) -> int:
+        from specauf import assets
+        from specauf.demo import run_demo
+
+        configuration.choose(self.drafter, ("dflash",), "drafter")
+        configuration.require(self.minutes >= 2, f"--minutes must be at least 2, got {self.minutes:g}")
+        out = self.out or Path("runs") / f"demo-{self.drafter}-b{self.block_size}-{self.minutes:g}min"
+        base = configuration.override(DEMO, [f"out={out}", f"drafter.block_size={self.block_size}", *self.set])
+        terminal.say("assets: the target (93 MB to download once), the corpus (27 MB), the prompts")
+        assets.smollm2(), assets.sharegpt(), assets.human_eval()
+        index = run_demo(base, self.minutes, terminal)
+        _print_results(terminal, _read_results(index))
+        terminal.say(f"\nthe page: {index}")
+        return 0
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Say what is here, what would fail, and how to mend it."""
+
+    def run(self, terminal: Terminal) -> int:
+        from specauf.doctor import examine
+
+        checks = examine()
+        for check in checks:
+            terminal.say(f"{check.status:5} {check.name}: {check.detail}")
+            if check.status != "ok" and check.mend:
+                terminal.say(f"      {check.mend}")
+        return 1 if any(c.status == "fail" for c in checks) else 0
+
+
+DEMO = configuration.from_dict(
+    RunConfig,
+    {
+        "data": {"max_conversations": 1500},
+        "features": {"cache": True},
+        "eval": {"prompts": 16, "max_new_tokens": 128},
+    },
+)
+"""The demo's recipe; recipes/smollm2_cpu.yaml is the same thing for one drafter and longer."""
+
+
+class _Stream:
+    """Prints tokens as they are committed; decodes the whole text each time, since tokens may split characters."""
+
+    def __init__(self, target: Target, terminal: Terminal) -> None:
+        self.target, self.terminal = target, terminal
+        self.tokens: list[int] = []
+        self.shown = 0
+
+    def commit(self, row: int, tokens: list[int], drafted: list[bool]) -> None:
+        from rich.text import Text
+
+        assert self.target.tokenizer is not None
+        for token, was_draft in zip(tokens, drafted, strict=True):
+            self.tokens.append(token)
+            text = self.target.tokenizer.decode(self.tokens)
+            if not text.endswith("\ufffd"):
+                self.terminal.rich.print(Text(text[self.shown :], style="green" if was_draft else ""), end="")
+                self.shown = len(text)
+
+
+def _target(config: TargetConfig) -> Target:
+    from specauf.target import Target
+
+    return Target.load(config)
+
+
+def _warn_mismatch(terminal: Terminal, target: Target, trained: Any, enable_thinking: bool) -> None:
+    """A drafter trained under another template or thinking flag is measured off its distribution: say so."""
+    from specauf.data.chat import template_hash
+
+    assert target.tokenizer is not None
+    if trained.get("template_hash") not in (None, template_hash(target.tokenizer)):
+        terminal.say("warning: this drafter was trained under another chat template than this target's")
+    if trained.get("enable_thinking") not in (None, enable_thinking):
+        terminal.say(f"warning: this drafter was trained with enable_thinking={trained['enable_thinking']}")
+    if trained.get("target_fingerprint") not in (None, target.fingerprint()):
+        terminal.say("warning: this drafter was trained for another target (the fingerprints differ)")
+
+
+def _step_note(row: dict[str, Any]) -> str:
+    return f"loss {row['loss']:.3f}, simulated tau {row['simulated_tau']:.3f}"
+
+
+def _read_results(index: Path) -> dict[str, Any]:
+    from specauf.report import page
+
+    found: dict[str, Any] = page.read(index.parent / "results.json")
+    return found
+
+
+def _print_results(terminal: Terminal, results: dict[str, Any]) -> None:
+    from specauf.report import tables
+
+    terminal.say("")
+    terminal.say(tables.plain_table(tables.summary_rows(results)))
+    terminal.say("")
+    for sentence in tables.comparison_sentences(results):
+        terminal.say(sentence)
+    for check in results.get("checks", []):
+        terminal.say(f"{'ok' if check['passed'] else 'FAILED'}: {check['name']}: {check['value']}")
+    for item in results.get("speedups", []):
+        terminal.say(f"{item['name']}: {item['ratio']:.1f} times faster ({item['note']})")
+
+
+def _verbs() -> Any:
+    """The union of the verbs, each a subcommand with its own --help; no option hides in a nested subcommand."""
+    union: Any = None
+    for verb in (Prepare, Train, Eval, Generate, Report, Demo, Doctor):
+        named = Annotated[verb, tyro.conf.subcommand(verb.__name__.lower())]  # type: ignore[valid-type]
+        union = named if union is None else union | named
+    return union
+
+
+def _quiet_transformers() -> None:
+    """Its weight-loading bars and notices are not this program's output."""
+    if "transformers" in sys.modules or "torch" in sys.modules:
+        from transformers.utils import logging as notices
+
+        notices.set_verbosity_error()
+        notices.disable_progress_bar()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of the `specauf` command."""
+    command = tyro.cli(_verbs(), args=arguments, prog="specauf", description=__doc__)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    terminal = Terminal()
+    try:
+        _quiet_transformers()
+        return command.run(terminal)
+    except UserError as error:
+        print(f"specauf: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nspecauf: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""What a person sees: progress bars with an ETA on a terminal, plain lines otherwise."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+PLAIN_EVERY = 15.0
+"""Seconds between two plain progress lines."""
+
+
+class Terminal:
+    """Implements `demo.Console`."""
+
+    def __init__(self) -> None:
+        self.rich = Console(highlight=False)
+        self.lively = sys.stdout.isatty()
+
+    def say(self, text: str) -> None:
+        self.rich.print(text, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def progress(self, label: str, total: float) -> Iterator[Callable[[float, str], None]]:
+        if self.lively:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
+            with Progress(*columns, console=self.rich) as bar:
+                task = bar.add_task(label, total=total, note="")
+                yield lambda amount, note: bar.update(task, advance=amount, note=note)
+        else:
+            began = last = time.perf_counter()
+            done = 0.0
+            self.say(f"{label} ...")
+
+            def advance(amount: float, note: str) -> None:
+                nonlocal done, last
+                done += amount
+                now = time.perf_counter()
+                if now - last >= PLAIN_EVERY and done:
+                    last = now
+                    left = (now - began) * (total - done) / done
+                    self.say(f"{label}: {done:g}/{total:g}, {left:.0f} s left{', ' + note if note else ''}")
+
+            yield advance
+            self.say(f"{label}: done in {time.perf_counter() - began:.0f} s")

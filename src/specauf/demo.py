@@ -1,0 +1,295 @@
+"""`specauf demo`: two drafters from the same start, measured on the same recordings, in a budget of minutes.
+
+The budget is turned into numbers once (conversations, steps) from measured rates, written to plan.json and kept, so that an
+interrupted demo goes on with the same plan and a finished one is read back from disk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from specauf import provenance
+from specauf.bench.runner import LiveCheck, Recorded, check_live, comparison, measure, recorded
+from specauf.bench.tasks import TASKS, load_task, render_prompts
+from specauf.config import RunConfig, digest, override, to_dict
+from specauf.data.features import extract
+from specauf.decode.generate import Generation
+from specauf.decode.propose import DrafterProposer, PromptLookup
+from specauf.drafter.dflash import load_drafter, save_drafter
+from specauf.files import atomic_write_text
+from specauf.report import page
+from specauf.run import (
+    Run,
+    data_dir,
+    feature_cache,
+    new_drafter,
+    open_run,
+    prepare_data,
+    settings_of,
+    training_log,
+)
+from specauf.target import Target
+from specauf.train.loop import calibrate
+
+SHARE_FEATURES, SHARE_TRAINING = 0.30, 0.48
+"""Of the budget: writing the target's features, and both trainings. The rest records, replays and decodes."""
+LIVE_PROMPTS, LIVE_TOKENS = 2, 64
+"""Prompts per task that are also decoded for real, and how far."""
+EQUAL_STEPS = "auf@decay-steps"
+
+
+class Console(Protocol):
+    """How the demo talks; the CLI prints, tests listen."""
+
+    def say(self, text: str) -> None: ...
+
+    def progress(self, label: str, total: float) -> AbstractContextManager[Callable[[float, str], None]]:
+        """Yields advance(amount, note)."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the budget became. Frozen in plan.json."""
+
+    minutes: float
+    examples: int
+    steps: dict[str, int]
+    seconds_per_step: dict[str, float]
+    """Calibrated: medians of alternating steps."""
+    tokens_per_second: float
+    """Feature extraction."""
+
+
+def run_demo(base: RunConfig, minutes: float, console: Console) -> Path:
+    """Everything from data to page. Returns the page's path."""
+    began = time.perf_counter()
+    out = Path(base.out)
+    target = Target.load(base.target)
+    console.say(f"target {target.name}, fingerprint {target.fingerprint()}")
+    prepared = prepare_data(base, target)
+    for line in prepared.ledger.lines():
+        console.say("  " + line)
+    tasks = _record(base, target, out, console)
+
+    plan_path = out / "plan.json"
+    plan = Plan(**json.loads(plan_path.read_text())) if plan_path.is_file() else None
+    if plan and plan.minutes != minutes:
+        console.say(f"{plan_path} holds a plan for {plan.minutes:g} minutes: going on with that one")
+    examples, rate = (plan.examples, plan.tokens_per_second) if plan else _affordable(base, target, prepared, minutes)
+    lengths = [len(prepared.train[i].input_ids) for i in range(examples)]
+    with console.progress(f"features of {examples} conversations", sum(lengths)) as advance:
+        features = feature_cache(base, target, prepared, examples, lambda n: advance(n, ""))
+
+    runs = {name: open_run(_variant(base, name), target, prepared, features) for name in ("decay", "auf")}
+    if plan is None:
+        console.say("calibrating: a few alternating steps of each objective, undone afterwards")
+        seconds = dict(zip(runs, calibrate([r.trainer for r in runs.values()]), strict=True))
+        each = minutes * 60 * SHARE_TRAINING / 2
+        steps = {name: max(20, int(each / s)) for name, s in seconds.items()}
+        plan = Plan(minutes, examples, steps, seconds, rate)
+        atomic_write_text(plan_path, json.dumps(dataclasses.asdict(plan), indent=2) + "\n")
+    for name, run in runs.items():
+        run.trainer.max_steps = run.trainer.max_steps or plan.steps[name]
+        _train(run, name, plan.steps["decay"], console)
+
+    drafters = {name: run.trainer.drafter for name, run in runs.items()}
+    drafters[EQUAL_STEPS] = load_drafter(out / "auf" / "equal-steps", target.device)
+    block = base.drafter.block_size
+    proposers: dict[str, DrafterProposer | PromptLookup] = {
+        name: DrafterProposer(drafter, target) for name, drafter in drafters.items()
+    }
+    proposers["prompt-lookup"] = PromptLookup(block)
+    console.say("replaying every drafter over the recorded trajectories")
+    evaluation, rounds = measure(target, proposers, tasks)
+    compared = comparison(rounds, "auf", "decay", "equal time") + comparison(
+        rounds, EQUAL_STEPS, "decay", "equal steps"
+    )
+    live = _decode_live(target, proposers["auf"], tasks, console)
+    results = {
+        "title": "Two drafters, one target, the same minutes",
+        "created": provenance.collect()["created"],
+        "command": f"make demo MINUTES={plan.minutes:g}",
+        "provenance": _provenance(base, target, prepared.train.meta),
+        "settings": {**settings_of(base), "conversations": plan.examples, "minutes": plan.minutes},
+        "ledger": prepared.ledger.to_dict(),
+        "methods": _methods(base, plan, runs, evaluation),
+        "evaluation": evaluation,
+        "comparisons": compared,
+        "training": {name: training_log(out / name) for name in runs},
+        **_live_section(target, live, tasks),
+    }
+    index = page.write(results, out / "report")
+    console.say(f"done in {(time.perf_counter() - began) / 60:.1f} minutes")
+    return index
+
+
+def _variant(base: RunConfig, name: str) -> RunConfig:
+    return dataclasses.replace(override(base, [f"objective.name={name}"]), out=str(Path(base.out) / name))
+
+
+def _record(base: RunConfig, target: Target, out: Path, console: Console) -> dict[str, Recorded]:
+    tasks = {}
+    for name in base.eval.tasks:
+        prompts = load_task(name, tasks_dir=base.eval.tasks_dir, data_dir=data_dir(base))[: base.eval.prompts]
+        label = TASKS[name].label if name in TASKS else name
+        with console.progress(f"recording the target on {label}", len(prompts)) as advance:
+            tasks[name] = recorded(
+                target,
+                label,
+                render_prompts(target, prompts, base.data.enable_thinking),
+                base.eval,
+                base.drafter.block_size,
+                out / "trajectories",
+                lambda n, advance=advance: advance(n, ""),  # type: ignore[misc]
+            )
+    return tasks
+
+
+def _affordable(base: RunConfig, target: Target, prepared: Any, minutes: float) -> tuple[int, float]:
+    """(How many conversations' features fit in their share of the budget, the measured tokens per second)."""
+    ids = new_drafter(base, target).config.target_layer_ids
+    sample = [prepared.train[i].input_ids for i in range(min(12, len(prepared.train)))]
+    extract(target, sample[:4], ids)  # warm-up
+    began = time.perf_counter()
+    extract(target, sample, ids)
+    rate = sum(map(len, sample)) / (time.perf_counter() - began)
+    budget, total, count = rate * minutes * 60 * SHARE_FEATURES, 0, 0
+    while count < len(prepared.train) and total < budget:
+        total += len(prepared.train[count].input_ids)
+        count += 1
+    return max(count, base.train.batch_size), rate
+
+
+def _train(run: Run, name: str, equal_steps: int, console: Console) -> None:
+    trainer = run.trainer
+    snapshot = Path(run.config.out) / "equal-steps"
+    total = trainer.max_steps or 0
+    with console.progress(f"training {name}, {total} steps", total) as advance:
+        advance(trainer.done, "")
+
+        def on_step(row: dict[str, Any]) -> None:
+            if name == "auf" and row["step"] == equal_steps:
+                save_drafter(trainer.drafter, snapshot)
+            advance(1, f"loss {row['loss']:.3f}, simulated tau {row['simulated_tau']:.3f}")
+
+        trainer.run(on_step=on_step)
+    if name == "auf" and not snapshot.is_dir():  # the horizon is shorter than the other's: the end is the snapshot
+        save_drafter(trainer.drafter, snapshot)
+
+
+def _methods(base: RunConfig, plan: Plan, runs: dict[str, Run], evaluation: dict[str, Any]) -> list[dict[str, Any]]:
+    gamma = runs["decay"].trainer.objective.gamma
+    labels = {"decay": f"decay (γ={gamma:g})", "auf": "AUF", EQUAL_STEPS: "AUF at decay's steps"}
+    methods: list[dict[str, Any]] = []
+    for name, label in labels.items():
+        log = training_log(Path(base.out) / ("auf" if name == EQUAL_STEPS else name))
+        if name == EQUAL_STEPS:
+            log = log[: plan.steps["decay"]]
+        methods.append(
+            {
+                "name": name,
+                "label": label,
+                "kind": "drafter",
+                "steps": len(log),
+                "seconds_per_step": statistics.median(row["seconds"] for row in log),
+                "train_seconds": sum(row["seconds"] for row in log),
+                "tokens_seen": sum(row["tokens"] for row in log),
+                "blocks_seen": sum(row["blocks"] for row in log),
+                "head_rows_per_block": statistics.fmean(row["head_rows"] for row in log),
+                "note": "taken mid-schedule, where the other run ended" if name == EQUAL_STEPS else "",
+            }
+        )
+    return [*methods, {"name": "prompt-lookup", "label": "prompt lookup", "kind": "lookup", "note": "no parameters"}]
+
+
+def _decode_live(
+    target: Target, proposer: DrafterProposer | PromptLookup, tasks: dict[str, Recorded], console: Console
+) -> dict[str, LiveCheck]:
+    checks = {}
+    with console.progress("decoding for real, plain and speculative", LIVE_PROMPTS * len(tasks)) as advance:
+        for name, task in tasks.items():
+            some = task.trajectories[:LIVE_PROMPTS]
+            checks[name] = check_live(target, proposer, some, LIVE_TOKENS, on_done=lambda n: advance(n, ""))
+    return checks
+
+
+def segments(target: Target, generation: Generation) -> list[dict[str, str]]:
+    """The text, cut where it changes between accepted draft tokens and the target's own."""
+    parts: list[tuple[bool, list[int]]] = []
+    for token, drafted in zip(generation.tokens, generation.drafted, strict=True):
+        if not parts or parts[-1][0] != drafted:
+            parts.append((drafted, []))
+        parts[-1][1].append(token)
+    decode = target.tokenizer.decode  # type: ignore[union-attr]
+    return [{"text": decode(tokens), "kind": "draft" if drafted else "target"} for drafted, tokens in parts]
+
+
+def _live_section(target: Target, checks: dict[str, LiveCheck], tasks: dict[str, Recorded]) -> dict[str, Any]:
+    live, problems, ties, count = [], [], [], 0
+    for name, check in checks.items():
+        count += len(check.generations)
+        problems += check.problems
+        ties += check.near_ties
+        for trajectory, generation, plain in zip(
+            tasks[name].trajectories, check.generations, check.plain, strict=False
+        ):
+            rounds = max(1, len(generation.rounds))
+            live.append(
+                {
+                    "task": name,
+                    "id": trajectory.id,
+                    "prompt": target.tokenizer.decode(trajectory.prompt, skip_special_tokens=True),  # type: ignore[union-attr]
+                    "segments": segments(target, generation),
+                    "tau": 1 + sum(r.accepted for r in generation.rounds) / rounds,
+                    "rounds": len(generation.rounds),
+                    "tokens_per_second": len(generation.tokens) / generation.seconds,
+                    "plain_tokens_per_second": len(plain.tokens) / plain.seconds,
+                }
+            )
+    seconds = {k: sum(getattr(c, f"{k}_seconds") for c in checks.values()) for k in ("live", "replay", "prefill")}
+    told = f"{count} prompts, {len(ties)} near ties" if not problems else "; ".join(problems)
+    return {
+        "live": live,
+        "checks": [
+            {
+                "name": "speculative output is the target's own greedy output; live rounds are the replayed rounds",
+                "value": told,
+                "passed": not problems,
+            }
+        ],
+        "speedups": [
+            {
+                "name": "replay against live decoding, batch 1",
+                "ratio": seconds["live"] / seconds["replay"],
+                "note": "same prompts, features cached",
+            },
+            {
+                "name": "the same, computing the features counted",
+                "ratio": seconds["live"] / (seconds["replay"] + seconds["prefill"]),
+                "note": "same prompts",
+            },
+        ],
+    }
+
+
+def _provenance(base: RunConfig, target: Target, meta: dict[str, Any]) -> dict[str, Any]:
+    found = provenance.collect(digest(base))
+    return {
+        "commit": (found["git"] or {}).get("commit"),
+        "version": found["specauf"],
+        "python": found["python"],
+        "packages": found["packages"],
+        "machine": found["machine"],
+        "target": {"name": target.display_name, "fingerprint": target.fingerprint()},
+        "data": {"name": base.data.path, "fingerprint": meta["key"]},
+        "config_hash": digest(base),
+        "config": to_dict(base),
+    }

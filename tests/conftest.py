@@ -1,0 +1,56 @@
+"""A tiny random target that decodes something other than a loop, and what most tests need around it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from specauf.drafter.config import DFlashConfig
+from specauf.target import Target
+
+torch.set_num_threads(1)
+
+
+def make_target(vocab: int = 61, hidden: int = 32, layers: int = 6, seed: int = 0, scale: float = 3.0) -> Target:
+    """Weights scaled up so that the output depends on the context; the two highest ids never occur in prompts."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab,
+            hidden_size=hidden,
+            intermediate_size=2 * hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            eos_token_id=vocab - 1,
+            bos_token_id=None,
+            pad_token_id=None,
+            tie_word_embeddings=True,
+        )
+    )
+    for parameter in model.parameters():
+        parameter.data.mul_(scale)
+    return Target(model, None, "tiny")
+
+
+def make_geometry(target: Target, block_size: int = 5, layers: int = 2, taps: int = 2) -> DFlashConfig:
+    return DFlashConfig.for_target(
+        target.config,
+        block_size=block_size,
+        num_hidden_layers=layers,
+        mask_token_id=target.config.vocab_size - 2,
+        num_taps=taps,
+    )
+
+
+@pytest.fixture(scope="session")
+def target() -> Target:
+    return make_target()
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 58, (n,), generator=generator).tolist() for n in (3, 7, 5, 12, 1, 9, 4, 6)]

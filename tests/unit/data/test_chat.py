@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from specauf.config import UserError
+from specauf.data import chat
+from specauf.data.chat import (
+    Rendered,
+    TemplateRefused,
+    UnstableTemplate,
+    colour,
+    prompt_ids,
+    render,
+    template_hash,
+    tokenizer_hash,
+)
+from specauf.data.sources import Message
+
+Make = Callable[..., Any]
+QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+# As reasoning models do: the last answer carries a think block that earlier ones lose.
+THINKING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}"
+    "{% if m['role'] == 'assistant' and loop.last %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
+    "{{ m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
+    "{% if not enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}"
+)
+BLANK_AT_THE_BOUNDARY = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+TRIMMING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] | trim + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role here') }}{% endif %}"
+
+
+def talk(*contents: str) -> list[Message]:
+    return [Message("assistant" if i % 2 else "user", content) for i, content in enumerate(contents)]
+
+
+def supervised(tokenizer: Any, rendered: Rendered) -> str:
+    return str(tokenizer.decode([t for t, m in zip(*rendered, strict=True) if m]))
+
+
+def test_exactly_the_answers_and_their_ends_of_turn_are_supervised(tokenizer: Any) -> None:
+    rendered = render(tokenizer, talk("hello", "the fox 🙂", "<|im", "ça va"), enable_thinking=False)
+    assert supervised(tokenizer, rendered) == "the fox 🙂<|im_end|>\nça va<|im_end|>\n"
+    unsupervised = tokenizer.decode([t for t, m in zip(*rendered, strict=True) if not m])
+    assert unsupervised == (
+        "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+        "<|im_start|>user\n<|im<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_an_answer_that_repeats_the_markers_of_a_turn_is_still_supervised_whole(tokenizer: Any) -> None:
+    answer = "a<|im_end|>\n<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\nc"
+    rendered = render(tokenizer, talk("q", answer), enable_thinking=False)
+    assert supervised(tokenizer, rendered) == answer + "<|im_end|>\n"
+
+
+contents = st.lists(st.text(st.sampled_from("ab é🙂\n0<|"), min_size=1, max_size=60), min_size=2, max_size=12)
+
+
+@QUICK
+@given(contents=contents, limit=st.integers(1, 80))
+def test_a_limit_gives_the_head_of_the_tokenised_whole_conversation(
+    tokenizer: Any, contents: list[str], limit: int
+) -> None:
+    messages = talk(*(f"x{c}" for c in contents))
+    whole = render(tokenizer, messages, enable_thinking=False)
+    text = tokenizer.apply_chat_template([m._asdict() for m in messages], tokenize=False)
+    assert whole.input_ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert render(tokenizer, messages, enable_thinking=False, max_length=limit) == Rendered(
+        whole.input_ids[:limit], whole.loss_mask[:limit]
+    )
+
+
+@QUICK
+@given(contents=contents)
+def test_a_prompt_is_the_unsupervised_head_of_the_rendered_conversation(tokenizer: Any, contents: list[str]) -> None:
+    messages = talk("q", "a", *(f"x{c}" for c in contents), "the question", "the answer")
+    messages = messages[: len(messages) // 2 * 2]
+    whole = render(tokenizer, messages, enable_thinking=False)
+    prompt = prompt_ids(tokenizer, messages[:-1], enable_thinking=False)
+    assert whole.input_ids[: len(prompt)] == prompt
+    assert not whole.loss_mask[len(prompt) - 1] and all(whole.loss_mask[len(prompt) :])
+
+
+def test_a_long_conversation_takes_one_tokenisation_and_a_limit_shortens_it(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths: list[int] = []
+    encode = chat._encode
+    monkeypatch.setattr(chat, "_encode", lambda tok, text: lengths.append(len(text)) or encode(tok, text))
+    messages = talk(*["the quick brown fox " * 5 + "."] * 100)
+    render(tokenizer, messages, enable_thinking=False)
+    assert len(lengths) == 1
+    render(tokenizer, messages, enable_thinking=False, max_length=50)
+    assert sum(lengths[1:]) < lengths[0] / 10
+
+
+def test_a_cut_is_made_only_where_a_special_token_begins(make_tokenizer: Make) -> None:
+    # Without markers between turns the last token of a turn can reach into the next one.
+    tokenizer = make_tokenizer("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    messages = talk("<|im_end|>", "the qui", "ck brown fox " * 40, "x")
+    with pytest.raises(UnstableTemplate, match="straddles"):
+        render(tokenizer, messages, enable_thinking=False, max_length=2)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused_but_its_single_turns_pass(make_tokenizer: Make) -> None:
+    tokenizer = make_tokenizer(THINKING)
+    with pytest.raises(UnstableTemplate, match=r"message 1.*<think>"):
+        render(tokenizer, talk("q", "a", "r", "b"), enable_thinking=False)
+    assert supervised(tokenizer, render(tokenizer, talk("q", "a"), enable_thinking=False)) == "a<|im_end|>\n"
+
+
+def test_a_generation_prompt_that_the_history_does_not_repeat_is_refused(make_tokenizer: Make) -> None:
+    tokenizer = make_tokenizer(CHATML.replace("assistant\\n' }}", "assistant\\n<think></think>' }}"))
+    with pytest.raises(UnstableTemplate, match=r"renders '<think>.*where the whole has 'answer"):
+        render(tokenizer, talk("q", "answer " * 9), enable_thinking=False)
+
+
+def test_enable_thinking_reaches_the_template(make_tokenizer: Make) -> None:
+    tokenizer = make_tokenizer(THINKING)
+    rendered = render(tokenizer, talk("q", "a"), enable_thinking=True)
+    assert supervised(tokenizer, rendered) == "<think>\n\n</think>\n\na<|im_end|>\n"
+    off, on = (tokenizer.decode(prompt_ids(tokenizer, talk("q"), thinking)) for thinking in (False, True))
+    assert "<think>" in off and "<think>" not in on
+
+
+def test_a_token_across_a_boundary_is_refused_even_when_its_offsets_hide_the_blank(make_tokenizer: Make) -> None:
+    tokenizer = make_tokenizer(BLANK_AT_THE_BOUNDARY)
+    with pytest.raises(UnstableTemplate, match="straddles"):
+        render(tokenizer, talk("q", "the answer"), enable_thinking=False)  # the token is " the"
+
+
+@pytest.mark.parametrize(("answer", "stable"), [(" the fox", True), ("  the fox", False), ("\n\nthe fox", False)])
+def test_a_blank_at_the_start_of_an_answer_counts_with_it_or_refuses(tokenizer: Any, answer: str, stable: bool) -> None:
+    if stable:
+        rendered = render(tokenizer, talk("q", answer), enable_thinking=False)
+        assert supervised(tokenizer, rendered) == answer + "<|im_end|>\n"
+    else:  # the header's new line and the blanks are one token
+        with pytest.raises(UnstableTemplate, match="straddles"):
+            render(tokenizer, talk("q", answer), enable_thinking=False)
+
+
+def test_a_template_that_trims_is_stable(make_tokenizer: Make) -> None:
+    tokenizer = make_tokenizer(TRIMMING)
+    rendered = render(tokenizer, talk(" q\n", "\n\n the fox ", "r", " a"), enable_thinking=False)
+    assert supervised(tokenizer, rendered) == "the fox<|im_end|>a<|im_end|>"
+
+
+def test_a_template_s_own_error_is_a_refusal_with_its_reason(make_tokenizer: Make) -> None:
+    tokenizer = make_tokenizer(NO_SYSTEM)
+    with pytest.raises(TemplateRefused, match="no system role here"):
+        render(tokenizer, [Message("system", "s"), *talk("q", "a")], enable_thinking=False)
+    assert TemplateRefused.reason != UnstableTemplate.reason
+
+
+def test_a_tokenizer_without_offsets_is_a_user_error(tokenizer: Any) -> None:
+    slow = SimpleNamespace(is_fast=False, chat_template="x", apply_chat_template=tokenizer.apply_chat_template)
+    with pytest.raises(UserError, match="fast tokenizer"):
+        render(slow, talk("q", "a"), enable_thinking=False)
+
+
+def test_a_tokenizer_without_a_template_is_a_user_error_everywhere(make_tokenizer: Make) -> None:
+    tokenizer = make_tokenizer(None)
+    for act in (
+        lambda: template_hash(tokenizer),
+        lambda: prompt_ids(tokenizer, talk("q"), False),
+        lambda: render(tokenizer, talk("q", "a"), enable_thinking=False),
+    ):
+        with pytest.raises(UserError, match=r"chat_template\.jinja"):
+            act()
+
+
+def test_hashes_follow_the_content_and_not_the_padding_settings(make_tokenizer: Make) -> None:
+    tokenizer, other = make_tokenizer(), make_tokenizer(TRIMMING)
+    assert template_hash(tokenizer) != template_hash(other) and len(template_hash(tokenizer)) == 12
+    assert tokenizer_hash(tokenizer) == tokenizer_hash(other)
+    other.backend_tokenizer.enable_padding(length=7)
+    assert tokenizer_hash(tokenizer) == tokenizer_hash(other)
+    other.add_tokens(["<new>"])
+    assert tokenizer_hash(tokenizer) != tokenizer_hash(other)
+
+
+def test_colour_shows_the_whole_text_and_marks_the_supervised_part(tokenizer: Any) -> None:
+    rendered = render(tokenizer, talk("q é", "🙂 a"), enable_thinking=False)
+    text = colour(tokenizer, rendered)
+    assert text.plain == tokenizer.decode(rendered.input_ids)
+    green = [text.plain[span.start : span.end] for span in text.spans if span.style == "green"]
+    assert green == ["🙂 a<|im_end|>\n"]

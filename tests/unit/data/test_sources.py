@@ -1,0 +1,339 @@
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from specauf.config import UserError
+from specauf.data import sources
+from specauf.data.sources import Conversation, Ledger, Message, normalise, read_conversations, read_records, split
+
+QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def share(*turns: tuple[str, str], id: str | None = None) -> dict[str, Any]:
+    return {"id": id, "conversations": [{"from": role, "value": value} for role, value in turns]}
+
+
+def pair(question: str, answer: str = "a", id: str = "x_0") -> dict[str, Any]:
+    return share(("human", question), ("gpt", answer), id=id)
+
+
+def one(record: Any) -> tuple[Conversation | None, Ledger]:
+    ledger = Ledger()
+    return normalise(record, ledger), ledger
+
+
+# --- reading
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("ascii_only", [True, False])
+def test_an_array_cut_anywhere_gives_its_whole_records_and_the_exact_bytes_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, indent: int | None, ascii_only: bool
+) -> None:
+    records = [pair("café 🙂 ]", '"\\', id="é_1"), pair("two", "z" * 70), {"n": []}]
+    data = json.dumps(records, indent=indent, ensure_ascii=ascii_only).encode()
+    starts, ends = [], []
+    for record in records:
+        text = json.dumps(record, ensure_ascii=ascii_only).encode()
+        start = data.index(text) if indent is None else data.index(b"\n  {", ends[-1] if ends else 0) + 3
+        starts.append(start)
+        ends.append(start + len(text) if indent is None else data.index(b"\n  }", start) + 4)
+    path = tmp_path / "cut.json"
+    for cut in range(2, len(data)):
+        monkeypatch.setattr(sources, "CHUNK", 7 + cut % 40)  # records and characters lie across chunks
+        path.write_bytes(data[:cut])
+        ledger = Ledger()
+        whole = sum(end <= cut for end in ends)
+        assert list(read_records(path, ledger)) == records[:whole]
+        assert ledger.records_in == whole
+        (warning,) = ledger.warnings
+        lost = max(0, cut - starts[whole]) if whole < len(records) else 0
+        assert f"the last {lost:,} bytes of {cut:,} are lost" in warning
+
+
+def test_a_whole_array_gives_no_warning_whatever_the_chunk_size(
+    write_corpus: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = [pair(f"question {i} é") for i in range(20)]
+    path = write_corpus(records)
+    for size in (1, 13, 1 << 20):
+        monkeypatch.setattr(sources, "CHUNK", size)
+        ledger = Ledger()
+        assert list(read_records(path, ledger)) == records
+        assert not ledger.warnings
+
+
+@pytest.mark.parametrize("chunk", [12, 1 << 20])
+def test_bytes_after_the_array_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(sources, "CHUNK", chunk)
+    (tmp_path / "x.json").write_bytes(b'[{"a": 1}]\n[2]')
+    ledger = Ledger()
+    assert list(read_records(tmp_path / "x.json", ledger)) == [{"a": 1}]
+    assert "4 bytes after the end" in ledger.warnings[0]
+
+
+@pytest.mark.parametrize("name", ["c.jsonl", "c.json"])
+def test_a_broken_line_is_dropped_counted_and_named_and_the_others_survive(tmp_path: Path, name: str) -> None:
+    lines = [json.dumps(pair("a")), "", "{broken", json.dumps(pair("b")), '"\xff', "also broken"]
+    (tmp_path / name).write_bytes("\n".join(lines).encode("latin-1") + b"\n")
+    ledger = Ledger()
+    kept = read_conversations(tmp_path / name, ledger)
+    assert [c.first_user for c in kept] == ["a", "b"]
+    assert ledger.dropped == {"not JSON": 3} and ledger.records_in == 5
+    assert ledger.warnings == [f"{name}: 3 lines are not JSON, the first is line 3"]
+
+
+def test_a_cut_last_line_is_reported_with_its_bytes(tmp_path: Path) -> None:
+    cut = '{"id": "é'.encode()
+    (tmp_path / "c.jsonl").write_bytes(json.dumps(pair("a")).encode() + b"\n" + cut)
+    ledger = Ledger()
+    assert len(read_conversations(tmp_path / "c.jsonl", ledger)) == 1
+    assert ledger.warnings == [f"c.jsonl: the last line (2) is cut; its {len(cut)} bytes are lost"]
+
+
+def test_parquet_reads_as_the_same_conversations_as_json(tmp_path: Path, write_corpus: Callable[..., Path]) -> None:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    records = [pair("a", "b", id="1"), pair("c", "d", id="2")]
+    parquet.write_table(pa.Table.from_pylist(records), tmp_path / "c.parquet")
+    expected = read_conversations(write_corpus(records), Ledger())
+    assert read_conversations(tmp_path / "c.parquet", Ledger()) == expected
+
+
+def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "c.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(UserError, match=r"specauf\[parquet\]"):
+        list(read_records(tmp_path / "c.parquet", Ledger()))
+
+
+def test_a_broken_parquet_file_is_a_user_error_that_names_it(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    (tmp_path / "c.parquet").write_bytes(b"PAR1 and nothing else")
+    with pytest.raises(UserError, match=r"c\.parquet"):
+        list(read_records(tmp_path / "c.parquet", Ledger()))
+
+
+def test_a_missing_file_is_a_user_error_that_names_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere\.json"):
+        read_conversations(tmp_path / "nowhere.json", Ledger())
+
+
+# --- repairing
+
+
+@pytest.mark.parametrize(
+    ("alias", "role"),
+    [("human", "user"), ("prompter", "user"), ("user", "user"), ("system", "system"), ("developer", "system")]
+    + [(name, "assistant") for name in ("gpt", "Assistant", "chatgpt", "bing", "bard", "model")],
+)
+def test_role_aliases_are_mapped(alias: str, role: str) -> None:
+    turns = [("human", "q"), ("gpt", "a")]
+    turns[role == "assistant"] = (alias, "text")
+    conversation, _ = one(share(*turns, ("human", "q2"), ("gpt", "a2")))
+    assert conversation is not None
+    assert Message(role, "text") in conversation.messages
+
+
+def test_openai_messages_with_text_parts_equal_the_sharegpt_form() -> None:
+    parts = [{"type": "text", "text": "two "}, {"type": "text", "text": "parts"}]
+    openai, _ = one({"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "a"}]})
+    sharegpt, _ = one(share(("human", "two parts"), ("gpt", "a")))
+    assert openai == sharegpt
+
+
+@pytest.mark.parametrize(
+    ("turns", "kept", "changed"),
+    [
+        ("A:x U:q A:a", "U:q A:a", "leading assistant turns removed"),
+        ("S:s A:x U:q A:a", "S:s U:q A:a", "leading assistant turns removed"),
+        ("U:q U:r A:a", "U:q+r A:a", "same-role neighbours merged"),
+        ("U:q A:a A:b", "U:q A:a+b", "same-role neighbours merged"),
+        ("U:q A: A:a", "U:q A:a", "empty messages removed"),
+        ("U:q A:a U:r", "U:q A:a", "turns after the last answer removed"),
+        ("U:q A:a U:r A:", "U:q A:a", "empty messages removed,turns after the last answer removed"),
+        ("U:q A: U:r A:b", "U:q+r A:b", "empty messages removed,same-role neighbours merged"),
+        ("U:q A:a", "U:q A:a", ""),
+    ],
+)
+def test_repairs_keep_the_record_and_are_counted(turns: str, kept: str, changed: str) -> None:
+    roles = {"U": "user", "A": "assistant", "S": "system"}
+    conversation, ledger = one(share(*((roles[t[0]], t[2:]) for t in turns.split())))
+    assert conversation is not None
+    assert [(m.role, m.content) for m in conversation.messages] == [
+        (roles[t[0]], t[2:].replace("+", "\n\n")) for t in kept.split()
+    ]
+    assert ledger.changed == {reason: 1 for reason in changed.split(",") if reason}
+    assert not ledger.dropped
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (share(), "empty"),
+        (share(("human", "  "), ("gpt", "\n")), "empty"),
+        (share(("gpt", "only an answer")), "no answer to a user turn"),
+        (share(("human", "only a question"), ("gpt", "")), "no answer to a user turn"),
+        (share(("human", "q"), ("tool", "t"), ("gpt", "a")), "unknown role"),
+        ({"text": "raw"}, "neither conversations nor messages"),
+        ("a string", "malformed"),
+        ({"messages": ["hello"]}, "malformed"),
+        ({"messages": [{"role": "user", "content": 3}]}, "malformed"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "content that is not text"),
+    ],
+)
+def test_an_unusable_record_is_dropped_for_one_counted_reason_and_not_as_a_repair(record: Any, reason: str) -> None:
+    conversation, ledger = one(record)
+    assert conversation is None
+    assert ledger.dropped == {reason: 1} and not ledger.changed
+
+
+def test_half_a_surrogate_pair_is_replaced_and_counted() -> None:
+    conversation, ledger = one(
+        json.loads(
+            '{"conversations": [{"from": "human", "value": "q \\ud83d"}, '
+            '{"from": "gpt", "value": "ok \\ud83d\\ude42"}]}'
+        )
+    )
+    assert conversation is not None
+    assert [m.content for m in conversation.messages] == ["q \ufffd", "ok 🙂"]
+    assert ledger.changed == {"undecodable characters replaced": 1}
+
+
+def test_a_missing_id_becomes_a_hash_of_the_content() -> None:
+    first, _ = one(share(("human", "q"), ("gpt", "a")))
+    same, _ = one({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]})
+    other, _ = one(share(("human", "q"), ("gpt", "b")))
+    assert first is not None and same is not None and other is not None
+    assert first.id == same.id != other.id
+
+
+def test_content_cannot_be_moved_between_turns_without_changing_the_hash() -> None:
+    messages = [Message("user", "ab"), Message("user", "c")]
+    assert sources.content_hash(messages) != sources.content_hash([Message("user", "a"), Message("user", "bc")])
+
+
+# --- duplicates, evaluation prompts, ledger
+
+
+def test_duplicates_are_found_after_repair_and_whatever_their_ids(write_corpus: Callable[..., Path]) -> None:
+    records = [
+        pair("q", "a", id="one_0"),
+        pair("q", "a", id="two_0"),
+        share(("gpt", "x"), ("human", "q"), ("gpt", "a"), id="three_0"),
+        pair("q", "b", id="four_0"),
+    ]
+    ledger = Ledger()
+    assert [c.id for c in read_conversations(write_corpus(records), ledger)] == ["one_0", "four_0"]
+    assert ledger.dropped == {"exact duplicate": 2}
+
+
+def test_evaluation_prompts_are_dropped_in_any_user_turn_but_not_in_answers(write_corpus: Callable[..., Path]) -> None:
+    records = [
+        pair("Write  a\nSORT ", id="a"),
+        share(("human", "hi"), ("gpt", "ho"), ("human", "write a sort"), ("gpt", "ok"), id="b"),
+        pair("what do you say?", "write a sort", id="c"),
+        pair("write a sort in C", id="d"),
+    ]
+    ledger = Ledger()
+    kept = read_conversations(write_corpus(records), ledger, ["write a sort"])
+    assert [c.id for c in kept] == ["c", "d"]
+    assert ledger.dropped == {"evaluation prompt": 2}
+
+
+turns = st.lists(
+    st.tuples(st.sampled_from(["human", "gpt", "system", "tool"]), st.sampled_from(["", " ", "a", "b"])), max_size=5
+)
+anything = st.one_of(turns.map(lambda t: share(*t)), st.none(), st.integers(), st.just({"messages": "no"}), st.just({}))
+
+
+@QUICK
+@given(records=st.lists(anything, max_size=12), tail=st.sampled_from(["", "{", '{"a": 1}', "]"]))
+def test_the_ledger_balances_over_any_records(tmp_path: Path, records: list[Any], tail: str) -> None:
+    path = tmp_path / "any.jsonl"
+    path.write_text("\n".join([*map(json.dumps, records), tail]))
+    ledger = Ledger()
+    kept = read_conversations(path, ledger, ["b"])
+    assert ledger.records_in == len(records) + bool(tail) == len(kept) + sum(ledger.dropped.values())
+    for conversation in kept:
+        roles = [m.role for m in conversation.messages]
+        assert roles[-1] == "assistant" and "user" in roles
+        assert all(a != b for a, b in pairwise(roles))
+        assert all(m.content.strip() for m in conversation.messages)
+        assert roles[: roles.index("user")] in ([], ["system"])
+
+
+def test_a_ledger_that_lost_a_record_raises() -> None:
+    ledger = Ledger(records_in=3, kept=1)
+    ledger.drop("empty")
+    with pytest.raises(RuntimeError, match="balance by 1"):
+        ledger.check()
+    ledger.drop("other")
+    ledger.check()
+
+
+def test_a_ledger_survives_json_and_prints_every_count() -> None:
+    ledger = Ledger(1234, 1230, {"empty": 4}, {"merged": 9}, ["12 bytes lost"])
+    assert Ledger.from_dict(json.loads(json.dumps(ledger.to_dict()))) == ledger
+    assert [line.split() for line in ledger.lines()] == [
+        ["records", "in", "1,234"],
+        ["-", "empty", "4"],
+        ["=", "kept", "1,230"],
+        ["~", "merged", "9"],
+        ["warning:", "12", "bytes", "lost"],
+    ]
+
+
+# --- splitting
+
+
+def chats(keys: list[tuple[int, int]]) -> list[Conversation]:
+    return [
+        Conversation(f"chat{a}_{i}", (Message("user", f"question  {q}"), Message("assistant", str(i))))
+        for i, (a, q) in enumerate(keys)
+    ]
+
+
+links = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), max_size=30).map(chats)
+
+
+@QUICK
+@given(conversations=links, seed=st.integers(0, 50))
+def test_neither_a_chat_nor_a_first_turn_is_on_both_sides(conversations: list[Conversation], seed: int) -> None:
+    train, held = split(conversations, 0.5, seed)
+    assert sorted(train + held) == sorted(conversations)
+    assert not {c.id.split("_")[0] for c in train} & {c.id.split("_")[0] for c in held}
+    assert not {c.first_user for c in train} & {c.first_user for c in held}
+
+
+@QUICK
+@given(conversations=links, order=st.randoms(), seed=st.integers(0, 50))
+def test_the_split_does_not_depend_on_the_order_of_the_file(
+    conversations: list[Conversation], order: Any, seed: int
+) -> None:
+    shuffled = list(conversations)
+    order.shuffle(shuffled)
+    assert set(split(conversations, 0.5, seed)[1]) == set(split(shuffled, 0.5, seed)[1])
+
+
+def test_the_split_keeps_the_share_and_depends_on_the_seed() -> None:
+    conversations = chats([(i, i) for i in range(4000)])
+    held = [set(split(conversations, 0.1, seed)[1]) for seed in (0, 1)]
+    assert all(330 < len(side) < 470 for side in held)  # four standard deviations
+    assert len(held[0] & held[1]) < 100
+    assert split(conversations, 0.0, 0)[1] == []
+
+
+def test_groups_are_linked_through_chains() -> None:
+    chain = chats([(0, 0), (1, 0), (1, 1), (2, 1)])
+    assert {len(split(chain, 0.5, seed)[1]) for seed in range(20)} == {0, 4}

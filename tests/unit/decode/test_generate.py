@@ -1,0 +1,121 @@
+"""T=0: speculative output is the target's own greedy output, and replay makes the rounds that live decoding makes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tests.conftest import make_geometry
+
+from specauf.config import SamplingConfig, UserError
+from specauf.decode.generate import Round, generate
+from specauf.decode.propose import DrafterProposer, PromptLookup, Proposer
+from specauf.decode.replay import (
+    Trajectory,
+    load_trajectories,
+    record,
+    replay,
+    save_trajectories,
+    trajectory_features,
+    walk,
+)
+from specauf.drafter.dflash import DFlash
+from specauf.target import Target
+
+
+def proposers(target: Target) -> dict[str, Proposer]:
+    return {"drafter": DrafterProposer(DFlash(make_geometry(target)), target), "lookup": PromptLookup(5)}
+
+
+def reference(target: Target, prompt: list[int], limit: int, penalty: float, eos: frozenset[int]) -> list[int]:
+    """Greedy decoding without a cache."""
+    ids = list(prompt)
+    for _ in range(limit):
+        z = target.logits(target.run(torch.tensor([ids])).final[0, -1])
+        for token in set(ids):
+            z[token] = z[token] / penalty if z[token] > 0 else z[token] * penalty
+        ids.append(int(z.argmax()))
+        if ids[-1] in eos:
+            break
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("kind", ["drafter", "lookup"])
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_output_is_the_targets_own_at_any_batch(
+    target: Target, prompts: list[list[int]], kind: str, penalty: float
+) -> None:
+    sampling = SamplingConfig(repetition_penalty=penalty)
+    want = [reference(target, p, 30, penalty, target.eos_ids()) for p in prompts]
+    how = proposers(target)[kind]
+    together = generate(target, how, prompts, sampling=sampling, max_new_tokens=30)
+    assert [g.tokens for g in together] == want
+    assert [g.tokens for g in generate(target, None, prompts, sampling=sampling, max_new_tokens=30)] == want
+    for prompt, batched in zip(prompts, together, strict=True):
+        (alone,) = generate(target, how, [prompt], sampling=sampling, max_new_tokens=30)
+        assert alone.tokens == batched.tokens and alone.rounds == batched.rounds
+
+
+@pytest.mark.parametrize("kind", ["drafter", "lookup"])
+@pytest.mark.parametrize("penalty", [1.0, 1.2])
+def test_replay_makes_the_live_rounds_with_several_eos_ids(
+    target: Target, prompts: list[list[int]], kind: str, penalty: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampling = SamplingConfig(repetition_penalty=penalty)
+    plain = generate(target, None, prompts, sampling=sampling, max_new_tokens=24)
+    eos = frozenset({plain[0].tokens[9], plain[1].tokens[15], plain[2].tokens[0]})  # end some early, one at once
+    monkeypatch.setattr(target, "eos_ids", lambda: eos)
+    how = proposers(target)[kind]
+    live = generate(target, how, prompts, sampling=sampling, max_new_tokens=24)
+    want = [reference(target, p, 24, penalty, eos) for p in prompts]
+    assert [g.tokens for g in live] == want
+    assert any(g.ended for g in live) and not all(g.ended for g in live)
+    recorded = record(
+        target, [(str(i), p) for i, p in enumerate(prompts)], limit=24, block_size=5, sampling=sampling, batch_size=3
+    )
+    features = trajectory_features(target, recorded, how.layer_ids) if how.layer_ids else None
+    assert replay(how, recorded, features, 24) == [g.rounds for g in live]  # type: ignore[arg-type]
+
+
+def test_rounds_account_for_every_token(target: Target, prompts: list[list[int]]) -> None:
+    for generation in generate(target, PromptLookup(5), prompts, max_new_tokens=30, eos_ids=frozenset()):
+        starts = [r.start for r in generation.rounds]
+        assert starts == [0, *(r.start + r.accepted + 1 for r in generation.rounds[:-1])]
+        assert sum(generation.drafted) <= sum(r.accepted for r in generation.rounds)
+        assert len(generation.tokens) == len(generation.drafted) == 30
+
+
+def test_walk_counts_a_round_cut_by_eos_and_never_starts_one_at_it() -> None:
+    trajectory = Trajectory("x", [1], [5, 6, 7, 8, 2], ended=True)
+    assert walk([1, 0, 2, 1], trajectory) == [Round(0, 1), Round(2, 2, cut=True)]
+    assert walk([0, 2, 2, 0], trajectory) == [Round(0, 0), Round(1, 2)]  # the token after the draft was EOS: not cut
+
+
+def test_trajectories_survive_the_disk(tmp_path: Path) -> None:
+    made = [Trajectory("a/1", [1, 2], [3, 4, 5], False), Trajectory("b", [9], [2], True)]
+    save_trajectories(tmp_path / "t", made, {"limit": 3})
+    again, meta = load_trajectories(tmp_path / "t")
+    assert again == made and meta["limit"] == 3
+    (tmp_path / "t" / "trajectories.safetensors").write_bytes(b"no")
+    with pytest.raises(UserError, match="no recorded trajectories"):
+        load_trajectories(tmp_path / "t")
+
+
+def test_an_empty_prompt_is_refused(target: Target) -> None:
+    with pytest.raises(UserError, match="prompt 1 is empty"):
+        generate(target, None, [[1], []])
+
+
+def test_prompt_lookup_copies_what_followed_the_latest_longest_match() -> None:
+    lookup = PromptLookup(4)
+    lookup.start(1, 20)
+
+    def draft(tokens: list[int]) -> list[int]:
+        return lookup.propose(torch.tensor([tokens]), torch.tensor([len(tokens) - 1]))[0].tolist()
+
+    text = [1, 2, 3, 9, 2, 3, 8, 1, 2, 3]
+    assert draft(text[:6]) == [9, 2, 3]  # the bigram 2 3 was followed by 9 2 3
+    assert draft(text) == [9, 2, 3]  # the trigram 1 2 3 beats the later bigram 2 3
+    lookup.start(1, 20)
+    assert draft([4, 5, 6]) == [6, 6, 6]  # nothing to copy

@@ -1,0 +1,136 @@
+"""The drafter against a per-block reference, its leak-freedom, and its checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.conftest import make_geometry
+
+from specauf.config import ConfigError, UserError
+from specauf.drafter.attention import block_attention
+from specauf.drafter.config import DFlashConfig, spread_layer_ids
+from specauf.drafter.dflash import DFlash, load_drafter, save_drafter
+from specauf.target import Target
+
+
+def test_attention_equals_dense_masked_attention_forward_and_backward() -> None:
+    g = torch.Generator().manual_seed(0)
+    b, heads, kv, n, slots, s, d = 2, 4, 2, 3, 5, 11, 8
+    shapes = [(b, heads, n, slots, d), (b, kv, n, slots, d), (b, kv, n, slots, d), (b, kv, s, d), (b, kv, s, d)]
+    ours = [torch.randn(x, generator=g, dtype=torch.float64).requires_grad_() for x in shapes]
+    dense = [t.detach().clone().requires_grad_() for t in ours]
+    anchors = torch.tensor([[2, 2, 9], [1, 11, 0]])
+    out = block_attention(*ours, anchors)
+
+    q, bk, bv, ck, cv = dense
+    q = q.flatten(2, 3)
+    keys = torch.cat([ck, bk.flatten(2, 3)], 2).repeat_interleave(heads // kv, 1)
+    values = torch.cat([cv, bv.flatten(2, 3)], 2).repeat_interleave(heads // kv, 1)
+    allowed = torch.zeros(b, n * slots, s + n * slots).bool()
+    for i in range(b):
+        for j in range(n):
+            rows = slice(j * slots, (j + 1) * slots)
+            allowed[i, rows, : anchors[i, j]] = True
+            allowed[i, rows, s + j * slots : s + (j + 1) * slots] = True
+    want = torch.nn.functional.scaled_dot_product_attention(q, keys, values, attn_mask=allowed[:, None])
+    torch.testing.assert_close(out, want.unflatten(2, (n, slots)))
+    seed = torch.randn(out.shape, generator=g, dtype=torch.float64)
+    out.backward(seed)
+    want.backward(seed.flatten(2, 3))
+    for a, c in zip(ours, dense, strict=True):
+        torch.testing.assert_close(a.grad, c.grad)
+
+
+def outputs(drafter: DFlash, target: Target, features: torch.Tensor, anchor: int) -> torch.Tensor:
+    positions = torch.arange(features.shape[1])[None]
+    embeds = target.embed(torch.tensor([[[3] + [59] * (drafter.config.block_size - 1)]]))
+    return drafter(embeds, torch.tensor([[anchor]]), drafter.context(features, positions))
+
+
+def test_the_anchors_own_feature_is_invisible_and_the_one_before_is_not(target: Target) -> None:
+    drafter = DFlash(make_geometry(target))
+    features = torch.randn(1, 12, drafter.fc.in_features)
+    base = outputs(drafter, target, features, 6)
+    for position in range(12):
+        poked = features.clone()
+        poked[0, position] += 1
+        same = torch.equal(outputs(drafter, target, poked, 6), base)
+        assert same == (position >= 6), position
+
+
+def test_blocks_of_a_sequence_do_not_see_each_other(target: Target) -> None:
+    drafter = DFlash(make_geometry(target))
+    context = drafter.context(torch.randn(1, 12, drafter.fc.in_features), torch.arange(12)[None])
+    embeds = torch.randn(1, 3, drafter.config.block_size, 32)
+    anchors = torch.tensor([[4, 5, 9]])
+    together = drafter(embeds, anchors, context)
+    for j in range(3):
+        torch.testing.assert_close(
+            drafter(embeds[:, j : j + 1], anchors[:, j : j + 1], context), together[:, j : j + 1]
+        )
+
+
+def test_same_seed_same_weights(target: Target) -> None:
+    geometry = make_geometry(target)
+    one, two, other = (
+        DFlash(geometry, 3).state_dict(),
+        DFlash(geometry, 3).state_dict(),
+        DFlash(geometry, 4).state_dict(),
+    )
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    assert not torch.equal(one["fc.weight"], other["fc.weight"])
+
+
+def test_layer_ids_match_published_checkpoints() -> None:
+    assert spread_layer_ids(36, 5) == (1, 9, 17, 25, 33)  # the paper's Qwen3-8B
+    assert spread_layer_ids(28, 5) == (1, 7, 13, 19, 25)
+    assert spread_layer_ids(24, 5) == (1, 6, 11, 16, 21)
+    assert spread_layer_ids(36, 1) == (18,)
+
+
+def test_checkpoint_round_trip_keeps_every_tensor_and_field(target: Target, tmp_path: Path) -> None:
+    drafter = DFlash(make_geometry(target), seed=5)
+    save_drafter(drafter, tmp_path, {"objective": "auf"})
+    again = load_drafter(tmp_path)
+    assert again.config.extra == {"objective": "auf"}
+    assert DFlashConfig.from_json(again.config.to_json()) == again.config
+    for (name, a), (other, c) in zip(drafter.state_dict().items(), again.state_dict().items(), strict=True):
+        assert name == other and torch.equal(a, c)
+    names = set(load_file(tmp_path / "model.safetensors"))
+    assert "layers.0.self_attn.q_proj.weight" in names and "fc.weight" in names
+    assert not any("embed_tokens" in n or "lm_head" in n or n.startswith("model.") for n in names)
+
+
+def test_missing_and_unexpected_tensors_are_errors_that_name_them(target: Target, tmp_path: Path) -> None:
+    save_drafter(DFlash(make_geometry(target)), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({k: v for k, v in tensors.items() if k != "norm.weight"}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"missing tensors norm\.weight"):
+        load_drafter(tmp_path)
+    save_file({**tensors, "lm_head.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"unexpected tensors lm_head\.weight"):
+        load_drafter(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["target_layer_ids", "mask_token_id", "block_size", "num_target_layers", "hidden_size"]
+)
+def test_a_missing_field_is_an_error_that_names_it(target: Target, tmp_path: Path, name: str) -> None:
+    save_drafter(DFlash(make_geometry(target)), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config.pop(name, None)
+    config["dflash_config"].pop(name, None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=name):
+        load_drafter(tmp_path)
+
+
+def test_the_last_layer_cannot_be_tapped(target: Target) -> None:
+    with pytest.raises(ConfigError, match="target_layer_ids"):
+        DFlashConfig.for_target(
+            target.config, block_size=4, num_hidden_layers=1, mask_token_id=3, target_layer_ids=(1, 5)
+        )

@@ -1,0 +1,50 @@
+"""The target lends views, taps what Hugging Face calls hidden_states[l + 1], and can be told apart."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from specauf.config import ConfigError, TargetConfig, UserError
+from specauf.target import Target
+from tests.conftest import make_target
+
+
+def test_taps_are_hidden_states_l_plus_1(target: Target) -> None:
+    ids = torch.randint(0, 58, (2, 9))
+    want = target.model(ids, output_hidden_states=True)
+    got = target.run(ids, (1, 4))
+    torch.testing.assert_close(got.features, torch.cat([want.hidden_states[2], want.hidden_states[5]], -1))
+    torch.testing.assert_close(target.logits(got.final), want.logits)
+
+
+def test_padding_on_the_right_changes_no_feature(target: Target) -> None:
+    ids = torch.randint(0, 58, (1, 9))
+    padded = torch.cat([ids, torch.zeros(1, 5).long()], 1)
+    torch.testing.assert_close(target.run(padded, (1, 3)).features[:, :9], target.run(ids, (1, 3)).features)
+
+
+def test_embedding_and_head_are_views_and_frozen(target: Target) -> None:
+    assert target.embed_weight.data_ptr() == target.model.get_input_embeddings().weight.data_ptr()
+    assert target.head_weight.data_ptr() == target.embed_weight.data_ptr()
+    assert not any(p.requires_grad for p in target.model.parameters())
+
+
+def test_fingerprint_tells_targets_apart_and_is_stable() -> None:
+    one, two = make_target(seed=0), make_target(seed=0)
+    assert one.fingerprint() == two.fingerprint()
+    two.model.model.layers[2].mlp.up_proj.weight.data[0, 0] += 1
+    assert one.fingerprint() != two.fingerprint()
+    assert one.fingerprint() != make_target(seed=1).fingerprint()
+
+
+def test_the_last_layer_is_refused(target: Target) -> None:
+    with pytest.raises(ConfigError, match="last"):
+        target.run(torch.zeros(1, 3).long(), (1, 5))
+
+
+def test_a_path_that_is_no_model_is_a_clear_error(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(UserError, match="no such directory"):
+        Target.load(TargetConfig(path=str(tmp_path / "nothing")))
+    with pytest.raises(UserError, match="cannot load"):
+        Target.load(TargetConfig(path=str(tmp_path)))
