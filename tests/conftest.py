@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from specauf.data.dataset import TokenDataset
 from specauf.drafter.config import DFlashConfig
 from specauf.target import Target
 
@@ -54,3 +55,11 @@ def target() -> Target:
 def prompts() -> list[list[int]]:
     generator = torch.Generator().manual_seed(1)
     return [torch.randint(0, 58, (n,), generator=generator).tolist() for n in (3, 7, 5, 12, 1, 9, 4, 6)]
+
+
+def make_dataset(rows: list[tuple[int, list[int], list[bool]]], meta: dict[str, object] | None = None) -> TokenDataset:
+    """From (uid, tokens, supervised?) in plain lists."""
+    return TokenDataset.from_rows(
+        [(uid, torch.tensor(ids, dtype=torch.int32), torch.tensor(m, dtype=torch.uint8)) for uid, ids, m in rows],
+        meta or {},
+    )

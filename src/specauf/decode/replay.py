@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from specauf.config import SamplingConfig, UserError
@@ -90,7 +91,7 @@ def load_trajectories(directory: Path) -> tuple[list[Trajectory], dict[str, obje
     try:
         meta = json.loads((directory / "meta.json").read_text())
         tensors = load_file(directory / "trajectories.safetensors")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{directory} holds no recorded trajectories: {error}") from None
     flat, out, at = tensors["ids"].tolist(), [], 0
     for name, (p, n, ended) in zip(meta["ids"], tensors["sizes"].tolist(), strict=True):

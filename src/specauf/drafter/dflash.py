@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
@@ -165,10 +166,14 @@ def load_drafter(directory: str | Path, device: str | torch.device = "cpu") -> D
     for name in ("config.json", "model.safetensors"):
         if not (directory / name).is_file():
             raise UserError(f"{directory} is not a drafter checkpoint: {name} is missing")
-    config = DFlashConfig.from_json(json.loads((directory / "config.json").read_text()), str(directory / "config.json"))
+    try:
+        fields = json.loads((directory / "config.json").read_text())
+        tensors = load_file(directory / "model.safetensors", device=str(device))
+    except (ValueError, SafetensorError) as error:
+        raise UserError(f"{directory} is not a drafter checkpoint: {error}") from None
+    config = DFlashConfig.from_json(fields, str(directory / "config.json"))
     with torch.device("meta"):
         drafter = DFlash(config)
-    tensors = load_file(directory / "model.safetensors", device=str(device))
     wanted = {name: tuple(p.shape) for name, p in drafter.state_dict().items()}
     found = {name: tuple(t.shape) for name, t in tensors.items()}
     for what, names in (

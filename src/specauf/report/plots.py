@@ -20,6 +20,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, MultipleLocator
 
@@ -53,6 +54,7 @@ STYLE = {
     "axes.unicode_minus": True, "axes.formatter.useoffset": False, "axes.formatter.limits": (-4, 6),
 }  # fmt: skip
 FONTS = 'system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif'
+GAPS = {"w_pad": 0.06, "h_pad": 0.06, "wspace": 0.03, "hspace": 0.04}
 PANELS = (
     ("loss", "Loss"),
     ("simulated_tau", "Simulated τ"),
@@ -292,9 +294,8 @@ def _panels(
     across = 1 if narrow else min(count, columns if count != 4 else 2)
     down = -(-count // across)
     width = 3.6 if narrow else 7.4 if count > 1 else 5.2
-    figure = Figure(figsize=(width, height * down + 0.5), layout="constrained")
+    figure = Figure(figsize=(width, height * down + 0.5), layout=ConstrainedLayoutEngine(**GAPS))
     axes = figure.subplots(down, across, squeeze=False, sharex=sharex, sharey=sharey)
-    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06, wspace=0.03, hspace=0.04)
     for ax in axes.flat[count:]:
         ax.set_visible(False)
     if sharex and count % across:  # the panel above an empty place is the last of its column
@@ -343,7 +344,7 @@ def _curve(log: Sequence[dict[str, Any]], x: str, y: str) -> tuple[np.ndarray, n
     """Two float arrays of equal length from the records that have both values, or None when none has."""
     pairs = [(real(record.get(x)), real(record.get(y))) for record in log]
     kept = [pair for pair in pairs if None not in pair]
-    return None if not kept else tuple(np.array(kept, dtype=float).T)  # type: ignore[return-value]
+    return None if not kept else tuple(np.array(kept, dtype=float).T)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:

@@ -28,7 +28,7 @@ SEEDS = {"drafter": 0, "lookup": 1}
 
 @pytest.fixture(scope="module")
 def tiny() -> Target:
-    return make_target(vocab=5, hidden=16, layers=4, seed=2, scale=2.5)
+    return make_target(vocab=5, hidden=16, layers=3, seed=2, scale=2.5)
 
 
 def proposer(tiny: Target, kind: str = "drafter") -> Proposer:
@@ -37,15 +37,15 @@ def proposer(tiny: Target, kind: str = "drafter") -> Proposer:
     return DrafterProposer(DFlash(make_geometry(tiny, block_size=3, layers=1, taps=1), seed=1), tiny)
 
 
-def law(tiny: Target, sampling: SamplingConfig) -> torch.Tensor:
-    """Probability of each of v^TOKENS continuations, in float64, by a slow reading of what the options mean."""
+def law(tiny: Target, sampling: SamplingConfig, length: int = TOKENS) -> torch.Tensor:
+    """Probability of each of v^length continuations, in float64, by a slow reading of what the options mean."""
     v = tiny.config.vocab_size
-    sequences = torch.tensor(list(itertools.product(range(v), repeat=TOKENS)))
+    sequences = torch.tensor(list(itertools.product(range(v), repeat=length)))
     ids = torch.cat([torch.tensor(PROMPT).expand(len(sequences), -1), sequences], 1)
     logits = tiny.logits(tiny.run(ids[:, :-1]).final).double()[:, len(PROMPT) - 1 :]
     chance = torch.ones(len(sequences), dtype=torch.float64)
     for row in range(len(sequences)):
-        for t in range(TOKENS):
+        for t in range(length):
             z = logits[row, t].clone()
             for token in set(ids[row, : len(PROMPT) + t].tolist()):
                 factor = sampling.repetition_penalty
@@ -67,11 +67,13 @@ def law(tiny: Target, sampling: SamplingConfig) -> torch.Tensor:
     return chance
 
 
-def sample(tiny: Target, how: Proposer | None, count: int, sampling: SamplingConfig, batch: int) -> torch.Tensor:
+def sample(
+    tiny: Target, how: Proposer | None, count: int, sampling: SamplingConfig, batch: int, length: int = TOKENS
+) -> torch.Tensor:
     """How often each continuation came out."""
     v = tiny.config.vocab_size
-    counts = torch.zeros(v**TOKENS)
-    powers = torch.tensor([v ** (TOKENS - 1 - t) for t in range(TOKENS)])
+    counts = torch.zeros(v**length)
+    powers = torch.tensor([v ** (length - 1 - t) for t in range(length)])
     for start in range(0, count, batch):
         uids = range(start, min(count, start + batch))
         out = generate(
@@ -79,7 +81,7 @@ def sample(tiny: Target, how: Proposer | None, count: int, sampling: SamplingCon
             how,
             [PROMPT] * len(uids),
             sampling=sampling,
-            max_new_tokens=TOKENS,
+            max_new_tokens=length,
             uids=uids,
             eos_ids=frozenset(),
         )

@@ -1,0 +1,123 @@
+"""The proof that training, replay and live decoding agree on alignment: memorise a tiny target's own greedy text.
+
+Replay and live tau must both reach 0.95 of the block length; with labels shifted by one they must not.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tests.conftest import make_dataset, make_geometry, make_target
+
+from specauf.config import RunConfig, SamplingConfig, from_dict
+from specauf.data.dataset import TokenDataset
+from specauf.decode.acceptance import summarise
+from specauf.decode.generate import generate
+from specauf.decode.propose import DrafterProposer, PromptLookup
+from specauf.decode.replay import Trajectory, record, replay, trajectory_features
+from specauf.drafter.dflash import DFlash, load_drafter
+from specauf.objective import Blocks
+from specauf.target import Target
+from specauf.train import loop
+from specauf.train.batches import Batches
+from specauf.train.loop import Trainer
+
+BLOCK, LIMIT = 5, 32
+
+
+@pytest.fixture(scope="module")
+def chaotic() -> Target:
+    """Scaled until its greedy text hardly repeats: prompt lookup must not be able to pass this test."""
+    return make_target(seed=4, scale=4.0)
+
+
+@pytest.fixture(scope="module")
+def memorable(chaotic: Target) -> list[Trajectory]:
+    g = torch.Generator().manual_seed(0)
+    prompts = [(str(i), torch.randint(0, 58, (6,), generator=g).tolist()) for i in range(8)]
+    return record(chaotic, prompts, limit=LIMIT, block_size=BLOCK, sampling=SamplingConfig())
+
+
+def dataset_of(trajectories: list[Trajectory]) -> TokenDataset:
+    rows = [
+        (i, t.ids, [False] * (len(t.prompt) - 1) + [True] * (len(t.tokens) + 1)) for i, t in enumerate(trajectories)
+    ]
+    return make_dataset(rows, {})
+
+
+def train(target: Target, trajectories: list[Trajectory], objective: str, steps: int, out: Path) -> DFlash:
+    config = from_dict(
+        RunConfig,
+        {
+            "drafter": {"block_size": BLOCK},
+            "objective": {"name": objective},
+            "train": {"max_steps": steps, "batch_size": 8, "num_anchors": 64, "lr": 4e-3, "save_every": 10**6},
+        },
+    )
+    batches = Batches(dataset_of(trajectories), None, config.train)
+    Trainer(config, DFlash(make_geometry(target, BLOCK), seed=0), target, batches, out).run()
+    return load_drafter(out / "checkpoint")
+
+
+def taus(target: Target, drafter: DFlash, trajectories: list[Trajectory]) -> tuple[float, float]:
+    """(replay, live), which must also agree round for round."""
+    how = DrafterProposer(drafter, target)
+    features = trajectory_features(target, trajectories, how.layer_ids)
+    replayed = replay(how, trajectories, features, LIMIT)
+    live = generate(target, how, [t.prompt for t in trajectories], max_new_tokens=LIMIT)
+    assert [g.rounds for g in live] == replayed
+    assert [g.tokens for g in live] == [t.tokens[:LIMIT] for t in trajectories]
+    lengths = [len(g.tokens) for g in live]
+    return tuple(summarise(r, lengths, BLOCK - 1).tau for r in (replayed, [g.rounds for g in live]))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("objective", ["auf", "decay"])
+def test_a_memorised_text_is_accepted_whole(
+    chaotic: Target, memorable: list[Trajectory], objective: str, tmp_path: Path
+) -> None:
+    lookup = replay(PromptLookup(BLOCK), memorable, None, LIMIT)
+    assert summarise(lookup, [LIMIT] * 8, BLOCK - 1).tau < 2, "the text repeats itself: memorising proves nothing"
+    by_replay, live = taus(chaotic, train(chaotic, memorable, objective, 300, tmp_path), memorable)
+    assert by_replay >= 0.95 * BLOCK
+    assert live >= 0.95 * BLOCK
+
+
+def test_labels_shifted_by_one_fail_the_same_test(
+    chaotic: Target, memorable: list[Trajectory], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = loop.build_blocks
+
+    def shifted(ids: torch.Tensor, mask: torch.Tensor, *rest: object) -> Blocks:
+        return right(ids.roll(-1, 1), mask.roll(-1, 1), *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loop, "build_blocks", shifted)
+    by_replay, live = taus(chaotic, train(chaotic, memorable, "auf", 300, tmp_path), memorable)
+    assert max(by_replay, live) < 0.6 * BLOCK
+
+
+def test_the_anchors_own_feature_reaches_nothing_in_training_replay_or_live(chaotic: Target) -> None:
+    """A leak that memorising cannot show: poke the feature at the anchor, then the one before."""
+    drafter = DFlash(make_geometry(chaotic, BLOCK), seed=3)
+    how = DrafterProposer(drafter, chaotic)
+    ids = torch.randint(0, 58, (1, 20), generator=torch.Generator().manual_seed(2))
+    features = chaotic.run(ids, how.layer_ids).features
+    anchor = 9
+    anchors = torch.tensor([[anchor]])
+
+    def teacher_forced(f: torch.Tensor) -> torch.Tensor:  # what training and replay compute
+        return how.hidden(ids, anchors, drafter.context(f, torch.arange(20)[None]))
+
+    def live(f: torch.Tensor) -> torch.Tensor:  # what decoding computes: everything observed, garbage at the anchor too
+        how.start(1, 20)
+        how.observe(f, torch.arange(20)[None])
+        context = [type(kv)(kv.key[:, :, :anchor], kv.value[:, :, :anchor]) for kv in how._context]
+        return how.hidden(ids, anchors, context)
+
+    for compute in (teacher_forced, live):
+        base = compute(features)
+        for position, same in ((anchor, True), (anchor + 1, True), (anchor - 1, False)):
+            poked = features.clone()
+            poked[0, position] += 1
+            assert torch.equal(compute(poked), base) == same, (compute.__name__, position)

@@ -1,0 +1,148 @@
+"""Training: exact resume, shared starts, logging, calibration that leaves no trace, and accumulation that adds up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tests.conftest import make_dataset, make_geometry
+
+from specauf.config import ConfigError, FeaturesConfig, RunConfig, UserError, from_dict
+from specauf.data.dataset import TokenDataset
+from specauf.data.features import build_features
+from specauf.drafter.dflash import DFlash
+from specauf.target import Target
+from specauf.train import checkpoint
+from specauf.train.batches import Batches
+from specauf.train.loop import Trainer, calibrate, learning_rate
+
+
+@pytest.fixture(scope="module")
+def dataset() -> TokenDataset:
+    g = torch.Generator().manual_seed(0)
+    rows = []
+    for i in range(11):
+        n = int(torch.randint(12, 30, (), generator=g))
+        ids = torch.randint(0, 58, (n,), generator=g).tolist()
+        rows.append((1000 + i, ids, [j > 3 and j % 9 != 8 for j in range(n)]))
+    return make_dataset(rows, {"template_hash": "abc"})
+
+
+def make(target: Target, dataset: TokenDataset, out: Path | None = None, features=None, **train: object) -> Trainer:  # type: ignore[no-untyped-def]
+    name = train.pop("objective", "auf")
+    options = {"max_steps": 9, "batch_size": 2, "num_anchors": 4, "lr": 1e-2, "save_every": 100, **train}
+    config = from_dict(RunConfig, {"drafter": {"block_size": 5}, "objective": {"name": name}, "train": options})
+    return Trainer(config, DFlash(make_geometry(target)), target, Batches(dataset, features, config.train), out)
+
+
+@pytest.mark.parametrize("stop", [1, 5, 7])  # the first step, an epoch boundary (11 // 2 = 5 batches), mid-epoch
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
+    target: Target, dataset: TokenDataset, tmp_path: Path, stop: int
+) -> None:
+    whole = make(target, dataset, tmp_path / "whole")
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "cut").mkdir()
+    whole.run()
+
+    def interrupt(row: dict) -> None:  # type: ignore[type-arg]
+        if row["step"] == stop:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make(target, dataset, tmp_path / "cut").run(on_step=interrupt)
+    again = make(target, dataset, tmp_path / "cut")
+    assert checkpoint.resume(again, tmp_path / "cut") and again.done == stop
+    again.run()
+    for name, tensor in whole.drafter.state_dict().items():
+        assert torch.equal(tensor, again.drafter.state_dict()[name]), name
+    logs = [[json.loads(x) for x in (tmp_path / d / "log.jsonl").read_text().splitlines()] for d in ("whole", "cut")]
+    timing = ("seconds", "elapsed", "tokens_per_second")
+    strip = [[{k: v for k, v in row.items() if k not in timing} for row in rows] for rows in logs]
+    assert strip[0] == strip[1] and [row["step"] for row in logs[1]] == list(range(1, 10))
+
+
+def test_objectives_share_initial_weights_anchors_and_order(target: Target, dataset: TokenDataset) -> None:
+    one, other = make(target, dataset, objective="auf"), make(target, dataset, objective="decay")
+    assert all(torch.equal(a, b) for a, b in zip(one.drafter.parameters(), other.drafter.parameters(), strict=True))
+    for i in range(12):
+        a, b = one.batches[i], other.batches[i]
+        assert torch.equal(a.input_ids, b.input_ids) and a.epoch == b.epoch
+        assert all(torch.equal(x, y) for x, y in zip(one.blocks_of(a), other.blocks_of(b), strict=True))
+
+
+def test_an_epoch_visits_every_conversation_once(target: Target, dataset: TokenDataset) -> None:
+    batches = make(target, dataset).batches
+    for epoch in range(3):
+        seen = [i for part in batches.order(epoch) for i in part]
+        assert len(seen) == 10 and len(set(seen)) == 10
+    assert batches.order(0) != batches.order(1)
+
+
+def test_accumulated_micro_batches_equal_one_large_batch(target: Target, dataset: TokenDataset) -> None:
+    """(num, den) add up over micro-batches: the same four conversations in one batch or in two give the same step."""
+    large = make(target, dataset, batch_size=4)
+    small = make(target, dataset, batch_size=2, accumulation=2)
+    chosen = large.batches.order(0)[0]
+    small.batches._epoch = (0, [chosen[:2], chosen[2:]] + [[0, 1]] * 3)
+    rows = [large.step(), small.step()]
+    assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-5)
+    assert rows[0]["grad_norm"] == pytest.approx(rows[1]["grad_norm"], rel=1e-4)
+
+
+def test_cached_features_train_the_same_drafter_as_online(
+    target: Target, dataset: TokenDataset, tmp_path: Path
+) -> None:
+    config = FeaturesConfig(cache=True, dtype="float32")
+    cache = build_features(target, dataset, tmp_path, make_geometry(target).target_layer_ids, config)
+    online, cached = make(target, dataset), make(target, dataset, features=cache)
+    for _ in range(3):
+        assert online.step()["loss"] == pytest.approx(cached.step()["loss"], rel=1e-4)
+
+
+def test_every_step_logs_what_a_reader_needs(target: Target, dataset: TokenDataset) -> None:
+    row = make(target, dataset, objective="auf").step()
+    for name in ("loss", "r_active", "r_active_B", "a_support", "simulated_tau", "tokens_per_second", "head_rows"):
+        assert row[name] >= 0
+    assert row["common_accuracy"] >= 0, "measured on a sample where the wavefront leaves slots unread"
+    assert row["head_rows"] < 4
+    full = make(target, dataset, objective="decay").step()
+    assert full["r_active"] > row["r_active"]
+
+
+def test_calibration_leaves_no_trace(target: Target, dataset: TokenDataset) -> None:
+    calibrated, plain = make(target, dataset), make(target, dataset)
+    assert all(seconds > 0 for seconds in calibrate([calibrated, make(target, dataset, objective="decay")], 2, 1))
+    assert calibrated.done == 0
+    assert calibrated.step()["loss"] == plain.step()["loss"]
+    assert calibrated.step()["loss"] == plain.step()["loss"]
+
+
+def test_schedule_warms_up_then_falls_to_zero() -> None:
+    rates = [learning_rate(i, 100, 1.0, 0.04) for i in range(100)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and max(rates) == 1.0
+    assert rates[4:] == sorted(rates[4:], reverse=True) and rates[-1] < 1e-3
+
+
+def test_a_run_without_a_horizon_is_refused(target: Target, dataset: TokenDataset) -> None:
+    with pytest.raises(ConfigError, match="horizon"):
+        make(target, dataset, max_steps=None).step()
+
+
+def test_resuming_with_another_objective_is_refused(target: Target, dataset: TokenDataset, tmp_path: Path) -> None:
+    make(target, dataset, tmp_path, max_steps=1).run()
+    with pytest.raises(UserError, match="another configuration"):
+        checkpoint.resume(make(target, dataset, tmp_path, objective="decay"), tmp_path)
+
+
+def test_too_few_conversations_is_a_clear_error(target: Target, dataset: TokenDataset) -> None:
+    with pytest.raises(UserError, match="fewer than"):
+        make(target, dataset, batch_size=12)
+
+
+def test_checkpoints_say_how_they_were_trained(target: Target, dataset: TokenDataset, tmp_path: Path) -> None:
+    make(target, dataset, tmp_path, max_steps=1).run()
+    extra = json.loads((tmp_path / "checkpoint" / "config.json").read_text())["specauf"]
+    assert extra["objective"] == "auf" and extra["reduction"] == "global" and extra["template_hash"] == "abc"
+    assert extra["enable_thinking"] is False and extra["target_fingerprint"] == target.fingerprint()
