@@ -1,10 +1,13 @@
-"""A tiny random target that decodes something other than a loop, and what most tests need around it."""
+"""A tiny random target that decodes something other than a loop, a tokenizer, and what most tests need around them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from specauf.data.dataset import TokenDataset
 from specauf.drafter.config import DFlashConfig
@@ -63,3 +66,44 @@ def make_dataset(rows: list[tuple[int, list[int], list[bool]]], meta: dict[str, 
         [(uid, torch.tensor(ids, dtype=torch.int32), torch.tensor(m, dtype=torch.uint8)) for uid, ids, m in rows],
         meta or {},
     )
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+TEXTS = [
+    "the quick brown fox jumps over the lazy dog",
+    "user assistant system question answer",
+    "0123456789 café",
+    "x\n\n",
+    "x\n  y",
+]
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=340,
+        special_tokens=["<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(TEXTS * 20, trainer)
+    text = backend.to_str()
+
+    def make(template: str | None = CHATML) -> PreTrainedTokenizerFast:
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(text), eos_token="<|im_end|>")
+        tokenizer.chat_template = template
+        return tokenizer
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer(make_tokenizer: Callable[..., PreTrainedTokenizerFast]) -> PreTrainedTokenizerFast:
+    return make_tokenizer()

@@ -104,10 +104,11 @@ class Eval:
     out: Path = Path("runs/eval")
 
     def run(self, terminal: Terminal) -> int:
-        from specauf.bench.compare import evaluate
+        from specauf.bench.compare import evaluate, open_checkpoints
 
+        drafters = open_checkpoints(self.checkpoints)
         results, passed = evaluate(
-            _target(self.target), self.checkpoints, self.eval, self.out, self.data_dir, self.live, terminal
+            _target(self.target), drafters, self.eval, self.out, self.data_dir, self.live, terminal
         )
         _print_results(terminal, results)
         return 0 if passed else 1

@@ -5,6 +5,7 @@
 #
 # SPECAUF_INTEROP_VENV    where the environment lives (default: .venv-interop in the repository's root)
 # SPECAUF_INTEROP_TARGET  a Hugging Face model directory to use instead of the embedded default in the cache
+# SPECAUF_INTEROP_DRAFTER a drafter checkpoint for that target to generate with, instead of one fitted on the spot
 # PYTHON                  the interpreter the environment is made with (default: python3)
 # PIP_TORCH               the torch to install (default: the one in constraints.txt)
 set -euo pipefail

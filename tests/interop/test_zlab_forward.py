@@ -6,50 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from dflash.model import DFlashDraftModel, build_target_layer_ids, extract_context_feature
+from dflash.model import build_target_layer_ids, extract_context_feature
+from reference import TOLERANCE, drafter_config, note, our_hidden, reload_theirs, shake, their_hidden
 from torch import Tensor
 
-from conftest import drafter_config, reload_theirs, shake
 from specauf.drafter.config import spread_layer_ids
 from specauf.drafter.dflash import DFlash, load_drafter
 from specauf.target import Target
 
-TOLERANCE = 1e-4
 SHAPES = [(4, 1, 1), (8, 2, 3), (16, 3, 5)]
 """Block size, drafter layers, taps."""
-
-
-def block_ids(tokens: Tensor, anchors: Tensor, drafter: DFlash) -> Tensor:
-    """Anchor token, then MASK: [b, n, B]. Written out here rather than taken from the code under test."""
-    ids = torch.full((*anchors.shape, drafter.config.block_size), drafter.config.mask_token_id)
-    ids[..., 0] = tokens.gather(1, anchors)
-    return ids
-
-
-@torch.no_grad()
-def our_hidden(drafter: DFlash, target: Target, tokens: Tensor, features: Tensor, anchors: Tensor) -> Tensor:
-    """All blocks of all sequences in one call: [b, n, B, h]."""
-    positions = torch.arange(features.shape[1]).expand(features.shape[:2])
-    context = drafter.context(features, positions)
-    return drafter(target.embed(block_ids(tokens, anchors, drafter)), anchors, context)
-
-
-@torch.no_grad()
-def their_hidden(
-    drafter: DFlash, theirs: DFlashDraftModel, target: Target, tokens: Tensor, features: Tensor, anchors: Tensor
-) -> Tensor:
-    """One sequence and one block at a time; its context is cut to the positions before the anchor: [b, n, B, h]."""
-    ids, rows = block_ids(tokens, anchors, drafter), []
-    for i, j in [(i, j) for i in range(anchors.shape[0]) for j in range(anchors.shape[1])]:
-        a = int(anchors[i, j])
-        rows.append(
-            theirs(
-                position_ids=torch.arange(a + drafter.config.block_size)[None],
-                noise_embedding=target.model.get_input_embeddings()(ids[i : i + 1, j]),
-                target_hidden=features[i : i + 1, :a],
-            )
-        )
-    return torch.cat(rows).view(*ids.shape, -1)
 
 
 def scene(target: Target, drafter: DFlash, length: int = 70) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,9 +38,7 @@ def test_forward_agrees_on_random_features(target: Target, shape: tuple[int, int
     logits = theirs.compute_logits(reference, target.model.get_output_embeddings())
     hidden_error = (ours - reference).abs().max().item()
     logit_error = (target.logits(ours) - logits).abs().max().item()
-    print(
-        f"PARITY {target.name} B={block_size} layers={layers}: |dhidden| {hidden_error:.1e}, |dlogit| {logit_error:.1e}"
-    )
+    note(f"{target.name}, B={block_size}, {layers} layers: |dhidden| {hidden_error:.1e}, |dlogit| {logit_error:.1e}")
     assert hidden_error < TOLERANCE and logit_error < TOLERANCE
     assert ours.abs().mean() > 0.1, "a drafter that says nothing would agree with anything"
 

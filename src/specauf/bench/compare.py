@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +13,7 @@ from specauf.bench.runner import LiveCheck, Recorded, check_live, comparison, me
 from specauf.bench.tasks import TASKS, load_task, render_prompts
 from specauf.config import ConfigError, EvalConfig, UserError
 from specauf.decode.propose import DrafterProposer, PromptLookup
-from specauf.drafter.dflash import load_drafter
+from specauf.drafter.dflash import DFlash, load_drafter
 from specauf.files import atomic_write_text
 from specauf.target import Target
 
@@ -22,38 +22,47 @@ class Progress(Protocol):
     def progress(self, label: str, total: float) -> AbstractContextManager[Callable[[float, str], None]]: ...
 
 
+def open_checkpoints(checkpoints: Sequence[Path]) -> dict[str, DFlash]:
+    """Drafters that can share a table, by the name of their run, on the CPU.
+
+    Raises `UserError` when they differ in block size or thinking flag, or have the same name.
+    """
+    if not checkpoints:
+        raise UserError("give at least one drafter directory")
+    names = [_name(path) for path in checkpoints]
+    if len(set(names)) < len(names):
+        raise UserError(f"checkpoints must have different names, got {', '.join(names)}")
+    drafters = {name: load_drafter(path) for name, path in zip(names, checkpoints, strict=True)}
+    blocks = {d.config.block_size for d in drafters.values()}
+    if len(blocks) > 1:
+        raise UserError(f"checkpoints with block sizes {sorted(blocks)} cannot share one table: evaluate them apart")
+    if len({_thinking(d) for d in drafters.values()}) > 1:
+        raise UserError("the checkpoints were trained with different enable_thinking: evaluate them apart")
+    return drafters
+
+
+def _thinking(drafter: DFlash) -> bool:
+    return bool(drafter.config.extra.get("enable_thinking", False))
+
+
 def evaluate(
     target: Target,
-    checkpoints: Sequence[Path],
+    drafters: Mapping[str, DFlash],
     config: EvalConfig,
     out: Path,
     data_dir: Path | None,
     live: int,
     console: Progress,
 ) -> tuple[dict[str, Any], bool]:
-    """(results, whether every live check passed). Writes `out/results.json`.
-
-    Raises `UserError` when the checkpoints differ in block size or thinking flag, or have the same name.
-    """
-    if not checkpoints:
-        raise UserError("give at least one drafter directory")
+    """(results, whether every live check passed). Writes `out/results.json`; the first drafter is the baseline."""
     if live and config.sampling.temperature:
         raise ConfigError("--live compares token for token, so it needs temperature 0")
-    names = [_name(path) for path in checkpoints]
-    if len(set(names)) < len(names):
-        raise UserError(f"checkpoints must have different names, got {', '.join(names)}")
-    drafters = {name: load_drafter(path, target.device) for name, path in zip(names, checkpoints, strict=True)}
-    blocks = {d.config.block_size for d in drafters.values()}
-    if len(blocks) > 1:
-        raise UserError(f"checkpoints with block sizes {sorted(blocks)} cannot share one table: evaluate them apart")
-    thinking = {bool(d.config.extra.get("enable_thinking", False)) for d in drafters.values()}
-    if len(thinking) > 1:
-        raise UserError("the checkpoints were trained with different enable_thinking: evaluate them apart")
-    block = blocks.pop()
+    names, first = list(drafters), next(iter(drafters.values()))
+    block, flag = first.config.block_size, _thinking(first)
+    drafters = {name: drafter.to(target.device) for name, drafter in drafters.items()}
     proposers: dict[str, DrafterProposer | PromptLookup] = {n: DrafterProposer(d, target) for n, d in drafters.items()}
     proposers["prompt-lookup"] = PromptLookup(block)
     tasks = {}
-    flag = thinking.pop()
     for task in config.tasks:
         prompts = load_task(task, tasks_dir=config.tasks_dir, data_dir=data_dir)[: config.prompts]
         label = TASKS[task].label if task in TASKS else task

@@ -1,0 +1,123 @@
+"""The verbs on a tiny target with a real tokenizer: what a user types, what is written, how mistakes are answered."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from tests.conftest import make_target
+
+from specauf.cli import main
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, make_tokenizer) -> Path:  # type: ignore[no-untyped-def]
+    """A target directory, a corpus, a task and a recipe."""
+    root = tmp_path_factory.mktemp("world")
+    tokenizer = make_tokenizer()
+    target = make_target(vocab=len(tokenizer) + 8)
+    target.model.config.eos_token_id = target.model.generation_config.eos_token_id = tokenizer.eos_token_id
+    target.model.save_pretrained(root / "target")
+    tokenizer.save_pretrained(root / "target")
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "one", "red", "bird", "in", "two", "green", "trees"]
+    rng = random.Random(0)
+    with (root / "chat.jsonl").open("w") as file:
+        for i in range(40):
+            turns = [
+                {"from": who, "value": " ".join(rng.choices(words, k=12))} for who in ("human", "gpt", "human", "gpt")
+            ]
+            file.write(json.dumps({"id": f"c{i}_0", "conversations": turns}) + "\n")
+    (root / "tasks").mkdir()
+    with (root / "tasks" / "birds.jsonl").open("w") as file:
+        for i in range(3):
+            file.write(json.dumps({"id": f"birds/{i}", "turns": [" ".join(rng.choices(words, k=6))]}) + "\n")
+    (root / "recipe.yaml").write_text(
+        f"""
+out: {root}/run
+target: {{path: {root}/target}}
+data: {{path: {root}/chat.jsonl, max_length: 64, heldout: 0.2}}
+drafter: {{block_size: 4, num_hidden_layers: 1, num_taps: 2}}
+train: {{max_steps: 6, batch_size: 4, num_anchors: 8, eval_every: 3}}
+eval: {{tasks: [birds, heldout], tasks_dir: {root}/tasks, prompts: 3, max_new_tokens: 12}}
+"""
+    )
+    return root
+
+
+@pytest.fixture(autouse=True)
+def own_cache(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECAUF_CACHE", str(world / "cache"))
+    monkeypatch.setenv("SPECAUF_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def test_prepare_train_eval_generate_and_report(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(world / "recipe.yaml")
+    assert main(["prepare", recipe, "--show", "1"]) == 0
+    told = capsys.readouterr().out
+    assert "records in" in told and "supervised" in told
+
+    assert main(["train", recipe]) == 0
+    rows = [json.loads(line) for line in (world / "run" / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == list(range(1, 7))
+    assert rows[2]["replay_tau"] >= 1 and "replay_tau" not in rows[1]
+    for name in ("config.yaml", "run.json", "checkpoint/model.safetensors", "checkpoint/state.json"):
+        assert (world / "run" / name).is_file(), name
+    assert main(["train", recipe]) == 0, "a finished run is finished, not an error"
+
+    prepared = next((world / "cache" / "prepared").iterdir())
+    command = ["eval", str(world / "run" / "checkpoint"), "--target.path", str(world / "target"), "--live", "2"]
+    command += ["--eval.tasks", "birds", "heldout", "--eval.tasks-dir", str(world / "tasks"), "--eval.prompts", "3"]
+    command += ["--eval.max-new-tokens", "12", "--data-dir", str(prepared), "--out", str(world / "eval")]
+    capsys.readouterr()
+    assert main(command) == 0
+    told = capsys.readouterr().out
+    assert "prompt lookup" in told and "ok: run, birds, batch 1" in told and "FAILED" not in told
+
+    assert main(["report", str(world / "eval" / "results.json"), "--out", str(world / "page")]) == 0
+    assert (world / "page" / "index.html").is_file() and (world / "page" / "report.md").is_file()
+
+    capsys.readouterr()
+    assert main(["generate", str(world / "run" / "checkpoint"), "the cat", "--target.path", str(world / "target")]) == 0
+    assert "the text is the target's own, token for token" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["train", "nowhere.yaml"], "no such recipe: nowhere.yaml"),
+        (["train", "{recipe}", "--set", "objective.name=aff"], "did you mean 'auf'?"),
+        (["train", "{recipe}", "--set", "train.lr=-1"], "train.lr must be > 0"),
+        (["train", "{recipe}", "--set", "train.lrr=1"], "did you mean 'lr'?"),
+        (["train", "{recipe}", "--set", "train.max_steps=null"], "set train.max_steps or train.minutes"),
+        (["prepare", "{recipe}", "--set", "data.path=/no/such.json"], "no such file: /no/such.json"),
+        (["prepare", "{recipe}", "--set", "target.path=./nothing"], "no such directory: ./nothing"),
+        (["eval", "/no/such/drafter"], "is not a drafter checkpoint: config.json is missing"),
+        (["report", "/no/such.json"], "/no/such.json"),
+        (["demo", "--drafter", "eagle"], "unknown drafter 'eagle'"),
+    ],
+)
+def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(
+    world: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
+) -> None:
+    assert main([a.replace("{recipe}", str(world / "recipe.yaml")) for a in arguments]) == 2
+    captured = capsys.readouterr()
+    assert told in captured.err and "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize("verb", ["prepare", "train", "eval", "generate", "report", "demo", "doctor"])
+def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([verb, "--help"])
+    assert stop.value.code == 0 and f"usage: specauf {verb}" in capsys.readouterr().out
+
+
+def test_every_recipe_that_ships_can_be_read() -> None:
+    from specauf.config import load
+
+    recipes = list((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+    assert recipes
+    for recipe in recipes:
+        load(recipe)
