@@ -20,7 +20,7 @@ from specauf import provenance
 from specauf.bench.runner import LiveCheck, Recorded, check_live, comparison, measure, recorded
 from specauf.bench.tasks import TASKS, load_task, render_prompts
 from specauf.config import RunConfig, digest, override, to_dict
-from specauf.data.features import extract
+from specauf.data.features import estimate_gb, extract
 from specauf.decode.generate import Generation
 from specauf.decode.propose import DrafterProposer, PromptLookup
 from specauf.drafter.dflash import load_drafter, save_drafter
@@ -161,7 +161,8 @@ def _affordable(base: RunConfig, target: Target, prepared: Any, minutes: float) 
     began = time.perf_counter()
     extract(target, sample, ids)
     rate = sum(map(len, sample)) / (time.perf_counter() - began)
-    budget, total, count = rate * minutes * 60 * SHARE_FEATURES, 0, 0
+    allowed = 1e6 * base.features.max_gb / estimate_gb(10**6, ids, int(target.config.hidden_size), base.features)
+    budget, total, count = min(rate * minutes * 60 * SHARE_FEATURES, 0.95 * allowed), 0, 0
     while count < len(prepared.train) and total < budget:
         total += len(prepared.train[count].input_ids)
         count += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,9 +58,13 @@ def load_task(name: str, *, tasks_dir: str | None = None, data_dir: Path | None 
 
 
 def task_texts(names: Sequence[str], tasks_dir: str | None = None) -> list[str]:
-    """User turns of the tasks that do not come from the corpus, to be kept out of the training data."""
+    """User turns of the tasks that do not come from the corpus, to be kept out of the training data.
+
+    A turn that wraps code in a fence is there twice, with its wording and bare.
+    """
     prompts = [p for name in names if name != "heldout" for p in load_task(name, tasks_dir=tasks_dir)]
-    return [m["content"] for p in prompts for m in p.messages if m["role"] == "user"]
+    turns = [m["content"] for p in prompts for m in p.messages if m["role"] == "user"]
+    return turns + [code for turn in turns for code in re.findall(r"```\w*\n(.*?)```", turn, re.DOTALL)]
 
 
 def render_prompts(

@@ -62,11 +62,9 @@ class FeatureCache:
         return self._shards[shard][name][first : first + rows]
 
 
-def estimate_gb(
-    tokens: int, layer_ids: Sequence[int], hidden_size: int, config: FeaturesConfig, itemsize: int | None = None
-) -> float:
-    """Bytes of a cache of `tokens` tokens, in 10^9 bytes. Hugging Face names are 2 or 4 bytes an element."""
-    size = itemsize or (4 if config.dtype == "float32" else 2)
+def estimate_gb(tokens: int, layer_ids: Sequence[int], hidden_size: int, config: FeaturesConfig) -> float:
+    """Size of a cache of `tokens` tokens, in 10^9 bytes."""
+    size = 4 if config.dtype == "float32" else 2
     per_token = len(layer_ids) * hidden_size * size + (hidden_size * size + 8 if config.extras else 0)
     return tokens * per_token / 1e9
 
