@@ -98,7 +98,8 @@ class Eval:
     target: TargetConfig = field(default_factory=TargetConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     live: int = 0
-    """Also decode so many prompts per task for real, and compare with plain decoding and with replay (T=0)."""
+    """Decode for real too (T=0): so many prompts per task at batch 1, and all of them in one batch. Tokens must be plain
+    decoding's, rounds must be replay's."""
     data_dir: Path | None = None
     """Prepared data to take the task `heldout` from, as `specauf prepare` prints it."""
     out: Path = Path("runs/eval")
@@ -227,7 +228,7 @@ DEMO = configuration.from_dict(
     {
         "data": {"max_conversations": 1500},
         "features": {"cache": True},
-        "eval": {"prompts": 16, "max_new_tokens": 128},
+        "eval": {"prompts": 32, "max_new_tokens": 128, "batch_size": 32},
     },
 )
 """The demo's recipe; recipes/smollm2_cpu.yaml is the same thing for one drafter and longer."""

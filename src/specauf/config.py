@@ -25,7 +25,7 @@ T = TypeVar("T")
 OBJECTIVES = ("uniform", "decay", "auf", "auf-decay")
 REDUCTIONS = ("global", "block", "sequence")
 DEFAULT_GAMMA = {4: 2.0, 8: 4.0, 10: 5.0, 16: 7.0}
-"""Position decay by block size, as the DFlash paper publishes it (16, 10, 8); 4 and any other size (0.45 B) follow the trend."""
+"""Position decay by block size, as the DFlash paper publishes it (16, 10, 8); 4 and other sizes (0.45 B) follow."""
 
 
 class UserError(Exception):

@@ -99,7 +99,7 @@ def evaluate(
             {"name": "prompt-lookup", "label": "prompt lookup", "kind": "lookup"},
         ],
         "evaluation": evaluation,
-        "comparisons": [row for other in names[1:] for row in comparison(rounds, other, names[0], "")],
+        "comparisons": [row for other in names[1:] for row in comparison(tasks, rounds, other, names[0])],
         "checks": [],
         "speedups": [],
     }
@@ -131,9 +131,10 @@ def _live(
     some = recording.trajectories[:count]
     with console.progress(f"{name} live on {recording.label}", len(some)) as advance:
         one = check_live(target, proposer, some, recording.limit, on_done=lambda n: advance(n, ""))
-    many = check_live(target, proposer, some, recording.limit, batched=True)
-    for how, check in (("batch 1", one), (f"batch {len(some)}", many)):
-        told = f"{len(some)} prompts, {sum(len(g.rounds) for g in check.generations)} rounds, {len(check.near_ties)} near ties"
+    many = check_live(target, proposer, recording.trajectories, recording.limit, batched=True)
+    for how, check in (("batch 1", one), (f"batch {len(many.generations)}", many)):
+        rounds = sum(len(g.rounds) for g in check.generations)
+        told = f"{len(check.generations)} prompts, {rounds} rounds, {len(check.near_ties)} near ties"
         results["checks"].append(
             {
                 "name": f"{name}, {recording.label}, {how}: live tokens are plain decoding's, live rounds are replay's",
@@ -146,9 +147,11 @@ def _live(
 
 
 def _ratios(name: str, label: str, one: LiveCheck, many: LiveCheck) -> list[dict[str, Any]]:
-    cached, counted = one.replay_seconds, one.replay_seconds + one.prefill_seconds
     return [
-        {"name": f"replay of {name}, {label}, against {against}", "ratio": live / spent, "note": note}
-        for against, live in (("live, batch 1", one.live_seconds), ("live, batched", many.live_seconds))
-        for note, spent in (("features cached", cached), ("prefill counted", counted))
+        {"name": f"replay of {name}, {label}, against {against}", "ratio": check.live_seconds / spent, "note": note}
+        for against, check in (("live, batch 1", one), ("live, batched", many))
+        for note, spent in (
+            ("same prompts, features cached", check.replay_seconds),
+            ("same prompts, prefill counted", check.replay_seconds + check.prefill_seconds),
+        )
     ]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from specauf.config import EvalConfig, UserError, digest, to_dict
-from specauf.decode.acceptance import compare, repeated_share, summarise
+from specauf.decode.acceptance import before_loop, bootstrap, compare, prompt_taus, repeated_share, summarise
 from specauf.decode.generate import Generation, Round, generate
 from specauf.decode.propose import DrafterProposer, PromptLookup
 from specauf.decode.replay import (
@@ -45,6 +45,10 @@ class Recorded:
     limit: int
     features: dict[tuple[int, ...], list[Tensor]]
     seconds_prefill: float = 0.0
+
+    def texts(self) -> list[list[int]]:
+        """The generated tokens up to the limit."""
+        return [t.tokens[: self.limit] for t in self.trajectories]
 
     def features_for(self, target: Target, layer_ids: Sequence[int]) -> list[Tensor] | None:
         if not layer_ids:
@@ -109,31 +113,49 @@ def measure(
             "prompts": len(task.trajectories),
             "methods": {
                 method: summarise(found, tokens, proposers[method].block_size - 1).to_dict()
+                | _unlooped(before_loop(found, task.texts()))
                 for method, found in rounds[name].items()
             },
-            "repeated_share": repeated_share([t.tokens[: task.limit] for t in task.trajectories]),
+            "repeated_share": repeated_share(task.texts()),
         }
     return evaluation, rounds
 
 
+def _unlooped(rounds: list[list[Round]]) -> dict[str, Any]:
+    taus = prompt_taus(rounds)
+    kept = taus[taus == taus]  # prompts with a round before the loop
+    return {"tau_before_loop": float(kept.mean()), "interval_before_loop": list(bootstrap(kept))} if len(kept) else {}
+
+
 def comparison(
-    rounds: Mapping[str, dict[str, list[list[Round]]]], a: str, b: str, condition: str
+    tasks: Mapping[str, Recorded],
+    rounds: Mapping[str, dict[str, list[list[Round]]]],
+    a: str,
+    b: str,
+    condition: str = "",
 ) -> list[dict[str, Any]]:
-    """Rows of the report's `comparisons`: method `a` against `b` on every task, paired over prompts."""
+    """Rows of the report's `comparisons`: method `a` against `b` on every task, paired over prompts.
+
+    Once over all rounds, and once over those that start before the text begins to loop.
+    """
     rows = []
-    for task, by_method in rounds.items():
-        found = compare(by_method[a], by_method[b])
-        rows.append(
-            {
-                "task": task,
-                "a": a,
-                "b": b,
-                "condition": condition,
-                "difference": found.difference,
-                "interval": list(found.interval),
-                "ratio": found.ratio,
-            }
-        )
+    for part in ("", "before the text loops"):
+        for name, by_method in rounds.items():
+            first, second = by_method[a], by_method[b]
+            if part:
+                first, second = (before_loop(x, tasks[name].texts()) for x in (first, second))
+            found = compare(first, second)
+            rows.append(
+                {
+                    "task": name,
+                    "a": a,
+                    "b": b,
+                    "condition": " and ".join(filter(None, (condition, part))),
+                    "difference": found.difference,
+                    "interval": list(found.interval),
+                    "ratio": found.ratio,
+                }
+            )
     return rows
 
 

@@ -93,6 +93,27 @@ def compare(a: Sequence[Sequence[Round]], b: Sequence[Sequence[Round]]) -> Compa
     return Comparison(float(difference.mean()), bootstrap(difference), ratio)
 
 
+def loop_onset(tokens: Sequence[int], n: int = 8) -> int:
+    """Index of the token that completes the first repeated n-gram: where a loop sets in. The length when none does."""
+    seen: set[tuple[int, ...]] = set()
+    for end in range(n, len(tokens) + 1):
+        gram = tuple(tokens[end - n : end])
+        if gram in seen:
+            return end - 1
+        seen.add(gram)
+    return len(tokens)
+
+
+def before_loop(rounds: Sequence[Sequence[Round]], tokens: Sequence[Sequence[int]]) -> list[list[Round]]:
+    """The rounds that start before the text begins to repeat itself. `tokens[i]` is the generated text of prompt i.
+
+    Small targets loop, and a drafter that echoes one token is accepted whole there: one such prompt can carry a mean.
+    """
+    return [
+        [r for r in row if r.start < onset] for row, onset in zip(rounds, (loop_onset(t) for t in tokens), strict=True)
+    ]
+
+
 def repeated_share(sequences: Sequence[Sequence[int]], n: int = 8) -> float:
     """Share of n-grams that occurred before in the same sequence: how much of the text repeats itself."""
     repeated = total = 0

@@ -81,12 +81,19 @@ def dense(rows: Rows) -> Rows:
 def summary_rows(results: Results) -> Rows:
     """The main table: per method tau with its interval on each task, alpha_1..4 over all tasks, and the cost."""
     tasks = list(results["evaluation"])
-    rows = [["method", *(f"τ {task_label(results, t)}" for t in tasks), *(f"α{subscript(k)}" for k in range(1, 5))]]
+    rows = [
+        [
+            "method",
+            *(h for t in tasks for h in (f"τ {task_label(results, t)}", "no loop")),
+            *(f"α{subscript(k)}" for k in range(1, 5)),
+        ]
+    ]
     rows[0] += ["s/step", "tokens seen"]
     for method in results["methods"]:
         name = method["name"]
         row = [method_label(results, name)]
-        row += [tau_cell(results["evaluation"][task]["methods"].get(name, {})) for task in tasks]
+        for scores in (results["evaluation"][task]["methods"].get(name, {}) for task in tasks):
+            row += [tau_cell(scores), fixed(scores.get("tau_before_loop"))]
         row += [fixed(mean_alpha(results, name, k), 2) for k in range(1, 5)]
         rows.append([*row, fixed(method.get("seconds_per_step"), 2), large(method.get("tokens_seen"))])
     return dense(rows)
@@ -96,11 +103,12 @@ def task_rows(results: Results, task: str) -> Rows:
     """Everything measured on one task, a row per method."""
     measured = results["evaluation"][task]["methods"]
     slots = max((len(scores.get("alpha") or []) for scores in measured.values()), default=0)
-    rows = [["method", "τ", "engine τ", "rounds", "cut", *(f"α{subscript(k + 1)}" for k in range(slots))]]
+    rows = [["method", "τ", "τ, no loop", "engine τ", "rounds", "cut", *(f"α{subscript(k + 1)}" for k in range(slots))]]
     for name in (m["name"] for m in results["methods"] if m["name"] in measured):
         scores = measured[name]
         alphas = [*(scores.get("alpha") or []), *[None] * slots][:slots]
-        row = [method_label(results, name), tau_cell(scores), fixed(scores.get("engine_tau"))]
+        row = [method_label(results, name), tau_cell(scores), fixed(scores.get("tau_before_loop"))]
+        row.append(fixed(scores.get("engine_tau")))
         rows.append([*row, count(scores.get("rounds")), share(scores.get("cut_share")), *(fixed(a) for a in alphas)])
     return dense(rows)
 

@@ -1,0 +1,51 @@
+"""Rounds to numbers: the identities of the metric, and what looping text does to it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from specauf.decode.acceptance import before_loop, compare, loop_onset, prompt_taus, repeated_share, summarise
+from specauf.decode.generate import Round
+
+runs = st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=9), min_size=1, max_size=6)
+
+
+def as_rounds(lengths: list[int]) -> list[Round]:
+    return [Round(i, a) for i, a in enumerate(lengths)]
+
+
+@settings(max_examples=50, deadline=None)
+@given(runs)
+def test_tau_is_one_plus_survival_and_survival_the_product_of_alpha(lengths: list[list[int]]) -> None:
+    found = summarise([as_rounds(x) for x in lengths], [10] * len(lengths), 4)
+    assert found.tau == pytest.approx(1 + sum(found.survival))
+    assert found.tau == pytest.approx(np.mean([1 + np.mean(x) for x in lengths]))
+    product = 1.0
+    for s, a in zip(found.survival, found.alpha, strict=True):
+        product *= a or 0.0
+        assert product == pytest.approx(s)
+    assert found.interval[0] - 1e-9 <= found.tau <= found.interval[1] + 1e-9
+
+
+def test_a_prompt_without_rounds_is_left_out() -> None:
+    assert np.isnan(prompt_taus([[], as_rounds([1])])[0])
+    found = summarise([[], as_rounds([1, 0])], [1, 5], 4)
+    assert found.prompts == 1 and found.rounds == 2 and found.tau == 1.5 and found.engine_tau == 2.5
+
+
+def test_comparison_is_paired() -> None:
+    rng = np.random.default_rng(0)
+    hard = rng.integers(0, 3, 40)  # prompts differ far more than the drafters do
+    a = compare([as_rounds([int(h) + 1]) for h in hard], [as_rounds([int(h)]) for h in hard])
+    assert a.difference == 1 and a.interval == (1, 1) and a.ratio == pytest.approx((hard.mean() + 1) / hard.mean())
+
+
+def test_a_loop_sets_in_where_eight_tokens_first_repeat() -> None:
+    text = [*range(20), *([7] * 20)]
+    assert loop_onset(text) == 28  # nineteen 7s hold the first eight twice after nine of them
+    assert loop_onset(list(range(50))) == 50
+    assert before_loop([[Round(3, 0), Round(27, 1), Round(29, 7)]], [text]) == [[Round(3, 0), Round(27, 1)]]
+    assert repeated_share([list(range(50))]) == 0 and repeated_share([[1] * 16]) == pytest.approx(8 / 9)
