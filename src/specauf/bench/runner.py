@@ -250,7 +250,8 @@ def _compare_rounds(
         slot = min(at.accepted, replayed[number].accepted)
         ids = torch.tensor(trajectory.ids)[None].to(target.device)
         anchors = torch.tensor([[len(trajectory.prompt) + at.start]], device=target.device)
-        context = proposer.drafter.context(features[None], torch.arange(features.shape[0])[None])
+        everything = torch.arange(features.shape[0], device=target.device)[None]
+        context = proposer.drafter.context(features[None], everything)
         logits = target.logits(proposer.hidden(ids, anchors, context)[0, 0, slot])
         top = logits.topk(2).values
         margin = float(top[0] - top[1])

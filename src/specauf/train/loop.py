@@ -158,7 +158,8 @@ class Trainer:
             labels, valid = (t.flatten(0, 1)[take][None] for t in (blocks.labels, blocks.valid))
             sample = hidden.detach().flatten(0, 1)[take][None]
             weight, bias = self.target.head_weight, self.target.head_bias
-            readout = read_head(sample, labels, valid, weight, bias, with_grad=False)
+            rows = self.config.objective.logits_rows
+            readout = read_head(sample, labels, valid, weight, bias, logits_rows=rows, with_grad=False)
             found["common_accuracy"] = (float((readout.hit & valid).sum()), float(valid.sum()))
         for name, (total, count) in found.items():
             sums[name][0] += total
