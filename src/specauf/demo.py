@@ -115,11 +115,12 @@ def run_demo(base: RunConfig, minutes: float, console: Console) -> Path:
     compared = comparison(tasks, rounds, "auf", "decay", "equal time")
     compared += comparison(tasks, rounds, EQUAL_STEPS, "decay", "equal steps")
     live = _decode_live(target, proposers["auf"], tasks, console)
+    box = _provenance(base, target, prepared.train.meta)
     results = {
         "title": "Two drafters, one target, the same minutes",
-        "created": provenance.collect()["created"],
+        "created": box["created"],
         "command": f"make demo MINUTES={plan.minutes:g}",
-        "provenance": _provenance(base, target, prepared.train.meta),
+        "provenance": box,
         "settings": {**settings_of(base), "conversations": plan.examples, "minutes": plan.minutes},
         "ledger": prepared.ledger.to_dict(),
         "methods": _methods(base, plan, runs, evaluation),
@@ -284,15 +285,9 @@ def _live_section(target: Target, checks: dict[str, LiveCheck], tasks: dict[str,
 
 
 def _provenance(base: RunConfig, target: Target, meta: dict[str, Any]) -> dict[str, Any]:
-    found = provenance.collect(digest(base))
     return {
-        "commit": (found["git"] or {}).get("commit"),
-        "version": found["specauf"],
-        "python": found["python"],
-        "packages": found["packages"],
-        "machine": found["machine"],
+        **provenance.for_report(digest(base)),
         "target": {"name": target.display_name, "fingerprint": target.fingerprint()},
         "data": {"name": base.data.path, "fingerprint": meta["key"]},
-        "config_hash": digest(base),
         "config": to_dict(base),
     }

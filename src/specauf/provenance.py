@@ -48,6 +48,13 @@ def collect(config_hash: str | None = None) -> dict[str, Any]:
     }
 
 
+def for_report(config_hash: str | None = None) -> dict[str, Any]:
+    """`collect()` as a report's provenance box shows it; the caller adds `target` and `data`."""
+    found = collect(config_hash)
+    kept = {key: found[key] for key in ("created", "python", "packages", "machine", "config_hash")}
+    return {"commit": (found["git"] or {}).get("commit"), "version": found["specauf"], **kept}
+
+
 def write(path: str | Path, extra: Mapping[str, Any]) -> None:
     """Write `collect()` with `extra` laid over it (its `config_hash`, say) to the JSON file `path`, atomically."""
     atomic_write_text(path, json.dumps(collect() | dict(extra), indent=2, default=str) + "\n")

@@ -78,18 +78,11 @@ def evaluate(
                 lambda n, advance=advance: advance(n, ""),  # type: ignore[misc]
             )
     evaluation, rounds = measure(target, proposers, tasks)
-    found = provenance.collect()
+    box = provenance.for_report()
     results: dict[str, Any] = {
         "title": "Acceptance by replay",
-        "created": found["created"],
-        "provenance": {
-            "commit": (found["git"] or {}).get("commit"),
-            "version": found["specauf"],
-            "python": found["python"],
-            "packages": found["packages"],
-            "machine": found["machine"],
-            "target": {"name": target.display_name, "fingerprint": target.fingerprint()},
-        },
+        "created": box["created"],
+        "provenance": {**box, "target": {"name": target.display_name, "fingerprint": target.fingerprint()}},
         "settings": {"block size": block, "new tokens": config.max_new_tokens, "prompts": config.prompts},
         "methods": [
             *(

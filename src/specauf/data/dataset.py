@@ -84,7 +84,7 @@ class TokenDataset:
         with atomic_file(directory / TOKENS) as temporary:
             tensors = {name: getattr(self, name) for name in ("ids", "mask", "offsets", "uid")}
             save_file(tensors, temporary, metadata={"key": str(self.meta.get("key"))})
-        _write_json(directory / META, self.meta)
+        atomic_write_text(directory / META, json.dumps(self.meta, indent=1, ensure_ascii=False))
 
     @classmethod
     def load(cls, directory: Path) -> TokenDataset:
@@ -157,7 +157,7 @@ def prepare(
     }
     dataset = TokenDataset.from_rows(rows, meta)
     (out / META).unlink(missing_ok=True)
-    _write_json(out / HELDOUT, [prompt._asdict() for prompt in prompts])
+    atomic_write_text(out / HELDOUT, json.dumps([prompt._asdict() for prompt in prompts], indent=1, ensure_ascii=False))
     dataset.save(out)
     return Prepared(dataset, prompts, ledger, reused=False)
 
@@ -265,7 +265,3 @@ def _reuse(out: Path, key: str) -> Prepared | None:
         return Prepared(dataset, prompts, Ledger.from_dict(dataset.meta["ledger"]), reused=True)
     except (UserError, OSError, ValueError, KeyError, TypeError):
         return None  # not there, or not ours: build it
-
-
-def _write_json(path: Path, content: Any) -> None:
-    atomic_write_text(path, json.dumps(content, indent=1, ensure_ascii=False))
