@@ -200,6 +200,7 @@ class Demo:
         configuration.require(self.minutes >= 2, f"--minutes must be at least 2, got {self.minutes:g}")
         out = self.out or Path("runs") / f"demo-{self.drafter}-b{self.block_size}-{self.minutes:g}min"
         base = configuration.override(DEMO, [f"out={out}", f"drafter.block_size={self.block_size}", *self.set])
+        _quiet_transformers()
         terminal.say("assets: the target (93 MB to download once), the corpus (27 MB), the prompts")
         assets.smollm2(), assets.sharegpt(), assets.human_eval()
         index = run_demo(base, self.minutes, terminal)
@@ -257,6 +258,7 @@ class _Stream:
 def _target(config: TargetConfig) -> Target:
     from specauf.target import Target
 
+    _quiet_transformers()
     return Target.load(config)
 
 
@@ -309,11 +311,10 @@ def _verbs() -> Any:
 
 def _quiet_transformers() -> None:
     """Its weight-loading bars and notices are not this program's output."""
-    if "transformers" in sys.modules or "torch" in sys.modules:
-        from transformers.utils import logging as notices
+    from transformers.utils import logging as notices
 
-        notices.set_verbosity_error()
-        notices.disable_progress_bar()
+    notices.set_verbosity_error()
+    notices.disable_progress_bar()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -323,7 +324,6 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     terminal = Terminal()
     try:
-        _quiet_transformers()
         return command.run(terminal)
     except UserError as error:
         print(f"specauf: {error}", file=sys.stderr)
