@@ -16,7 +16,9 @@ import tyro
 
 from specauf import config as configuration
 from specauf.config import ConfigError, EvalConfig, RunConfig, SamplingConfig, TargetConfig, UserError
-from specauf.console import Terminal
+from specauf.console import Stream, Terminal
+from specauf.data.rollouts import RolloutConfig
+from specauf.data.sources import Ledger
 
 if TYPE_CHECKING:
     from specauf.target import Target
@@ -59,6 +61,42 @@ class Prepare:
 
 
 @dataclass(frozen=True)
+class Rollout:
+    """Let the target answer the training prompts itself; train on its answers with data.path=OUT. Resumable."""
+
+    recipe: Recipe
+    """Whose target, corpus and data section to take, e.g. recipes/smollm2_cpu.yaml."""
+    out: Path
+    """A new directory, e.g. runs/rollouts; the same command again goes on in it."""
+    plan: Annotated[RolloutConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=RolloutConfig)
+    drafter: Path | None = None
+    """A drafter's directory, to decode faster with; the answers keep the target's law."""
+    set: Overrides = ()
+    """Override fields of the recipe."""
+
+    def run(self, terminal: Terminal) -> int:
+        from specauf.run import corpus_path, make_rollouts, prepare_data
+
+        config = configuration.load(self.recipe, self.set)
+        corpus_path(config)  # rollouts of rollouts are refused before anything is loaded
+        target = _target(config.target)
+        source = prepare_data(config, target)
+        by_tokens = self.plan.max_tokens is not None
+        total = self.plan.max_tokens or len(source.train) * self.plan.samples
+        with terminal.progress("tokens" if by_tokens else "samples", total) as advance:
+
+            def told(samples: int, tokens: int, seconds: float) -> None:
+                advance(tokens if by_tokens else samples, f"{tokens / seconds:.0f} tokens/s" if seconds else "reused")
+
+            made = make_rollouts(config, target, source, self.plan, self.out, self.drafter, told)
+        for line in Ledger.from_dict(made.meta["ledger"]).lines():
+            terminal.say(line)
+        terminal.say(f"{len(made):,} sequences, {made.meta['rollout']['tokens']:,} generated tokens")
+        terminal.say(f"{self.out}: train on it with --set data.path={self.out}")
+        return 0
+
+
+@dataclass(frozen=True)
 class Train:
     """Train a drafter from a recipe. Run the same command again to go on after an interruption."""
 
@@ -71,10 +109,12 @@ class Train:
 
     def run(self, terminal: Terminal) -> int:
         from specauf.run import feature_cache, heldout_evaluator, open_run, prepare_data, set_horizon
+        from specauf.train.loop import objective_of
 
         config = configuration.load(self.recipe, self.set)
         if config.train.max_steps is None and config.train.minutes is None:
             raise ConfigError("set train.max_steps or train.minutes: the learning-rate schedule needs a horizon")
+        objective_of(config)  # what it cannot be is said before anything is loaded
         target = _target(config.target)
         prepared = prepare_data(config, target)
         with terminal.progress("features", float(len(prepared.train.ids)) if config.features.cache else 0) as advance:
@@ -103,13 +143,18 @@ class Eval:
     data_dir: Path | None = None
     """Prepared data to take the task `heldout` from, as `specauf prepare` prints it."""
     out: Path = Path("runs/eval")
+    candidates: int = 1
+    """K > 1: decode every drafter live with self-selection too (see `specauf generate`), in rows of its own."""
+    candidate_temperature: float = 1.5
 
     def run(self, terminal: Terminal) -> int:
         from specauf.bench.compare import evaluate, open_checkpoints
+        from specauf.decode.select import Selection
 
+        selection = Selection.of(self.candidates, self.candidate_temperature)
         drafters = open_checkpoints(self.checkpoints)
         results, passed = evaluate(
-            _target(self.target), drafters, self.eval, self.out, self.data_dir, self.live, terminal
+            _target(self.target), drafters, self.eval, self.out, self.data_dir, self.live, terminal, selection
         )
         _print_results(terminal, results)
         return 0 if passed else 1
@@ -128,13 +173,20 @@ class Generate:
     block_size: int = 8
     """Of prompt lookup; a drafter's checkpoint says its own."""
     enable_thinking: bool = False
+    candidates: int = 1
+    """K > 1 is self-selection: the target chooses between the drafter's greedy block and K - 1 drawn ones, and reads them
+    all."""
+    candidate_temperature: float = 1.5
+    """At which those are drawn."""
 
     def run(self, terminal: Terminal) -> int:
         from specauf.data.chat import prompt_ids
         from specauf.decode.generate import generate
         from specauf.decode.propose import DrafterProposer, PromptLookup
+        from specauf.decode.select import Selection
         from specauf.drafter.dflash import load_drafter
 
+        selection = Selection.of(self.candidates, self.candidate_temperature)
         lookup = str(self.checkpoint) == "prompt-lookup"
         drafter = None if lookup else load_drafter(self.checkpoint)
         target = _target(self.target)
@@ -145,14 +197,18 @@ class Generate:
         )
         assert target.tokenizer is not None
         ids = prompt_ids(target.tokenizer, [{"role": "user", "content": self.prompt}], self.enable_thinking)
-        stream = _Stream(target, terminal)
+        stream = Stream(target, terminal)
         options: dict[str, Any] = {"sampling": self.sampling, "max_new_tokens": self.max_new_tokens}
-        (out,) = generate(target, proposer, [ids], on_commit=stream.commit, **options)
+        (out,) = generate(target, proposer, [ids], selection=selection, on_commit=stream.commit, **options)
         terminal.rich.print()
         (plain,) = generate(target, None, [ids], **options)
         rounds = max(1, len(out.rounds))
         tau = 1 + sum(r.accepted for r in out.rounds) / rounds
-        terminal.say(f"\ntau {tau:.3f} over {len(out.rounds)} rounds, {len(out.tokens)} tokens")
+        how = "sampled proposal" if self.sampling.proposal == "sampled" else selection  # whose tau are not comparable
+        terminal.say(
+            f"\ntau{f' ({how})' if how else ''} {tau:.3f} over {len(out.rounds)} rounds, {len(out.tokens)} tokens, "
+            f"{out.verified / rounds:.1f} nodes verified per round"
+        )
         terminal.say(
             f"{len(out.tokens) / out.seconds:.1f} tokens/s; plain decoding {len(plain.tokens) / plain.seconds:.1f} tokens/s"
         )
@@ -235,26 +291,6 @@ DEMO = configuration.from_dict(
 """The demo's recipe; recipes/smollm2_cpu.yaml is the same thing for one drafter and longer."""
 
 
-class _Stream:
-    """Prints tokens as they are committed; decodes the whole text each time, since tokens may split characters."""
-
-    def __init__(self, target: Target, terminal: Terminal) -> None:
-        self.target, self.terminal = target, terminal
-        self.tokens: list[int] = []
-        self.shown = 0
-
-    def commit(self, row: int, tokens: list[int], drafted: list[bool]) -> None:
-        from rich.text import Text
-
-        assert self.target.tokenizer is not None
-        for token, was_draft in zip(tokens, drafted, strict=True):
-            self.tokens.append(token)
-            text = self.target.tokenizer.decode(self.tokens)
-            if not text.endswith("\ufffd"):
-                self.terminal.rich.print(Text(text[self.shown :], style="green" if was_draft else ""), end="")
-                self.shown = len(text)
-
-
 def _target(config: TargetConfig) -> Target:
     from specauf.target import Target
 
@@ -294,6 +330,8 @@ def _print_results(terminal: Terminal, results: dict[str, Any]) -> None:
     terminal.say("")
     for sentence in tables.comparison_sentences(results):
         terminal.say(sentence)
+    if len(selected := tables.selection_rows(results)) > 1:
+        terminal.say(f"\nself-selection, decoded live:\n{tables.plain_table(selected)}\n")
     for check in results.get("checks", []):
         terminal.say(f"{'ok' if check['passed'] else 'FAILED'}: {check['name']}: {check['value']}")
     for item in results.get("speedups", []):
@@ -303,7 +341,7 @@ def _print_results(terminal: Terminal, results: dict[str, Any]) -> None:
 def _verbs() -> Any:
     """The union of the verbs, each a subcommand with its own --help; no option hides in a nested subcommand."""
     union: Any = None
-    for verb in (Prepare, Train, Eval, Generate, Report, Demo, Doctor):
+    for verb in (Prepare, Rollout, Train, Eval, Generate, Report, Demo, Doctor):
         named = Annotated[verb, tyro.conf.subcommand(verb.__name__.lower())]  # type: ignore[valid-type]
         union = named if union is None else union | named
     return union
@@ -319,12 +357,11 @@ def _quiet_transformers() -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of the `specauf` command."""
-    command = tyro.cli(_verbs(), args=arguments, prog="specauf", description=__doc__)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     warnings.filterwarnings("ignore", category=FutureWarning)
     terminal = Terminal()
     try:
-        return command.run(terminal)
+        return tyro.cli(_verbs(), args=arguments, prog="specauf", description=__doc__).run(terminal)
     except UserError as error:
         print(f"specauf: {error}", file=sys.stderr)
         return 2

@@ -22,7 +22,14 @@ import yaml
 
 T = TypeVar("T")
 
-OBJECTIVES = ("uniform", "decay", "auf", "auf-decay")
+OBJECTIVES = (
+    *("uniform", "decay", "first-k", "auf", "soft-auf", "sampled-auf", "first-error"),
+    *("griffin-exclusive", "griffin-inclusive", "griffin-windowed", "l2r-focal", "l2r-focal-separate"),
+    *("dpace", "dpace-cumulative", "dpace-continuation", "streak-credit", "streak", "pard2", "lk-alpha", "lk-lambda"),
+)
+"""The names in `objective.registry.RULES`, kept here too so that a recipe is checked without importing torch."""
+OWN_DECAY = ("decay", "l2r-focal", "l2r-focal-separate", "lk-alpha", "lk-lambda")
+"""Those with a position decay of their own; any other takes one as `<name>-decay`."""
 REDUCTIONS = ("global", "block", "sequence")
 DEFAULT_GAMMA = {4: 2.0, 8: 4.0, 10: 5.0, 16: 7.0}
 """Position decay by block size, as the DFlash paper publishes it (16, 10, 8); 4 and other sizes (0.45 B) follow."""
@@ -68,7 +75,8 @@ class TargetConfig:
 @dataclass(frozen=True)
 class DataConfig:
     path: str = "sharegpt"
-    """JSON, JSONL or parquet of ShareGPT or OpenAI messages, or `sharegpt`, the embedded default."""
+    """JSON, JSONL or parquet of ShareGPT or OpenAI messages, `sharegpt`, the embedded default, or a directory of
+    `specauf rollout`, whose split, order and seed are already settled."""
     max_length: int = 384
     """Tokens of a conversation that are kept (its head)."""
     max_conversations: int | None = None
@@ -114,6 +122,8 @@ class DrafterConfig:
     mask_token_id: int | None = None
     intermediate_size: int | None = None
     """Width of the MLP; the target's own when not given."""
+    init_from: str | None = None
+    """A drafter's directory to take the initial weights from; its geometry must be this one."""
 
     def __post_init__(self) -> None:
         require(self.block_size >= 2, f"drafter.block_size counts the anchor and must be >= 2, got {self.block_size}")
@@ -129,22 +139,34 @@ class DrafterConfig:
 @dataclass(frozen=True)
 class ObjectiveConfig:
     name: str = "auf"
+    """A row of docs/objectives.md, or `<row>-decay` for the row times the position decay."""
     gamma: float | None = None
-    """Decay length in slots (`decay`, `auf-decay`); by block size when not given: 4 at 8, 7 at 16."""
+    """Decay length in slots, for the rows with a position decay; by block size when not given: 4 at 8, 7 at 16."""
     reduction: str = "global"
+    labels: str = "data"
+    """`data`, or `target`: the target's argmax, up to the first slot where it departs from the data."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of this objective: alpha, temperature, k, window, focal, eta, per, ce_weight, kd_weight."""
+    plugin: str | None = None
+    """A module, or a .py file, to import first: it registers objectives of its own."""
     logits_rows: int = 256
     """At most this many rows of logits exist at once, whatever the batch is."""
 
     def __post_init__(self) -> None:
-        choose(self.name, OBJECTIVES, "objective")
+        base = self.name.removesuffix("-decay") if self.name != "decay" else self.name
+        if self.plugin is None:
+            choose(base, OBJECTIVES, "objective")
+            twice = base != self.name and base in OWN_DECAY
+            require(not twice, f"objective {base!r} has a position decay already: set gamma")
+            takes = self.gamma is None or base in OWN_DECAY or base != self.name
+            require(takes, f"objective {self.name!r} takes no gamma; {self.name + '-decay'!r} does")
         choose(self.reduction, REDUCTIONS, "reduction")
+        choose(self.labels, ("data", "target"), "labels")
         require(self.gamma is None or self.gamma > 0, f"objective.gamma must be > 0, got {self.gamma}")
         require(self.logits_rows >= 1, f"objective.logits_rows must be >= 1, got {self.logits_rows}")
 
-    def decay_for(self, block_size: int) -> float | None:
-        """The decay length this objective uses at `block_size`, or None when it has no position decay."""
-        if "decay" not in self.name:
-            return None
+    def decay_for(self, block_size: int) -> float:
+        """The decay length at `block_size`, for a row that has none of its own."""
         return self.gamma if self.gamma is not None else DEFAULT_GAMMA.get(block_size, max(1.0, 0.45 * block_size))
 
 
@@ -190,9 +212,15 @@ class SamplingConfig:
     top_k: int = 0
     repetition_penalty: float = 1.0
     seed: int = 0
+    proposal: Literal["greedy", "sampled"] = "greedy"
+    """The draft: the drafter's argmax, or drawn from softmax(logits / temperature). Their tau are not comparable."""
 
     def __post_init__(self) -> None:
         require(self.temperature >= 0, f"temperature must be >= 0, got {self.temperature}")
+        require(
+            self.temperature > 0 or self.proposal == "greedy",
+            "proposal 'sampled' draws from the drafter at the sampling temperature, so it needs temperature > 0",
+        )
         require(0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}")
         require(self.top_k >= 0, f"top_k must be >= 0 (0 is off), got {self.top_k}")
         require(self.repetition_penalty > 0, f"repetition_penalty must be > 0, got {self.repetition_penalty}")
@@ -241,6 +269,10 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
             raise ConfigError(
                 f"{where}: {value!r} is not one of {', '.join(map(repr, args))}{nearest(str(value), args)}"
             )
+        return value
+    if origin is dict:
+        if not isinstance(value, dict) or not all(isinstance(v, (int, float, str)) for v in value.values()):
+            raise ConfigError(f"{where}: expected a mapping of names to numbers or words, got {value!r}")
         return value
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
@@ -303,9 +335,12 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def override(config: RunConfig, overrides: typing.Sequence[str]) -> RunConfig:
-    """`config` with `section.key=value` strings applied, values read as YAML. Errors name the override."""
+    """`config` with `section.key=value` strings applied, values read as YAML. Errors name the override.
+
+    The result is checked once, with all of them in place: their order matters only where two set the same key.
+    """
+    data = to_dict(config)
     for item in overrides:
-        data = to_dict(config)
         key, separator, value = item.partition("=")
         require(bool(separator), f"override {item!r}: write it as section.key=value")
         *parents, last = key.split(".")
@@ -315,13 +350,13 @@ def override(config: RunConfig, overrides: typing.Sequence[str]) -> RunConfig:
                 path = ".".join(parents[: depth + 1])
                 raise ConfigError(f"override {item!r}: no section {path!r}{nearest(parent, node)}")
             node = node[parent]
-        require(not isinstance(node.get(last), dict), f"override {item!r}: {key!r} is a section; set its keys")
+        section = isinstance(node.get(last), dict) and last != "options"
+        require(not section, f"override {item!r}: {key!r} is a section; set its keys")
         try:
             node[last] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise ConfigError(f"override {item!r}: {error}") from None
-        config = from_dict(RunConfig, data, f"override {item!r}")
-    return config
+    return from_dict(RunConfig, data, f"override {', '.join(map(repr, overrides))}") if overrides else config
 
 
 def dump(config: Any) -> str:

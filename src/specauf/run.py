@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,18 +14,23 @@ from specauf import assets, provenance
 from specauf.bench.runner import measure, recorded
 from specauf.bench.tasks import load_task, render_prompts, task_texts
 from specauf.config import ConfigError, RunConfig, UserError, digest, dump, to_dict
-from specauf.data.dataset import Prepared, prepare
+from specauf.data.dataset import Prepared, TokenDataset, prepare, training_order
 from specauf.data.features import FeatureCache, build_features
+from specauf.data.rollouts import RolloutConfig, open_rollouts, rollout_meta
+from specauf.data.sources import Ledger
 from specauf.decode.propose import DrafterProposer
+from specauf.decode.rollout import Advance, Roller, rollout
 from specauf.drafter.config import DFlashConfig
-from specauf.drafter.dflash import DFlash
+from specauf.drafter.dflash import DFlash, load_drafter
 from specauf.files import atomic_write_text
 from specauf.target import Target
 from specauf.train import checkpoint
 from specauf.train.batches import Batches
-from specauf.train.loop import Trainer, calibrate
+from specauf.train.loop import Trainer, calibrate, stored_extras
 
 Tick = Callable[[int], None]
+NOT_GEOMETRY = ("extra", "initializer_range", "max_position_embeddings", "bos_token_id", "eos_token_id")
+"""Fields of a drafter's configuration that change nothing it computes."""
 
 
 def corpus_path(config: RunConfig) -> Path:
@@ -31,19 +38,25 @@ def corpus_path(config: RunConfig) -> Path:
     if config.data.path == "sharegpt":
         return assets.sharegpt()
     path = Path(config.data.path).expanduser()
+    if rollout_meta(config.data.path):
+        raise UserError(f"data.path: {path} holds rollouts already: give the corpus whose prompts are to be answered")
     if not path.is_file():
-        raise UserError(f"data.path: no such file: {path}. Give a JSON, JSONL or parquet file, or 'sharegpt'")
+        raise UserError(f"data.path: no such file: {path}. Give JSON, JSONL, parquet, rollouts, or 'sharegpt'")
     return path
 
 
 def data_dir(config: RunConfig) -> Path:
-    """Where prepared data lives: in the cache, shared by runs with the same data section."""
+    """Where prepared data lives: a directory of rollouts, or in the cache, shared by runs with the same data section."""
+    if rollout_meta(config.data.path):
+        return Path(config.data.path).expanduser()
     key = {"data": to_dict(config.data), "target": config.target.path, "tasks": list(config.eval.tasks)}
     return assets.cache_dir() / "prepared" / digest(key)
 
 
 def prepare_data(config: RunConfig, target: Target) -> Prepared:
-    """Tokens, held-out prompts and the ledger, reused when nothing changed."""
+    """Tokens, held-out prompts and the ledger, reused when nothing changed. Rollouts are read as they are."""
+    if rollout_meta(config.data.path):
+        return open_rollouts(config.data, target)
     excluded = task_texts(config.eval.tasks, config.eval.tasks_dir)
     if target.tokenizer is None:
         raise UserError(f"{target.name} has no tokenizer")
@@ -52,8 +65,27 @@ def prepare_data(config: RunConfig, target: Target) -> Prepared:
     )
 
 
+def make_rollouts(
+    config: RunConfig,
+    target: Target,
+    source: Prepared,
+    plan: RolloutConfig,
+    out: Path,
+    drafter: Path | None = None,
+    on_progress: Advance | None = None,
+) -> TokenDataset:
+    """The target's own answers to the training prompts of `source`; `drafter` speeds decoding up and stays exact."""
+    ledger = Ledger()
+    excluded = task_texts(config.eval.tasks, config.eval.tasks_dir)
+    conversations, _ = training_order(config.data, corpus_path(config), ledger, excluded)
+    proposer = DrafterProposer(load_drafter(drafter).to(target.device), target) if drafter else None
+    roller = Roller(target, config.data, plan, target.mask_token_id(config.drafter.mask_token_id), proposer)
+    drafted_by = weights_hash(drafter) if drafter else None
+    return rollout(roller, source, conversations, ledger, out, drafter=drafted_by, on_progress=on_progress)
+
+
 def new_drafter(config: RunConfig, target: Target) -> DFlash:
-    """A drafter that fits the target, with initial weights that depend on train.seed alone."""
+    """A drafter that fits the target, with initial weights from drafter.init_from, or that depend on train.seed alone."""
     wanted = config.drafter
     geometry = DFlashConfig.for_target(
         target.config,
@@ -64,7 +96,28 @@ def new_drafter(config: RunConfig, target: Target) -> DFlash:
         num_taps=wanted.num_taps,
         intermediate_size=wanted.intermediate_size,
     )
+    if wanted.init_from is not None:
+        return _warm(Path(wanted.init_from).expanduser(), geometry).to(target.device)
     return DFlash(geometry, seed=config.train.seed).to(target.device)
+
+
+def _warm(directory: Path, geometry: DFlashConfig) -> DFlash:
+    """The weights of a checkpoint in a drafter of exactly this geometry, which remembers where they are from."""
+    found = load_drafter(directory)
+    for name in (f.name for f in dataclasses.fields(DFlashConfig) if f.name not in NOT_GEOMETRY):
+        have, want = getattr(found.config, name), getattr(geometry, name)
+        if have != want:
+            raise ConfigError(f"drafter.init_from: {directory} has {name}={have}, the recipe needs {want}")
+    origin = {"path": str(directory), "weights": weights_hash(directory)}
+    drafter = DFlash(dataclasses.replace(geometry, extra={"init_from": origin}))
+    drafter.load_state_dict(found.state_dict())
+    return drafter
+
+
+def weights_hash(directory: Path) -> str:
+    """Twelve hex digits of a drafter's weights."""
+    with (directory / "model.safetensors").open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
 def require_unused_mask(prepared: Prepared, mask_token_id: int) -> None:
@@ -94,7 +147,9 @@ def open_run(
     out.mkdir(parents=True, exist_ok=True)
     drafter = new_drafter(config, target)
     require_unused_mask(prepared, drafter.config.mask_token_id)
-    trainer = Trainer(config, drafter, target, Batches(prepared.train, features, config.train), out)
+    trainer = Trainer(
+        config, drafter, target, Batches(prepared.train, features, config.train, stored_extras(config)), out
+    )
     if resume:
         checkpoint.resume(trainer, out)
     atomic_write_text(out / "config.yaml", dump(config))

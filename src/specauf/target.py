@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from specauf import assets
 from specauf.config import ConfigError, TargetConfig, UserError
+from specauf.objective.wavefront import head_logits
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -49,8 +50,7 @@ class Target:
         self.embed_weight: Tensor = embedding.weight
         if model.config.tie_word_embeddings and head.weight is not embedding.weight:
             raise UserError(f"{name}: the config ties embedding and head, but the loaded weights are not tied")
-        if getattr(model.config, "final_logit_softcapping", None):
-            raise UserError(f"{name}: soft-capped logits are not supported yet")
+        self.softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
 
     @classmethod
     def load(cls, config: TargetConfig) -> Target:
@@ -91,8 +91,7 @@ class Target:
 
     def logits(self, hidden: Float[Tensor, "... h"]) -> Float[Tensor, "... v"]:
         """LM head on final hidden states, as float32 (float64 stays)."""
-        logits = F.linear(hidden.to(self.head_weight.dtype), self.head_weight, self.head_bias)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return head_logits(hidden, self.head_weight, self.head_bias, self.softcap)
 
     @contextmanager
     def tap(self, layer_ids: Sequence[int]) -> Iterator[dict[int, Tensor]]:
@@ -118,16 +117,23 @@ class Target:
         input_ids: Int[Tensor, "b s"],
         layer_ids: Sequence[int] = (),
         *,
-        attention_mask: Bool[Tensor, "b kv"] | None = None,
+        attention_mask: Bool[Tensor, "b kv"] | Bool[Tensor, "b 1 s kv"] | None = None,
         position_ids: Int[Tensor, "b s"] | None = None,
         cache: Any = None,
     ) -> Tapped:
         """The body alone, no head. Rows padded on the right need no attention mask: attention is causal.
 
-        With `cache` (a Hugging Face cache), `input_ids` continue it; `attention_mask` then covers cache and input.
+        With `cache` (a Hugging Face cache), `input_ids` continue it; `attention_mask` then covers cache and input. One
+        with four dimensions replaces causality and says who sees whom (True is seen); raises `UserError` when the
+        target's attention cannot take it.
         """
         if self.num_layers - 1 in layer_ids:
             raise ConfigError(f"layer {self.num_layers - 1} is the last; its hidden state is only known after the norm")
+        if attention_mask is not None and attention_mask.ndim == 4:
+            if self.config._attn_implementation not in ("sdpa", "eager"):
+                raise UserError(f"attention {self.config._attn_implementation!r} takes no tree mask: use sdpa or eager")
+            dtype = self.embed_weight.dtype
+            attention_mask = (~attention_mask).to(dtype) * torch.finfo(dtype).min  # added to the scores by either
         with self.tap(layer_ids) as taps:
             out = self.body(
                 input_ids=input_ids,

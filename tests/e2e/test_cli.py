@@ -7,9 +7,12 @@ import random
 from pathlib import Path
 
 import pytest
-from tests.conftest import make_target
+from tests.conftest import make_geometry, make_target
 
 from specauf.cli import main
+from specauf.config import TargetConfig
+from specauf.drafter.dflash import DFlash, save_drafter
+from specauf.target import Target
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +87,72 @@ def test_prepare_train_eval_generate_and_report(world: Path, capsys: pytest.Capt
     assert "the text is the target's own, token for token" in capsys.readouterr().out
 
 
+def test_self_selection_and_the_drawn_proposal_are_told_apart(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = ["--target.path", str(world / "target")]
+    target = Target.load(TargetConfig(path=where[1], device="cpu"))
+    drafter = str(save_drafter(DFlash(make_geometry(target, block_size=4)), world / "untrained"))
+
+    measure = ["eval", drafter, *where, "--eval.tasks", "birds", "--eval.tasks-dir", str(world / "tasks")]
+    measure += ["--eval.max-new-tokens", "12", "--out", str(world / "chosen"), "--candidates", "3"]
+    assert main(measure) == 0
+    told = capsys.readouterr().out
+    assert "self-selection, decoded live" in told and "untrained, self-selection, K=3, T_s=1.5" in told
+    assert "ok: untrained, birds, self-selection, K=3, T_s=1.5: live tokens are plain decoding's" in told
+    (row,) = json.loads((world / "chosen" / "results.json").read_text())["selection"]
+    assert row["tau"] >= 1 and row["chain_nodes"] == 4 < row["nodes"] <= 10
+    assert main(["report", str(world / "chosen" / "results.json")]) == 0
+    assert "K=3, T_s=1.5" in (world / "chosen" / "index.html").read_text()
+    assert main([*measure, "--eval.sampling.temperature", "1", "--eval.sampling.proposal", "sampled"]) == 2
+    assert "replay measures deterministic proposals alone" in capsys.readouterr().err
+
+    say = ["generate", drafter, "the cat", *where, "--max-new-tokens", "12"]
+    assert main([*say, "--candidates", "3"]) == 0
+    told = capsys.readouterr().out
+    assert "tau (self-selection, K=3, T_s=1.5) " in told and "nodes verified per round" in told
+    assert "the text is the target's own, token for token" in told
+    assert main([*say, "--sampling.temperature", "1", "--sampling.proposal", "sampled"]) == 0
+    assert "tau (sampled proposal) " in capsys.readouterr().out
+    assert main(["generate", "prompt-lookup", "the cat", *where, "--candidates", "2"]) == 2
+    assert "there is no drafter here" in capsys.readouterr().err
+
+
+def test_rollouts_are_training_data_and_a_drafter_goes_on_from_another(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, out = str(world / "recipe.yaml"), world / "rollouts"
+    command = ["rollout", recipe, "--out", str(out), "--turns", "1", "--samples", "2", "--temperature", "1.0"]
+    command += ["--max-new-tokens", "10", "--max-tokens", "200"]
+    assert main([*command, "--batch-size", "8"]) == 0
+    assert "generated tokens" in capsys.readouterr().out
+    assert main([*command, "--batch-size", "8"]) == 0, "finished rollouts are finished, not an error"
+    assert main([*command, "--batch-size", "9"]) == 2
+    assert "begun with batch_size 8, now 9" in capsys.readouterr().err
+
+    changes = [f"data.path={out}", "train.max_steps=2", "train.eval_every=2"]
+    assert main(["prepare", recipe, "--set", *changes]) == 0
+    assert str(out) in capsys.readouterr().out
+    assert main(["train", recipe, "--set", f"out={world}/first", *changes]) == 0
+    rows = [json.loads(line) for line in (world / "first" / "log.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and rows[1]["replay_tau"] >= 1, "held-out prompts are still there"
+
+    warm = [f"out={world}/second", f"drafter.init_from={world}/first/checkpoint", *changes]
+    assert main(["train", recipe, "--set", *warm]) == 0
+    told = json.loads((world / "second" / "checkpoint" / "config.json").read_text())["specauf"]
+    assert told["init_from"]["path"] == f"{world}/first/checkpoint"
+    assert main(["train", recipe, "--set", *warm]) == 0, "a warm run resumes like any other"
+    capsys.readouterr()
+    assert main(["train", recipe, "--set", *warm, "drafter.block_size=5"]) == 2
+    assert "has block_size=4, the recipe needs 5" in capsys.readouterr().err
+    greedy = ["rollout", recipe, "--max-new-tokens", "10", "--max-tokens", "100", "--out"]
+    assert main([*greedy, f"{world}/plain"]) == main(
+        [*greedy, f"{world}/fast", "--drafter", f"{world}/first/checkpoint"]
+    )
+    assert (world / "plain" / "rollouts.jsonl").read_text() == (world / "fast" / "rollouts.jsonl").read_text()
+    capsys.readouterr()
+    assert main(["rollout", recipe, "--out", str(world / "again"), "--set", changes[0]]) == 2
+    assert "rollouts already" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -94,6 +163,10 @@ def test_prepare_train_eval_generate_and_report(world: Path, capsys: pytest.Capt
         (["train", "{recipe}", "--set", "train.max_steps=null"], "set train.max_steps or train.minutes"),
         (["prepare", "{recipe}", "--set", "data.path=/no/such.json"], "no such file: /no/such.json"),
         (["prepare", "{recipe}", "--set", "target.path=./nothing"], "no such directory: ./nothing"),
+        (["rollout", "{recipe}", "--out", "x", "--samples", "2"], "2 samples at temperature 0"),
+        (["rollout", "{recipe}", "--out", "x", "--temperature", "-1"], "temperature must be >= 0"),
+        (["eval", "x", "--candidates", "0"], "candidates must be at least 1, got 0"),
+        (["generate", "x", "hi", "--sampling.proposal", "sampled"], "proposal 'sampled'"),
         (["eval", "/no/such/drafter"], "is not a drafter checkpoint: config.json is missing"),
         (["report", "/no/such.json"], "/no/such.json"),
         (["demo", "--drafter", "eagle"], "unknown drafter 'eagle'"),
@@ -107,7 +180,7 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(
     assert told in captured.err and "Traceback" not in captured.err
 
 
-@pytest.mark.parametrize("verb", ["prepare", "train", "eval", "generate", "report", "demo", "doctor"])
+@pytest.mark.parametrize("verb", ["prepare", "rollout", "train", "eval", "generate", "report", "demo", "doctor"])
 def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([verb, "--help"])

@@ -47,8 +47,15 @@ runs = st.builds(
         block_size=st.integers(2, 64),
         target_layer_ids=st.none() | st.lists(st.integers(0, 99), min_size=1, max_size=5).map(tuple),
     ),
-    objective=st.builds(
-        ObjectiveConfig, name=st.sampled_from(config.OBJECTIVES), gamma=st.none() | st.floats(1e-9, 1e9)
+    objective=st.builds(ObjectiveConfig, name=st.sampled_from(config.OBJECTIVES))
+    | st.builds(
+        ObjectiveConfig,
+        name=st.sampled_from([*config.OWN_DECAY, "auf-decay"]),
+        gamma=st.none() | st.floats(1e-9, 1e9),
+        labels=st.sampled_from(["data", "target"]),
+        options=st.dictionaries(
+            st.sampled_from(["eta", "per"]), st.floats(0, 9) | st.sampled_from(["slot"]), max_size=2
+        ),
     ),
     train=st.builds(TrainConfig, lr=st.floats(1e-12, 1.0), minutes=st.none() | st.floats(1e-3, 1e6)),
     eval=st.builds(
@@ -85,7 +92,7 @@ def test_dump_writes_every_field() -> None:
         return {k: names(type(v)) if dataclasses.is_dataclass(v) else None for k, v in values.items()}
 
     def keys(tree: Any) -> dict[str, Any]:
-        return {k: keys(v) if isinstance(v, dict) else None for k, v in tree.items()}
+        return {k: keys(v) if isinstance(v, dict) and v else None for k, v in tree.items()}
 
     assert keys(yaml.safe_load(dump(RunConfig()))) == names(RunConfig)
 
@@ -104,6 +111,11 @@ def test_an_override_wins_over_the_recipe_and_leaves_the_rest(tmp_path: Path) ->
     run = load(recipe, ["train.lr=6e-4", "eval.sampling.temperature=1", "drafter.target_layer_ids=[1, 5]", "out=x"])
     assert (run.train.lr, run.train.seed, run.out) == (6e-4, 5, "x")
     assert (run.eval.sampling.temperature, run.drafter.target_layer_ids) == (1.0, (1, 5))
+
+
+def test_an_override_sets_an_option_of_the_objective() -> None:
+    run = override(RunConfig(), ["objective.name=dpace", "objective.options.alpha=0.3"])
+    assert run.objective.options == {"alpha": 0.3}
 
 
 def test_the_last_of_two_overrides_wins() -> None:
@@ -131,7 +143,11 @@ def test_yaml_1_1_scientific_notation_is_a_number(tmp_path: Path, text: str) -> 
         ("train: {lrr: 1}", ["r.yaml.train", "'lrr'", "'lr'"]),
         ("trian: {}", ["r.yaml", "'trian'", "'train'"]),
         ("eval: {sampling: {topp: 1}}", ["r.yaml.eval.sampling", "'topp'", "'top_p'"]),
-        ("objective: {name: aff}", ["r.yaml.objective", "'aff'", "'auf'", "auf-decay"]),
+        ("objective: {name: aff}", ["r.yaml.objective", "'aff'", "'auf'", "griffin-exclusive"]),
+        ("objective: {name: auf, gamma: 3}", ["r.yaml.objective", "takes no gamma", "'auf-decay'"]),
+        ("objective: {name: lk-alpha-decay}", ["r.yaml.objective", "has a position decay already"]),
+        ("objective: {labels: targets}", ["r.yaml.objective", "'target'"]),
+        ("objective: {options: [1]}", ["r.yaml.objective.options", "expected a mapping"]),
         ("target: {dtype: bf16}", ["r.yaml.target.dtype", "'bf16'", "'bfloat16'"]),
         ("drafter: {target_layer_ids: [1, x]}", ["r.yaml.drafter.target_layer_ids[1]", "expected int", "'x'"]),
         ("drafter: {target_layer_ids: 3}", ["r.yaml.drafter.target_layer_ids", "expected a list"]),
@@ -234,8 +250,7 @@ def test_a_missing_recipe_is_a_user_error_that_names_the_path(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("name", "gamma", "block_size", "expected"),
     [
-        ("auf", None, 8, None),
-        ("uniform", 3.0, 8, None),
+        ("l2r-focal", 3.0, 8, 3.0),
         ("decay", None, 8, 4.0),
         ("decay", None, 16, 7.0),
         ("decay", None, 10, 5.0),
@@ -243,7 +258,7 @@ def test_a_missing_recipe_is_a_user_error_that_names_the_path(tmp_path: Path) ->
     ],
 )
 def test_decay_follows_the_objective_then_gamma_then_the_block_size(
-    name: str, gamma: float | None, block_size: int, expected: float | None
+    name: str, gamma: float | None, block_size: int, expected: float
 ) -> None:
     assert ObjectiveConfig(name=name, gamma=gamma).decay_for(block_size) == expected
 

@@ -10,9 +10,11 @@ from typing import Any, Protocol
 
 from specauf import provenance
 from specauf.bench.runner import LiveCheck, Recorded, check_live, comparison, measure, recorded
+from specauf.bench.selection import selected
 from specauf.bench.tasks import TASKS, load_task, render_prompts
 from specauf.config import ConfigError, EvalConfig, UserError
 from specauf.decode.propose import DrafterProposer, PromptLookup
+from specauf.decode.select import Selection
 from specauf.drafter.dflash import DFlash, load_drafter
 from specauf.files import atomic_write_text
 from specauf.target import Target
@@ -53,8 +55,12 @@ def evaluate(
     data_dir: Path | None,
     live: int,
     console: Progress,
+    selection: Selection | None = None,
 ) -> tuple[dict[str, Any], bool]:
-    """(results, whether every live check passed). Writes `out/results.json`; the first drafter is the baseline."""
+    """(results, whether every live check passed). Writes `out/results.json`; the first drafter is the baseline.
+
+    With `selection` every drafter is also decoded live, choosing between candidates: rows of their own.
+    """
     if live and config.sampling.temperature:
         raise ConfigError("--live compares token for token, so it needs temperature 0")
     names, first = list(drafters), next(iter(drafters.values()))
@@ -96,7 +102,12 @@ def evaluate(
         "checks": [],
         "speedups": [],
     }
-    passed = True
+    if selection:
+        made = {n: p for n, p in proposers.items() if isinstance(p, DrafterProposer)}
+        results["selection"], results["checks"] = selected(
+            target, made, tasks, rounds, selection, config, console.progress
+        )
+    passed = all(check["passed"] for check in results["checks"])
     for name, proposer in proposers.items():
         for task, recording in tasks.items():
             if live:

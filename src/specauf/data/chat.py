@@ -89,6 +89,32 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages, enable_th
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
+def continuation_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    before: Messages,
+    answer: str,
+    end: int,
+    after: Messages,
+    enable_thinking: bool,
+) -> list[int]:
+    """What follows the end-of-turn token `end` of `answer` up to the header of the next assistant turn.
+
+    `before` is what was answered, `after` what is said next. Raises `UnstableTemplate` when the longer conversation does
+    not merely append to the prompt, the answer and its end: then the tokens so far are not a prefix of what it renders.
+    """
+    prior = _plain(before)
+    stem = _render_text(tokenizer, prior, enable_thinking, generation_prompt=True) + answer
+    turns = [*prior, {"role": "assistant", "content": answer}, *_plain(after)]
+    full = _render_text(tokenizer, turns, enable_thinking, generation_prompt=True)
+    if not full.startswith(stem):
+        raise UnstableTemplate(f"message {len(prior)} ({_differ(full, stem, stem)})")
+    # The end token is tokenised along: some tokenizers put a blank before text that begins a string.
+    ids = list(tokenizer(full[len(stem) :], add_special_tokens=False, verbose=False)["input_ids"])
+    if ids[:1] != [end]:
+        raise UnstableTemplate(f"message {len(prior)} (the target ends it with token {end}, the template otherwise)")
+    return ids[1:]
+
+
 def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """Twelve hex digits of the chat template's text. Raises `UserError` when there is none."""
     try:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     Row = tuple[int, Tensor, Tensor]
+    Identified = tuple[int, Conversation]
 
 FORMAT = 1
 TOKENS, META, HELDOUT = "tokens.safetensors", "meta.json", "heldout.json"
@@ -137,16 +138,13 @@ def prepare(
         return reused
 
     ledger = Ledger()
-    train, heldout = split(read_conversations(source, ledger, excluded), config.heldout, config.seed)
-    ledger.drop("held out", len(heldout))
-    if config.heldout and not heldout:
-        ledger.warnings.append(f"{source.name}: no group of conversations fell into the held-out {config.heldout:.1%}")
-    rows, names = _render_rows(_hash_order(train, config.seed), config, tokenizer, ledger)
+    train, heldout = training_order(config, source, ledger, excluded)
+    rows, names = _render_rows(train, config, tokenizer, ledger)
     ledger.kept = len(rows)
     ledger.check()
     _require_supervision(rows, ledger, source)
 
-    prompts, counts = _heldout_prompts(_hash_order(heldout, config.seed), config, tokenizer, max_prompt_tokens)
+    prompts, counts = _heldout_prompts(heldout, config, tokenizer, max_prompt_tokens)
     meta |= {
         "source_path": str(source.resolve()),
         "enable_thinking": config.enable_thinking,
@@ -157,9 +155,29 @@ def prepare(
     }
     dataset = TokenDataset.from_rows(rows, meta)
     (out / META).unlink(missing_ok=True)
-    atomic_write_text(out / HELDOUT, json.dumps([prompt._asdict() for prompt in prompts], indent=1, ensure_ascii=False))
+    write_heldout(out, prompts)
     dataset.save(out)
     return Prepared(dataset, prompts, ledger, reused=False)
+
+
+def training_order(
+    config: DataConfig, source: Path, ledger: Ledger, excluded_prompts: Iterable[str] = ()
+) -> tuple[list[Identified], list[Identified]]:
+    """(training, held-out) conversations of a corpus, each in the order of a hash of (seed, uid); the latter counted."""
+    train, heldout = split(read_conversations(source, ledger, excluded_prompts), config.heldout, config.seed)
+    ledger.drop("held out", len(heldout))
+    if config.heldout and not heldout:
+        ledger.warnings.append(f"{source.name}: no group of conversations fell into the held-out {config.heldout:.1%}")
+    return _hash_order(train, config.seed), _hash_order(heldout, config.seed)
+
+
+def write_heldout(directory: Path, prompts: Sequence[Prompt]) -> None:
+    text = json.dumps([prompt._asdict() for prompt in prompts], indent=1, ensure_ascii=False)
+    atomic_write_text(directory / HELDOUT, text)
+
+
+def read_heldout(directory: Path) -> list[Prompt]:
+    return [Prompt(**prompt) for prompt in json.loads((directory / HELDOUT).read_text(encoding="utf-8"))]
 
 
 def conversation_uid(conversation: Conversation) -> int:
@@ -168,13 +186,13 @@ def conversation_uid(conversation: Conversation) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def _hash_order(conversations: Iterable[Conversation], seed: int) -> list[tuple[int, Conversation]]:
+def _hash_order(conversations: Iterable[Conversation], seed: int) -> list[Identified]:
     pairs = ((conversation_uid(c), c) for c in conversations)
     return sorted(pairs, key=lambda pair: (counter(seed, "order", pair[0]), pair[0]))
 
 
 def _render_rows(
-    conversations: list[tuple[int, Conversation]],
+    conversations: list[Identified],
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     ledger: Ledger,
@@ -219,7 +237,7 @@ def _require_supervision(rows: list[Row], ledger: Ledger, source: Path) -> None:
 
 
 def _heldout_prompts(
-    conversations: list[tuple[int, Conversation]], config: DataConfig, tokenizer: PreTrainedTokenizerBase, limit: int
+    conversations: list[Identified], config: DataConfig, tokenizer: PreTrainedTokenizerBase, limit: int
 ) -> tuple[list[Prompt], dict[str, int]]:
     counts = {"conversations": len(conversations), "prompts": 0, "repeated": 0, "too_long": 0, "refused": 0}
     prompts: list[Prompt] = []
@@ -261,7 +279,6 @@ def _reuse(out: Path, key: str) -> Prepared | None:
         dataset = TokenDataset.load(out)
         if dataset.meta["key"] != key:
             return None
-        prompts = [Prompt(**prompt) for prompt in json.loads((out / HELDOUT).read_text(encoding="utf-8"))]
-        return Prepared(dataset, prompts, Ledger.from_dict(dataset.meta["ledger"]), reused=True)
+        return Prepared(dataset, read_heldout(out), Ledger.from_dict(dataset.meta["ledger"]), reused=True)
     except (UserError, OSError, ValueError, KeyError, TypeError):
         return None  # not there, or not ours: build it

@@ -2,7 +2,8 @@
 
 Rows of a batch accept different numbers of tokens. The cache keeps as many new columns as the luckiest row needs; in the
 other rows the surplus columns hold rejected tokens and are masked from then on. Positions are explicit, so a hole in the
-cache changes nothing but its size. Rows that are done leave the batch.
+cache changes nothing but its size. Rows that are done leave the batch. A draft is a tree with one branch; with
+self-selection (`select.py`) it has more, and the cache keeps the columns of the branch that was verified.
 """
 
 from __future__ import annotations
@@ -17,11 +18,24 @@ import torch
 from transformers import DynamicCache
 
 from specauf.config import SamplingConfig, UserError
-from specauf.decode.propose import Proposer
-from specauf.decode.verify import ACCEPT, RESAMPLE, accept_greedy, accept_sampled, uniform, warp
+from specauf.decode.propose import DrafterProposer, Proposer
+from specauf.decode.select import Selection, along, build_tree, check_cache, choose, compact, sample_candidates
+from specauf.decode.verify import (
+    ACCEPT,
+    PROPOSE,
+    RESAMPLE,
+    accept_drawn,
+    accept_greedy,
+    accept_sampled,
+    at,
+    draw,
+    uniform,
+    warp,
+)
 from specauf.target import Target
 
 if TYPE_CHECKING:
+    from jaxtyping import Float, Int
     from torch import Tensor
 
 log = logging.getLogger(__name__)
@@ -52,6 +66,8 @@ class Generation:
     """By EOS rather than by the limit."""
     drafted: list[bool] = field(default_factory=list)
     """Per token: was it an accepted draft token?"""
+    verified: int = 0
+    """Inputs that the target verified, all rounds together: anchor and draft tokens, or the nodes of their tree."""
     seconds: float = 0.0
     """Wall-clock time from the prefill until this row was done; rows of a batch share it."""
 
@@ -63,16 +79,18 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     sampling: SamplingConfig | None = None,
+    selection: Selection | None = None,
     max_new_tokens: int = 128,
     uids: Sequence[int] | None = None,
     eos_ids: frozenset[int] | None = None,
     record_margins: bool = False,
     on_commit: Callable[[int, list[int], list[bool]], None] | None = None,
 ) -> list[Generation]:
-    """Decode every prompt. `proposer` None is plain decoding, one token a round.
+    """Decode every prompt. `proposer` None is plain decoding, one token a round; `selection` is self-selection.
 
     `uids` number the prompts for the counter-based randomness (default 0, 1, ...). `on_commit(row, tokens, drafted)` is
-    called as tokens are committed. Raises `UserError` on an empty prompt.
+    called as tokens are committed. Raises `UserError` on an empty prompt, and when `proposer` cannot propose what
+    `selection` or `sampling.proposal` ask for.
     """
     began = time.perf_counter()
     sampling = sampling or SamplingConfig()
@@ -80,6 +98,7 @@ def generate(
     empty = [i for i, prompt in enumerate(prompts) if not len(prompt)]
     if empty:
         raise UserError(f"prompt {empty[0]} is empty: there is no token to start from")
+    _check(proposer, sampling, selection)
     device, out = target.device, [Generation(list(prompt)) for prompt in prompts]
     block = proposer.block_size if proposer else 1
     layer_ids = proposer.layer_ids if proposer else ()
@@ -93,6 +112,8 @@ def generate(
 
     # Prefill. Padding on the right is harmless under causal attention; its columns are masked from here on.
     first, cache = int(lengths.max()), DynamicCache(config=target.config)
+    if selection:
+        check_cache(cache)
     seen = target.run(ids[:, :first], layer_ids, cache=cache)
     columns = torch.arange(first, device=device) < lengths[:, None]
     if proposer:
@@ -101,32 +122,71 @@ def generate(
     ending = seen.final.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, seen.final.shape[-1]))
     anchors = lengths - 1  # position of the last committed token; its features are known only during the prefill
     batch = _Batch(target, sampling, eos, max_new_tokens, record_margins, on_commit, out, began)
-    active = batch.commit(rows, uid, ids, anchors, lengths, ids[:, :0], target.logits(ending), first=True)
+    active = batch.commit(rows, uid, ids, anchors, ids[:, :0], target.logits(ending), first=True)
 
     while True:
         if not active.all():
             kept = active.nonzero().squeeze(1)
             if not len(kept):
                 return out
-            rows, uid, ids, anchors, lengths, columns = (t[kept] for t in (rows, uid, ids, anchors, lengths, columns))
+            rows, uid, ids, anchors, columns = (t[kept] for t in (rows, uid, ids, anchors, columns))
             cache.batch_select_indices(kept)
             if proposer:
                 proposer.select(kept)
-        draft = proposer.propose(ids, anchors) if proposer else ids[:, :0]
-        inputs = torch.cat([ids.gather(1, anchors[:, None]), draft], 1)  # b block
-        positions = anchors[:, None] + torch.arange(block, device=device)
-        mask = torch.cat([columns, columns.new_ones(len(rows), block)], 1)
+        candidates, law = _propose(proposer, ids, anchors, uid, sampling, selection)
+        tree = build_tree(ids.gather(1, anchors[:, None]), candidates)
+        n = tree.tokens.shape[1]
+        mask = tree.sees(columns) if selection else torch.cat([columns, columns.new_ones(len(rows), n)], 1)
         seen = target.run(
-            inputs, layer_ids, attention_mask=None if mask.all() else mask, position_ids=positions, cache=cache
+            tree.tokens,
+            layer_ids,
+            attention_mask=None if mask.all() else mask,
+            position_ids=anchors[:, None] + tree.depth,
+            cache=cache,
         )
+        logits = target.logits(seen.final)
+        best = choose(tree, candidates, logits, ids, anchors, sampling) if selection else torch.zeros_like(anchors)
+        path = at(tree.path, best)  # b block
         if proposer:
-            proposer.observe(seen.features, positions)
+            proposer.observe(along(seen.features, path), anchors[:, None] + torch.arange(block, device=device))
+        for row, nodes in zip(rows.tolist(), tree.size.tolist(), strict=True):
+            out[row].verified += nodes
         before = anchors.clone()
-        active = batch.commit(rows, uid, ids, anchors, lengths, draft, target.logits(seen.final))
+        active = batch.commit(rows, uid, ids, anchors, at(candidates, best), along(logits, path), law)
         gained = anchors - before  # columns that hold committed tokens: the old anchor and the accepted drafts
         most = int(gained.max())
-        cache.crop(most - block)
+        if selection:
+            compact(cache, n, path[:, :most])
+        else:
+            cache.crop(most - n)
         columns = torch.cat([columns, torch.arange(most, device=device) < gained[:, None]], 1)
+
+
+def _check(proposer: Proposer | None, sampling: SamplingConfig, selection: Selection | None) -> None:
+    drawn = sampling.proposal == "sampled"
+    if selection and drawn:
+        raise UserError("self-selection chooses between point masses: it cannot be had with the proposal 'sampled'")
+    if (selection or (drawn and proposer)) and not isinstance(proposer, DrafterProposer):
+        what = "self-selection" if selection else "the proposal 'sampled'"
+        raise UserError(f"{what} draws from a drafter's probabilities, and there is no drafter here")
+
+
+def _propose(
+    proposer: Proposer | None,
+    ids: Int[Tensor, "b s"],
+    anchors: Int[Tensor, " b"],
+    uid: Int[Tensor, " b"],
+    sampling: SamplingConfig,
+    selection: Selection | None,
+) -> tuple[Int[Tensor, "b candidates k"], Float[Tensor, "b k v"] | None]:
+    """The candidate blocks, and the law of a block that was drawn rather than chosen."""
+    if isinstance(proposer, DrafterProposer) and selection:
+        return sample_candidates(proposer.logits(ids, anchors), selection, sampling.seed, uid, anchors), None
+    if isinstance(proposer, DrafterProposer) and sampling.proposal == "sampled":
+        law = (proposer.logits(ids, anchors) / sampling.temperature).softmax(-1)
+        after = anchors[:, None] + torch.arange(1, proposer.block_size, device=ids.device)
+        return draw(law, uniform(sampling.seed, PROPOSE, uid[:, None], after)[..., None]).transpose(1, 2), law
+    return (proposer.propose(ids, anchors) if proposer else ids[:, :0])[:, None], None
 
 
 @dataclass
@@ -142,36 +202,38 @@ class _Batch:
 
     def commit(
         self,
-        rows: Tensor,
-        uid: Tensor,
-        ids: Tensor,
-        anchors: Tensor,
-        lengths: Tensor,
-        draft: Tensor,
-        logits: Tensor,
+        rows: Int[Tensor, " b"],
+        uid: Int[Tensor, " b"],
+        ids: Int[Tensor, "b s"],
+        anchors: Int[Tensor, " b"],
+        draft: Int[Tensor, "b k"],
+        logits: Float[Tensor, "b slots v"],
+        law: Float[Tensor, "b k v"] | None = None,
         first: bool = False,
     ) -> Tensor:
-        """Verify `draft` [b, k] with `logits` [b, k+1, v]; write tokens into `ids`, advance `anchors`. Returns who goes on."""
-        k, greedy = draft.shape[1], self.sampling.temperature == 0
+        """Verify `draft` with the target's `logits` of anchor and draft; write tokens into `ids`, advance `anchors`.
+
+        `law` is what the draft was drawn from, None for a point mass. Returns which rows go on.
+        """
+        k, seed = draft.shape[1], self.sampling.seed
         after = anchors[:, None] + 1 + torch.arange(k + 1, device=ids.device)  # positions the logits speak of
-        if k:
-            ids.scatter_(1, after[:, :k], draft)
+        ids.scatter_(1, after[:, :k], draft)
         logits = warp(logits, ids, anchors + 1 + k, self.sampling)
-        if greedy:
+        if self.sampling.temperature == 0:
             accepted, ending = accept_greedy(draft, logits)
         else:
-            accepted, ending = accept_sampled(
-                draft,
-                logits.softmax(-1),
-                uniform(self.sampling.seed, ACCEPT, uid[:, None], after[:, :k]),
-                uniform(self.sampling.seed, RESAMPLE, uid[:, None], after),
-            )
+            chance = logits.softmax(-1)
+            accepting = uniform(seed, ACCEPT, uid[:, None], after[:, :k])
+            drawing = uniform(seed, RESAMPLE, uid[:, None], after)
+            if law is None:
+                accepted, ending = accept_sampled(draft, chance, accepting, drawing)
+            else:
+                accepted, ending = accept_drawn(draft, chance, law, accepting, drawing)
         ids.scatter_(1, (anchors + 1 + accepted)[:, None], ending[:, None])
         margin = (-logits.topk(2).values.diff(dim=-1).squeeze(-1)).tolist() if self.record_margins else None
-        go_on = []
+        emitted, go_on = ids.gather(1, after).tolist(), []
         for i, (row, a) in enumerate(zip(rows.tolist(), accepted.tolist(), strict=True)):
-            generation, anchor = self.out[row], int(anchors[i])
-            new = ids[i, anchor + 1 : anchor + 2 + a].tolist()
+            generation, new = self.out[row], emitted[i][: a + 1]
             stop = next((j for j, token in enumerate(new) if token in self.eos), None)
             new = new if stop is None else new[: stop + 1]
             drafted = [j < a for j in range(len(new))]

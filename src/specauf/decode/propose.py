@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from specauf.drafter.dflash import ContextKV, DFlash
+from specauf.drafter.dflash import ContextKV, DFlash, Pending
 from specauf.objective.blocks import block_inputs
 from specauf.target import Target
 
@@ -67,21 +67,31 @@ class DrafterProposer:
     def select(self, rows: Tensor) -> None:
         self._context = [ContextKV(kv.key[rows], kv.value[rows]) for kv in self._context]
 
-    @torch.no_grad()
     def propose(self, ids: Tensor, anchors: Tensor) -> Tensor:
+        return self.logits(ids, anchors).argmax(-1)
+
+    @torch.no_grad()
+    def logits(self, ids: Int[Tensor, "b s"], anchors: Int[Tensor, " b"]) -> Float[Tensor, "b k v"]:
+        """Of every slot's marginal: the slots are predicted side by side, so a block's law is their product."""
         width = int(anchors.max())
         context = [ContextKV(kv.key[:, :, :width], kv.value[:, :, :width]) for kv in self._context]
-        return self.target.logits(self.hidden(ids, anchors[:, None], context)[:, 0]).argmax(-1)
+        return self.target.logits(self.hidden(ids, anchors[:, None], context)[:, 0])
 
     def hidden(
         self, ids: Int[Tensor, "b s"], anchors: Int[Tensor, "b n"], context: list[ContextKV]
     ) -> Float[Tensor, "b n k h"]:
         """Final hidden states of the predicted slots of any blocks of `ids`."""
+        out: Tensor = self.drafter(self._embeds(ids, anchors), anchors, context)
+        return out[:, :, 1:]
+
+    def pending(self, ids: Int[Tensor, "b s"], anchors: Int[Tensor, "b n"], context: list[ContextKV]) -> Pending:
+        """The same, of the slots that will be asked for."""
+        return self.drafter.pending(self._embeds(ids, anchors), anchors, context)
+
+    def _embeds(self, ids: Tensor, anchors: Tensor) -> Tensor:
         config = self.drafter.config
         tokens = block_inputs(ids, anchors, config.block_size, config.mask_token_id)
-        embeds = self.target.embed(tokens).to(self.drafter.fc.weight.dtype)
-        out: Tensor = self.drafter(embeds, anchors, context)
-        return out[:, :, 1:]
+        return self.target.embed(tokens).to(self.drafter.fc.weight.dtype)
 
 
 class PromptLookup:

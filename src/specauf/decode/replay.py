@@ -4,7 +4,8 @@ Record the target's own continuation once; then A at an anchor is the number of 
 recording, for every anchor at once, and the rounds are read off by walking a -> a + A + 1. At T=0 these are the rounds that
 live decoding makes. At T=1 accepting a point mass x with probability p(x) is the same event as "the target's sample is x",
 so replay over sampled trajectories has live decoding's law. That needs a deterministic proposal that does not look at the
-target off the trajectory, which both proposers here are.
+target off the trajectory, which both proposers here are. A proposal drawn from the drafter, or selected by the target, is
+measured live: nothing here can be asked for it.
 """
 
 from __future__ import annotations
@@ -59,7 +60,12 @@ def record(
     batch_size: int = 16,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[Trajectory]:
-    """Plain batched decoding of (id, prompt ids). Prompts are numbered in the order given, for the randomness."""
+    """Plain batched decoding of (id, prompt ids). Prompts are numbered in the order given, for the randomness.
+
+    Raises `UserError` when `sampling` asks for a drawn proposal, which replay over the recording could not measure.
+    """
+    if sampling.proposal != "greedy":
+        raise UserError("replay measures deterministic proposals alone: proposal 'sampled' is for `specauf generate`")
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i][1]))  # alike lengths share a batch
     done: dict[int, Trajectory] = {}
     for start in range(0, len(order), batch_size):
@@ -147,15 +153,16 @@ def acceptances(
     context = proposer.drafter.context(features[None].to(device, proposer.drafter.fc.weight.dtype), everything)
     for start in range(0, len(anchors), chunk):
         now = slice(start, start + chunk)
-        hidden = proposer.hidden(ids[None].to(device), anchors[now][None].to(device), context)
+        hidden = proposer.pending(ids[None].to(device), anchors[now][None].to(device), context)
         readout = read_head(
             hidden,
             labels[now][None].to(device),
             valid[now][None].to(device),
             target.head_weight,
             target.head_bias,
+            softcap=target.softcap,
             cuts=default_cuts(k),
-            with_grad=False,
+            wants=(),
         )
         # Slots beyond the end of the recording are not holes: nothing can be accepted there.
         parts.append(leading_run(readout.hit[0], torch.ones_like(readout.hit[0])).cpu())

@@ -2,7 +2,8 @@
 
 The drafter's proposal is its argmax at every temperature, a point mass. At T=0 a draft token is accepted while it equals
 the target's argmax. At T>0 it is accepted with the probability the target gives it; on a rejection the next token is drawn
-from the target without it, renormalised. Either way the output has the target's law, whatever the drafter says.
+from the target without it, renormalised. `accept_drawn` is for tokens drawn from the drafter's own law instead, as z-lab's
+decoder does. Either way the output has the target's law, whatever the drafter says.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn import functional as F
 from transformers import (
     LogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
@@ -22,16 +24,23 @@ from specauf.config import SamplingConfig
 from specauf.objective.blocks import counter_hash
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Float, Int, Shaped
     from torch import Tensor
 
-ACCEPT, RESAMPLE = 1, 2
-"""Streams of `uniform`: one number decides acceptance at a position, another draws the token that ends a round."""
+ACCEPT, RESAMPLE, PROPOSE, CANDIDATE = 1, 2, 3, 4
+"""Streams of `uniform`: one number decides acceptance at a position, another draws the token that ends a round; the last
+two draw draft tokens, and must share nothing with the first two, or the output loses the target's law."""
 
 
-def uniform(seed: int, stream: int, uid: Int[Tensor, ...], position: Int[Tensor, ...]) -> Float[Tensor, ...]:
-    """float64 in [0, 1): a function of (seed, stream, prompt, position), so no draw depends on the batch layout."""
-    return (counter_hash(seed, stream, uid, position) >> 10).double() * 2.0**-53
+def uniform(
+    seed: int, stream: int, uid: Int[Tensor, ...], position: Int[Tensor, ...], candidate: Int[Tensor, ...] | None = None
+) -> Float[Tensor, ...]:
+    """float64 in [0, 1): a function of (seed, stream, prompt, position), so no draw depends on the batch layout.
+
+    With `candidate`, of its number too.
+    """
+    counters = (uid, position) if candidate is None else (uid, position, candidate)
+    return (counter_hash(seed, stream, *counters) >> 10).double() * 2.0**-53
 
 
 def warp(
@@ -46,13 +55,12 @@ def warp(
     sees the tokens up to that slot's input and no further. Temperature 0 leaves the scale alone: its argmax is taken.
     """
     b, slots, v = logits.shape
+    flat = logits.reshape(b * slots, v)
     if sampling.repetition_penalty != 1.0:
-        logits = logits.clone()
-        penalise = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)
-        for row, length in enumerate(lengths.tolist()):
-            for slot in range(slots):
-                prefix = ids[row : row + 1, : length - slots + 1 + slot]
-                logits[row, slot] = penalise(prefix, logits[row, slot][None])[0]
+        end = lengths[:, None] + torch.arange(1 - slots, 1, device=ids.device)  # b slots
+        past = torch.arange(ids.shape[1], device=ids.device) < end[..., None]
+        seen = torch.where(past, ids[:, None], ids[:, None, :1])  # the first token again: it is penalised once
+        flat = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)(seen.flatten(0, 1), flat)
     warpers: list[LogitsProcessor] = []
     if sampling.temperature not in (0.0, 1.0):
         warpers.append(TemperatureLogitsWarper(sampling.temperature))
@@ -60,7 +68,6 @@ def warp(
         warpers.append(TopKLogitsWarper(sampling.top_k))
     if sampling.temperature and sampling.top_p < 1:
         warpers.append(TopPLogitsWarper(sampling.top_p))
-    flat = logits.reshape(b * slots, v)
     for warper in warpers:
         flat = warper(ids[:0], flat)
     return flat.view(b, slots, v)
@@ -88,8 +95,8 @@ def accept_sampled(
     """
     chance = target[:, :-1].gather(2, draft[..., None]).squeeze(2)
     accepted = (accept_uniform < chance).cumprod(1).sum(1)
-    ending = target.gather(1, accepted[:, None, None].expand(-1, 1, target.shape[2])).squeeze(1)
-    return accepted, draw(residual(ending, draft, accepted), ending_uniform.gather(1, accepted[:, None]).squeeze(1))
+    ending = residual(at(target, accepted), draft, accepted)
+    return accepted, draw(ending, ending_uniform.gather(1, accepted[:, None])).squeeze(1)
 
 
 def residual(
@@ -104,8 +111,37 @@ def residual(
     return ending.scatter(1, rejected, kept)
 
 
-def draw(weights: Float[Tensor, "b v"], uniform: Float[Tensor, " b"]) -> Int[Tensor, " b"]:
-    """One index per row with probability proportional to `weights`, by inversion in float64."""
+def accept_drawn(
+    draft: Int[Tensor, "b k"],
+    target: Float[Tensor, "b slots v"],
+    proposal: Float[Tensor, "b k v"],
+    accept_uniform: Float[Tensor, "b k"],
+    ending_uniform: Float[Tensor, "b slots"],
+) -> tuple[Int[Tensor, " b"], Int[Tensor, " b"]]:
+    """(A, the token after them) at T>0 when draft token j was drawn from `proposal` j (Leviathan et al. 2023).
+
+    It is accepted with probability min(1, p/q); the token that ends the round comes from `leftover`.
+    """
+    p, q = (t.gather(2, draft[..., None]).squeeze(2) for t in (target[:, :-1], proposal))
+    accepted = (accept_uniform * q < p).cumprod(1).sum(1)
+    nothing = F.pad(proposal, (0, 0, 0, 1))  # no token is proposed for the slot after the last: its law is whole
+    ending = leftover(at(target, accepted), at(nothing, accepted))
+    return accepted, draw(ending, ending_uniform.gather(1, accepted[:, None])).squeeze(1)
+
+
+def leftover(target: Float[Tensor, "b v"], proposal: Float[Tensor, "b v"]) -> Float[Tensor, "b v"]:
+    """(p - q)+, not normalised. Where rounding leaves nothing of it the two are equal, and p is as good."""
+    rest = (target - proposal).clamp(min=0)
+    return torch.where(rest.sum(-1, keepdim=True) > 0, rest, target)
+
+
+def at(rows: Shaped[Tensor, "b n ..."], index: Int[Tensor, " b"]) -> Shaped[Tensor, "b ..."]:
+    """One entry of each row."""
+    return rows[torch.arange(len(rows), device=rows.device), index]
+
+
+def draw(weights: Float[Tensor, "... v"], uniform: Float[Tensor, "... n"]) -> Int[Tensor, "... n"]:
+    """One index per uniform with probability proportional to `weights`, by inversion in float64."""
     total = weights.double().cumsum(-1)
-    index = torch.searchsorted(total, (uniform.double() * total[:, -1])[:, None], right=True).squeeze(1)
-    return index.clamp(max=weights.shape[1] - 1)
+    index = torch.searchsorted(total, uniform.double() * total[..., -1:], right=True)
+    return index.clamp(max=weights.shape[-1] - 1)

@@ -37,7 +37,7 @@ def block_attention(
     far = far.masked_fill(hidden[:, None, None, :, None, :], float("-inf"))
     near = query.view(b, kv, group, n, slots, d) @ block_key[:, :, None].transpose(-1, -2)  # b kv group n slots slots
     weight = torch.cat([far, near], -1).softmax(-1)
-    far, near = weight.split([s, slots], -1)
+    far, near = weight.split([s, block_key.shape[3]], -1)
     out = (far.reshape(b, kv, group * n * slots, s) @ context_value).view(b, kv, group, n, slots, d)
     out = out + near @ block_value[:, :, None]
     return out.reshape(b, heads, n, slots, d)

@@ -25,7 +25,7 @@ from specauf.drafter.attention import block_attention
 from specauf.drafter.config import DFlashConfig
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
 
@@ -34,6 +34,13 @@ class ContextKV(NamedTuple):
 
     key: Float[Tensor, "b kv s d"]
     value: Float[Tensor, "b kv s d"]
+
+
+class BlockKV(NamedTuple):
+    """One layer's keys (rotated) and values of the block slots."""
+
+    key: Float[Tensor, "b kv n slots d"]
+    value: Float[Tensor, "b kv n slots d"]
 
 
 class RMSNorm(nn.RMSNorm):
@@ -74,18 +81,29 @@ class Attention(nn.Module):
         key = self.k_norm(self._heads(self.k_proj(projected)))
         return ContextKV(rotate(key, positions, self.theta), self._heads(self.v_proj(projected)))
 
-    def forward(
-        self, x: Float[Tensor, "b n slots h"], anchors: Int[Tensor, "b n"], context: ContextKV
-    ) -> Float[Tensor, "b n slots h"]:
+    def block(self, x: Float[Tensor, "b n slots h"], anchors: Int[Tensor, "b n"]) -> BlockKV:
+        """Keys (rotated) and values of every slot, for the slots of the same block."""
         _, n, slots, _ = x.shape
         positions = (anchors[..., None] + torch.arange(slots, device=x.device)).flatten(1)
         flat = x.flatten(1, 2)
-        query = rotate(self.q_norm(self._heads(self.q_proj(flat))), positions, self.theta)
         key = rotate(self.k_norm(self._heads(self.k_proj(flat))), positions, self.theta)
-        value = self._heads(self.v_proj(flat))
-        query, key, value = (t.unflatten(2, (n, slots)) for t in (query, key, value))
-        out = block_attention(query, key, value, context.key, context.value, anchors)  # b heads n slots d
-        return self.o_proj(out.permute(0, 2, 3, 1, 4).flatten(-2))
+        return BlockKV(*(t.unflatten(2, (n, slots)) for t in (key, self._heads(self.v_proj(flat)))))
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n q h"],
+        anchors: Int[Tensor, "b n"],
+        context: ContextKV,
+        block: BlockKV,
+        first: int = 0,
+    ) -> Float[Tensor, "b n q heads_d"]:
+        """What slots `first`, first+1, ... of their blocks see, before the output projection."""
+        _, n, slots, _ = x.shape
+        positions = (anchors[..., None] + torch.arange(first, first + slots, device=x.device)).flatten(1)
+        query = rotate(self.q_norm(self._heads(self.q_proj(x.flatten(1, 2)))), positions, self.theta)
+        query = query.unflatten(2, (n, slots))
+        out = block_attention(query, block.key, block.value, context.key, context.value, anchors)  # b heads n q d
+        return out.permute(0, 2, 3, 1, 4).flatten(-2)
 
 
 class MLP(nn.Module):
@@ -108,8 +126,52 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, x: Tensor, anchors: Tensor, context: ContextKV) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), anchors, context)
+        normed = self.input_layernorm(x)
+        return self.finish(x, self.self_attn(normed, anchors, context, self.self_attn.block(normed, anchors)))
+
+    def finish(self, x: Float[Tensor, "... h"], seen: Float[Tensor, "... heads_d"]) -> Float[Tensor, "... h"]:
+        """From what the slots see to their next hidden states; any slots, since from here on each is by itself."""
+        x = x + self.self_attn.o_proj(seen)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Pending:
+    """Blocks before the query side of the last layer, which is computed for the slots that are asked for.
+
+    Every slot has keys and values in every layer, and a query in all but the last. There, a slot's queries, output
+    projection and MLP serve its own prediction alone: nothing is lost when nobody reads it.
+    """
+
+    def __init__(self, drafter: DFlash, x: Float[Tensor, "b n slots h"], anchors: Tensor, context: ContextKV) -> None:
+        self.layer: Layer = drafter.layers[-1]  # type: ignore[assignment]
+        self.norm, self.x, self.anchors, self.context = drafter.norm, x, anchors, context
+        self.normed = self.layer.input_layernorm(x)
+        self.block = self.layer.self_attn.block(self.normed, anchors)
+        self.autocast = torch.is_autocast_enabled(x.device.type)
+
+    def rows(self, todo: Bool[Tensor, "b n k"]) -> Float[Tensor, "rows h"]:
+        """Final hidden states of the predictions (slot k+1 of the block) where `todo` is true, in `nonzero` order."""
+        with torch.autocast(self.x.device.type, torch.bfloat16, enabled=self.autocast):
+            return self._rows(todo)
+
+    def _rows(self, todo: Tensor) -> Tensor:
+        slots, asked = todo.any(1).any(0).nonzero().squeeze(1), todo.any(-1)
+        if not len(slots):
+            return self.x[:, :, 1:][todo]
+        first, last = int(slots[0]), int(slots[-1]) + 1
+        x, normed, anchors, block = self.x, self.normed, self.anchors, self.block
+        width = int(asked.sum(1).max())
+        if (
+            width < asked.shape[1]
+        ):  # only the blocks that ask, left-aligned in their row; what pads them is dropped below
+            chosen = (~asked).int().argsort(dim=1, stable=True)[:, :width]
+            row = torch.arange(len(chosen), device=chosen.device)[:, None]
+            x, normed, anchors, todo = x[row, chosen], normed[row, chosen], anchors[row, chosen], todo[row, chosen]
+            block = BlockKV(*(t.transpose(1, 2)[row, chosen].transpose(1, 2) for t in block))
+        now, todo = slice(first + 1, last + 1), todo[..., first:last]
+        seen = self.layer.self_attn(normed[:, :, now], anchors, self.context, block, first + 1)
+        out: Tensor = self.norm(self.layer.finish(x[:, :, now][todo], seen[todo]))
+        return out
 
 
 class DFlash(nn.Module):
@@ -140,10 +202,19 @@ class DFlash(nn.Module):
         `embeds` are the target's embeddings of [anchor token, MASK, ...]; slot k sits at rotary position anchor + k and
         sees context positions < anchor and its own block.
         """
-        x = embeds
+        x: Tensor = embeds
         for layer, kv in zip(self.layers, context, strict=True):
             x = layer(x, anchors, kv)
         return self.norm(x)
+
+    def pending(
+        self, embeds: Float[Tensor, "b n slots h"], anchors: Int[Tensor, "b n"], context: list[ContextKV]
+    ) -> Pending:
+        """The same, up to what the predictions that are asked for have of their own in the last layer."""
+        x = embeds
+        for layer, kv in zip(self.layers[:-1], context, strict=False):
+            x = layer(x, anchors, kv)
+        return Pending(self, x, anchors, context[-1])
 
 
 def save_drafter(drafter: DFlash, directory: str | Path, extra: Mapping[str, Any] | None = None) -> Path:

@@ -11,11 +11,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from specauf.objective.credit import exclusive_prefix
+
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Int
+    from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
 _MASK63 = 0x7FFFFFFFFFFFFFFF
+SLOT_UNIFORM = 31
+"""Stream of the counter hash from which `slot_uniform` draws."""
 
 
 def counter_hash(*parts: Tensor | int) -> Int[Tensor, ...]:
@@ -79,15 +83,40 @@ def build_blocks(
     anchors: Int[Tensor, "b n"],
     keep: Bool[Tensor, "b n"],
     block_size: int,
+    target_argmax: Int[Tensor, "b s"] | None = None,
 ) -> Blocks:
-    """Labels and validity of the B-1 predictions of every block."""
+    """Labels and validity of the B-1 predictions of every block.
+
+    With `target_argmax`, what the target says follows each position, the labels are the target's instead of the data's.
+    A block then ends after the first slot where the two differ: what follows in the data was not said by the target.
+    """
     s = input_ids.shape[1]
     position = anchors[..., None] + torch.arange(1, block_size, device=anchors.device)  # b n k
     inside = (position < s) & keep[..., None]
     flat = position.clamp(max=s - 1).flatten(1)
     labels = input_ids.gather(1, flat).view_as(position)
     valid = inside & loss_mask.gather(1, flat).view_as(position)
+    if target_argmax is not None:
+        said = before_labels(target_argmax, anchors, block_size).to(labels)
+        valid &= exclusive_prefix(said == labels)
+        labels = said
     return Blocks(anchors, keep, labels.masked_fill(~valid, 0), valid)
+
+
+def before_labels(values: Tensor, anchors: Int[Tensor, "b n"], block_size: int) -> Tensor:
+    """`values` [b, s, ...] at the position before each label, [b, n, k, ...]: where the target speaks of the label."""
+    position = anchors[..., None] + torch.arange(block_size - 1, device=anchors.device)
+    row = torch.arange(len(values), device=values.device)[:, None, None]
+    return values[row, position.clamp(max=values.shape[1] - 1)]
+
+
+def slot_uniform(
+    uid: Int[Tensor, " b"], anchors: Int[Tensor, "b n"], block_size: int, *, seed: int, epoch: int
+) -> Float[Tensor, "b n k"]:
+    """One number of [0, 1) for each prediction, float64: a function of its counters, like the anchors."""
+    slot = torch.arange(1, block_size, device=anchors.device)
+    bits = counter_hash(seed, SLOT_UNIFORM, epoch, uid[:, None, None], anchors[..., None], slot)
+    return (bits >> 10).double() * 2.0**-53
 
 
 def block_inputs(

@@ -2,18 +2,21 @@
 
 A loss is an additive pair (num, den): sums over micro-batches and ranks are taken before the division, so that neither
 accumulation nor world size changes the objective. `num.backward()` puts un-normalised gradients into the drafter; dividing
-them by the window's total `den` is exact, because the credits and hence `den` are constants.
+them by the window's total `den` is exact, because the credits and hence `den` are constants. A loss may have several parts,
+each with its own pair (L2R's separately normalised focal term): L = sum_p scale_p num_p / den_p.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
-from specauf.objective.credit import CREDITS, position_decay
-from specauf.objective.wavefront import Readout, default_cuts, read_head
+from specauf.objective.credit import Slots, position_decay
+from specauf.objective.registry import Rows, Rule, call, check_options, rule_of
+from specauf.objective.wavefront import Readout, RowSource, default_cuts, read_head
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -26,92 +29,196 @@ Reduction = Literal["global", "block", "sequence"]
 
 @dataclass(frozen=True)
 class Objective:
-    """A credit by name, with its position decay and its reduction.
+    """A rule by name, with its position decay, its reduction and its options (see `registry.RULES`).
 
     `reduction`: `global` is one ratio over every valid slot; `block` a mean within a block, then over blocks (the paper's
-    display formula); `sequence` the sum over slots divided by the number of sequences.
+    display formula); `sequence` the sum over slots divided by the number of sequences (D-PACE's authors).
+    Raises `ValueError` on a name, option or value that does not exist, with the valid ones.
     """
 
     name: str = "auf"
     gamma: float | None = None
     reduction: Reduction = "global"
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.name not in CREDITS:
-            raise ValueError(f"unknown objective {self.name!r}; valid: {', '.join(CREDITS)}")
+        rule = self.rule
         if self.gamma is not None and not self.gamma > 0:
             raise ValueError(f"gamma must be > 0, got {self.gamma}")
-        if ("decay" in self.name) != (self.gamma is not None):
-            raise ValueError(f"objective {self.name!r} with gamma={self.gamma}: only the decay objectives take a gamma")
+        if rule.gamma is None and self.gamma is not None:
+            raise ValueError(f"objective {self.name!r} takes no gamma; {self.name + '-decay'!r} does")
+        if isinstance(rule.gamma, str) and self.gamma is None:
+            raise ValueError(f"objective {self.name!r} needs a gamma")
+        if self.reduction not in ("global", "block", "sequence"):
+            raise ValueError(f"unknown reduction {self.reduction!r}. Valid: global, block, sequence")
+        object.__setattr__(self, "gamma", rule.gamma if self.gamma is None else self.gamma)
+        object.__setattr__(self, "options", check_options(self.name, rule, self.options))
+
+    @property
+    def rule(self) -> Rule:
+        return rule_of(self.name)
 
     @property
     def truncates(self) -> bool:
-        return CREDITS[self.name][1]
+        """Is the head read only up to the slot where a block fails?"""
+        return self.rule.survives is not None
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Does it read the target's distribution at every slot?"""
+        return self.rule.rows != ("ce",)
+
+    def survives(self, slots: Slots) -> Tensor:
+        found: Tensor = call(self.rule.survives, slots, self.options)  # type: ignore[arg-type]
+        return found
 
 
 class LossTerms(NamedTuple):
-    num: Float[Tensor, ""]
-    """Sum of credited cross entropies; differentiable with respect to the hidden states."""
-    den: Float[Tensor, ""]
-    """What the sum over all micro-batches and ranks is divided by; a constant."""
+    num: Float[Tensor, " parts"]
+    """Sums of credited losses; differentiable with respect to the hidden states."""
+    den: Float[Tensor, " parts"]
+    """What the sums over all micro-batches and ranks are divided by; constants."""
+    scale: Float[Tensor, " parts"]
     credit: Float[Tensor, "b n k"]
-    """m c: zero on invalid slots, before any normalisation within a block."""
+    """m c: zero on invalid slots, before any normalisation within a block; the parts' sum, scaled."""
     readout: Readout
+    survival: Float[Tensor, " k"] | None = None
+    """Share of the blocks that survive each slot, where the objective reads them left to right."""
+
+    @property
+    def loss(self) -> Float[Tensor, ""]:
+        """The loss, when this is all there is in the optimizer step; 0 where nothing is valid."""
+        return (self.scale * self.num / torch.where(self.den > 0, self.den, 1)).sum()
+
+    def mixed(self) -> LossTerms:
+        """The parts as one, when no other micro-batch adds to their denominators."""
+        one = self.den.new_ones(1)
+        return self._replace(num=self.loss[None], den=one, scale=one)
+
+
+class _Recorded:
+    """Hands rows to the head as constants and keeps them for the gradient."""
+
+    def __init__(self, hidden: Tensor | RowSource) -> None:
+        self.hidden = hidden
+        self.given: list[Tensor] = []
+
+    def rows(self, todo: Tensor) -> Tensor:
+        with torch.enable_grad():
+            self.given.append(self.hidden[todo] if isinstance(self.hidden, torch.Tensor) else self.hidden.rows(todo))
+        return self.given[-1].detach()
 
 
 class _WithGradient(torch.autograd.Function):
-    """A scalar whose gradient with respect to `hidden` was formed with it."""
+    """Scalars whose gradients with respect to the rows were formed with them: sum over kinds of weight x row gradient."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, value: Tensor, grad: Tensor) -> Tensor:
-        ctx.save_for_backward(grad)
+    def forward(ctx: Any, rows: Tensor, value: Tensor, weights: Tensor, *grads: Tensor) -> Tensor:
+        ctx.save_for_backward(weights, *grads)
         return value
 
     @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None, None]:
-        (grad,) = ctx.saved_tensors
-        return grad * outputs[0].to(grad.dtype), None, None
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        weights, *grads = ctx.saved_tensors  # kinds parts rows; rows h each
+        total = torch.zeros_like(grads[0])
+        for weight, grad in zip(weights, grads, strict=True):
+            row = (outputs[0].to(weight.dtype) @ weight)[:, None]
+            total = torch.where(row != 0, total + grad * row.to(grad.dtype), total)
+        return total, None, None, *(None for _ in grads)
 
 
-def credit_of(readout: Readout, blocks: Blocks, objective: Objective) -> Float[Tensor, "b n k"]:
-    """m c for every slot, detached."""
-    support, _ = CREDITS[objective.name]
+def credit_of(
+    readout: Readout, blocks: Blocks, objective: Objective, uniform: Float[Tensor, "b n k"] | None = None
+) -> list[tuple[float, Float[Tensor, "b n k"]]]:
+    """(scale, m c) of every part, detached."""
     decay = position_decay(blocks.valid.shape[-1], objective.gamma).to(readout.ce)
-    return support(readout.hit, blocks.valid).to(readout.ce) * decay * blocks.valid
+    with torch.no_grad():
+        found = call(objective.rule.credit, readout.slots(blocks.valid, uniform, decay), objective.options)
+        parts = found if isinstance(found, tuple) else ((1.0, found),)
+        return [(scale, c.to(readout.ce) * blocks.valid) for scale, c in parts]
 
 
 def reduce(
-    ce: Float[Tensor, "b n k"], credit: Float[Tensor, "b n k"], reduction: Reduction
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, "b n k"]]:
-    """(num, den, the weight of each row in num), with num = sum(weight * ce)."""
+    loss: Float[Tensor, "b n k"], credit: Float[Tensor, "b n k"], reduction: Reduction
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """(num, den) of one part."""
     if reduction == "global":
-        weight, den = credit, credit.sum()
-    elif reduction == "block":
+        return (credit * loss).sum(), credit.sum()
+    if reduction == "block":
         total = credit.sum(-1, keepdim=True)
-        weight, den = credit / total.clamp(min=torch.finfo(credit.dtype).tiny), (total > 0).sum().to(credit)
-    else:
-        weight, den = credit, credit.new_tensor(float(credit.shape[0]))
-    return (weight * ce).sum(), den, weight
+        return (credit / torch.where(total > 0, total, 1) * loss).sum(), (total > 0).sum().to(credit)
+    return (credit * loss).sum(), credit.new_tensor(float(credit.shape[0]))
 
 
 def block_loss(
-    hidden: Float[Tensor, "b n k h"],
+    hidden: Float[Tensor, "b n k h"] | RowSource,
     blocks: Blocks,
     objective: Objective,
     weight: Float[Tensor, "v h"],
     bias: Float[Tensor, " v"] | None = None,
     *,
+    teacher: Float[Tensor, "b n k h"] | None = None,
+    uniform: Float[Tensor, "b n k"] | None = None,
+    softcap: float | None = None,
     logits_rows: int = 256,
+    cuts: Sequence[int] | None = None,
 ) -> LossTerms:
-    """The objective on the drafter's final hidden states of the predicted slots.
+    """The objective on the drafter's final hidden states of the predicted slots, given or computed when asked for.
 
-    `weight` [v, h] and `bias` [v] are the target's frozen LM head; they get no gradient. Rows outside the credited support
-    get a gradient of exactly 0.0.
+    `weight` [v, h], `bias` [v] and `softcap` are the target's frozen LM head; they get no gradient. `teacher` are the
+    target's final hidden states at the position before each label (PARD-2, LK), `uniform` one number of [0, 1) a slot
+    (sampled AUF), `cuts` the wavefront's stage ends (see `plan_cuts`). Rows outside the credited support get a gradient of exactly 0.0.
+    Raises `ValueError` when an input is missing.
     """
-    cuts = default_cuts(hidden.shape[2]) if objective.truncates else None
-    readout = read_head(hidden.detach(), blocks.labels, blocks.valid, weight, bias, cuts=cuts, logits_rows=logits_rows)
-    credit = credit_of(readout, blocks, objective)
-    num, den, row_weight = reduce(readout.ce, credit, objective.reduction)
-    assert readout.grad is not None
-    grad = torch.where(row_weight[..., None] > 0, readout.grad * row_weight[..., None].to(readout.grad), 0)
-    return LossTerms(_WithGradient.apply(hidden, num, grad), den, credit, readout._replace(grad=None))
+    rule = objective.rule
+    for name, missing in (
+        ("teacher", objective.needs_teacher and teacher is None),
+        ("uniform", "uniform" in rule.needs and uniform is None),
+    ):
+        if missing:
+            raise ValueError(f"objective {objective.name!r} needs {name!r}")
+    kinds, source = rule.rows, _Recorded(hidden)
+    readout = read_head(
+        source,
+        blocks.labels,
+        blocks.valid,
+        weight,
+        bias,
+        cuts=(cuts or default_cuts(blocks.valid.shape[-1])) if objective.truncates else None,
+        survives=objective.survives,
+        uniform=uniform,
+        teacher=teacher if objective.needs_teacher else None,
+        temperature=objective.options.get("temperature", 1.0),
+        wants=kinds,
+        ranks="rank" in rule.needs,
+        softcap=softcap,
+        logits_rows=logits_rows,
+    )
+    parts = credit_of(readout, blocks, objective, uniform)
+    # The loss is a function of the rows' figures; what it multiplies each row's gradient with, autograd finds on [b, n, k].
+    with torch.enable_grad():
+        leaves = {kind: getattr(readout, kind).clone().requires_grad_() for kind in kinds}
+        figures = {"ce": readout.ce, "kl": readout.kl, "overlap": readout.overlap, **leaves}
+        rows = call(rule.loss, Rows(**figures, valid=blocks.valid), objective.options)
+        reduced = [reduce(rows, credit, objective.reduction) for _, credit in parts]
+        weights = [torch.autograd.grad(num, list(leaves.values()), retain_graph=True) for num, _ in reduced]
+    num = _WithGradient.apply(
+        torch.cat(source.given),
+        torch.stack([num.detach() for num, _ in reduced]),
+        torch.stack([torch.stack(kind) for kind in zip(*weights, strict=True)]).flatten(2)[..., readout.order],
+        *(readout.grad[kind] for kind in kinds),  # type: ignore[index]
+    )
+    return LossTerms(
+        num,
+        torch.stack([den.detach() for _, den in reduced]),
+        readout.ce.new_tensor([scale for scale, _ in parts]),
+        sum((scale * credit for scale, credit in parts), torch.zeros_like(readout.ce)),
+        readout._replace(grad=None, order=None),
+        _survival(readout, blocks, objective, uniform) if objective.truncates else None,
+    )
+
+
+def _survival(readout: Readout, blocks: Blocks, objective: Objective, uniform: Tensor | None) -> Float[Tensor, " k"]:
+    goes_on = (objective.survives(readout.slots(blocks.valid, uniform)) | ~blocks.valid).cumprod(-1)
+    real = blocks.valid.any(-1, keepdim=True)
+    return (goes_on * real).sum((0, 1)) / real.sum().clamp(min=1)

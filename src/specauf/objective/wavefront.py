@@ -3,7 +3,8 @@
 The head is most of a block drafter's training step. Two observations make it cheap without changing a number:
 
 - AUF's loss is zero after the first failing slot, so the head is evaluated left to right and a block leaves as soon as its
-  argmax is wrong: about tau head rows per block instead of B-1 (the *wavefront*).
+  argmax is wrong: about tau head rows per block instead of B-1 (the *wavefront*). Any support that ends at the first slot
+  where something fails is read the same way.
 - Credits are detached, so the gradient of a row's cross entropy with respect to its hidden state, W^T (softmax - onehot),
   can be formed while the row's logits are still in memory and scaled by its credit later. No logits are kept and no row
   is evaluated twice, for any objective.
@@ -11,14 +12,24 @@ The head is most of a block drafter's training step. Two observations make it ch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
+from torch.nn import functional as F
+
+from specauf.objective.credit import Slots
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
+
+
+class RowSource(Protocol):
+    """Hidden states of slots that are computed when asked for."""
+
+    def rows(self, todo: Bool[Tensor, "b n k"]) -> Float[Tensor, "rows h"]:
+        """Those of the slots where `todo` is true, in the order of `todo.nonzero()`."""
 
 
 class Readout(NamedTuple):
@@ -29,8 +40,22 @@ class Readout(NamedTuple):
     hit: Bool[Tensor, "b n k"]
     """The argmax (lowest index on a tie) equals the label."""
     evaluated: Bool[Tensor, "b n k"]
-    grad: Float[Tensor, "b n k h"] | None
-    """d ce / d hidden of each row."""
+    prob: Float[Tensor, "b n k"]
+    """Probability of the label at the temperature that was asked for."""
+    rank: Int[Tensor, "b n k"] | None = None
+    """Tokens before the label, ties by index."""
+    kl: Float[Tensor, "b n k"] | None = None
+    overlap: Float[Tensor, "b n k"] | None = None
+    teacher_prob: Float[Tensor, "b n k"] | None = None
+    """The target's probability of the label."""
+    order: Int[Tensor, " rows"] | None = None
+    """Flat indices of the evaluated slots, in the order in which they were read."""
+    grad: dict[str, Float[Tensor, "rows h"]] | None = None
+    """d ce / d hidden of each row in that order, and of `kl` and `overlap` where asked for."""
+
+    def slots(self, valid: Tensor, uniform: Tensor | None = None, decay: Tensor | None = None) -> Slots:
+        """What a credit function sees of it."""
+        return Slots(valid, self.hit, self.prob, self.rank, uniform, self.teacher_prob, decay)
 
 
 def default_cuts(num_predictions: int) -> list[int]:
@@ -41,67 +66,164 @@ def default_cuts(num_predictions: int) -> list[int]:
     return cuts
 
 
+LAUNCH_ROWS = 8.0
+"""What starting a stage costs, in head rows: reading the head's weight once (measured by benchmarks/objective.py)."""
+
+
+def plan_cuts(survival: Sequence[float], blocks: int, launch_rows: float = LAUNCH_ROWS) -> list[int]:
+    """Stage ends that put the fewest rows through the head, for `blocks` blocks of which S_k survive slot k.
+
+    A stage from slot i to j evaluates (j - i) S_i rows a block and costs `launch_rows` if any block reaches it. Solved by
+    dynamic programming over the last cut.
+    """
+    alive = [1.0, *survival]
+    best, last = [0.0], [0]
+    for stop in range(1, len(alive)):
+        costs = [
+            best[start] + (stop - start) * s + launch_rows / blocks * (1 - (1 - min(s, 1.0)) ** blocks)
+            for start, s in enumerate(alive[:stop])
+        ]
+        best.append(min(costs))
+        last.append(costs.index(best[-1]))
+    cuts = [len(alive) - 1]
+    while last[cuts[0]]:
+        cuts.insert(0, last[cuts[0]])
+    return cuts
+
+
 @torch.no_grad()
 def read_head(
-    hidden: Float[Tensor, "b n k h"],
+    hidden: Float[Tensor, "b n k h"] | RowSource,
     labels: Int[Tensor, "b n k"],
     valid: Bool[Tensor, "b n k"],
     weight: Float[Tensor, "v h"],
     bias: Float[Tensor, " v"] | None = None,
     *,
     cuts: Sequence[int] | None = None,
+    survives: Callable[[Slots], Tensor] | None = None,
+    uniform: Float[Tensor, "b n k"] | None = None,
+    teacher: Float[Tensor, "b n k h"] | None = None,
+    temperature: float = 1.0,
+    wants: Collection[str] = ("ce",),
+    ranks: bool = False,
+    softcap: float | None = None,
     logits_rows: int = 256,
-    with_grad: bool = True,
 ) -> Readout:
-    """Evaluate the head on the valid rows, stage by stage; a block whose argmax failed does not enter the next stage.
+    """Evaluate the head on the valid rows, stage by stage; a block that fails in a stage does not enter the next.
 
-    `cuts` are the stage ends, ascending, the last one k; None is a single stage, the dense readout. At most `logits_rows`
-    rows of logits exist at a time. Rows are evaluated in stage-major order; results do not depend on the cuts up to the
-    rounding of differently shaped matrix products.
+    `cuts` are the stage ends, ascending, the last one k; None is a single stage, the dense readout. `survives` says from
+    the slots read so far which of them let their block go on; by default those whose argmax is the label. `wants` are the
+    gradients to form, of `ce`, `kl`, `overlap`; empty for none. `teacher` [b, n, k, h] are the target's final hidden states
+    at the position before each label, put through the same head; `kl`, `overlap` and `teacher_prob` need them. At most
+    `logits_rows` rows as wide as the vocabulary exist at a time. Rows are evaluated in stage-major order; results do not
+    depend on the cuts up to the rounding of differently shaped matrix products.
     """
-    b, n, k, h = hidden.shape
-    real = torch.promote_types(hidden.dtype, torch.float32)
-    flat, flat_labels = hidden.reshape(-1, h), labels.reshape(-1)
-    ce = torch.zeros(b * n * k, dtype=real, device=hidden.device)
-    hit = torch.zeros(b * n * k, dtype=torch.bool, device=hidden.device)
-    evaluated = torch.zeros_like(hit)
-    grad = torch.zeros_like(flat) if with_grad else None
-    alive = torch.ones(b, n, dtype=torch.bool, device=hidden.device)
+    shape, device, k = valid.shape, valid.device, valid.shape[-1]
+    flat_labels = labels.reshape(-1)
+    flat_teacher = teacher.reshape(-1, teacher.shape[-1]) if teacher is not None else None
+    found: dict[str, Tensor] = {}
+    read: list[Tensor] = []
+    grads: dict[str, list[Tensor]] = {name: [] for name in wants}
+    evaluated = torch.zeros(valid.numel(), dtype=torch.bool, device=device)
+    alive = torch.ones(shape[:-1], dtype=torch.bool, device=device)
     start = 0
+
+    def readout() -> Readout:
+        fields: dict[str, Any] = {name: values.view(shape) for name, values in found.items()}
+        return Readout(**fields, evaluated=evaluated.view(shape))
+
     for stop in [k] if cuts is None else cuts:
         todo = torch.zeros_like(valid)
         todo[..., start:stop] = valid[..., start:stop] & alive[..., None]
-        rows = todo.view(-1).nonzero().squeeze(1)
-        for part in rows.split(logits_rows):
-            ce[part], hit[part], part_grad = _rows(flat[part], flat_labels[part], weight, bias, with_grad)
-            if grad is not None and part_grad is not None:
-                grad[part] = part_grad
-        evaluated[rows] = True
-        alive &= (hit.view(b, n, k) | ~todo)[..., start:stop].all(-1)
+        index = todo.view(-1).nonzero().squeeze(1)
+        rows = hidden[todo] if isinstance(hidden, torch.Tensor) else hidden.rows(todo)
+        size = max(1, logits_rows // (1 if teacher is None else 5))
+        for at, part in zip(index.split(size), rows.split(size), strict=True):
+            aim = flat_teacher[at] if flat_teacher is not None else None
+            head = (weight, bias, softcap)
+            values, row_grads = _rows(part, flat_labels[at], *head, aim, temperature, wants, ranks)
+            for name, value in values.items():
+                if name not in found:
+                    found[name] = value.new_zeros(valid.numel())
+                found[name][at] = value
+            for name, value in row_grads.items():
+                grads[name].append(value)
+        read.append(index)
+        evaluated[index] = True
         start = stop
-        if cuts is not None and not alive.any():
+        if cuts is None or stop == cuts[-1]:
             break
-    shape = (b, n, k)
-    return Readout(
-        ce.view(shape), hit.view(shape), evaluated.view(shape), None if grad is None else grad.view_as(hidden)
-    )
+        slots = readout().slots(valid, uniform)
+        goes_on = slots.hit if survives is None else survives(slots)
+        alive &= (goes_on | ~todo).all(-1)  # type: ignore[operator]
+        if not alive.any():
+            break
+    return readout()._replace(order=torch.cat(read), grad={name: torch.cat(parts) for name, parts in grads.items()})
 
 
 def _rows(
-    hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None, with_grad: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Cross entropy, hit and gradient of a few rows: one product to the vocabulary and one back."""
-    logits = torch.nn.functional.linear(hidden.to(weight.dtype), weight, bias)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    hidden: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    teacher: Tensor | None,
+    temperature: float,
+    wants: Collection[str],
+    ranks: bool,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(Figures, gradients) of a few rows: one product to the vocabulary, and one back for each kind of gradient."""
+    logits = head_logits(hidden, weight, bias, softcap)
+    # d logits / d (hidden W^T): 1 - tanh^2 under a soft cap.
+    slope = None if softcap is None else 1 - (logits / softcap).square_()
+
+    def back(gradient: Tensor) -> Tensor:
+        return (gradient if slope is None else gradient * slope).to(weight.dtype) @ weight
+
     index = labels[:, None]
     top, best = logits.max(-1, keepdim=True)
     gold = logits.gather(1, index)
-    soft = logits.sub_(top).exp_()  # in place: a row of logits is the largest thing in a training step
+    values = {"hit": best.squeeze(1) == labels}
+    if ranks:
+        tied = (logits == gold) & (torch.arange(logits.shape[1], device=logits.device) < index)
+        values["rank"] = ((logits > gold) | tied).sum(1)
+    if temperature != 1:
+        values["prob"] = (1 / ((logits - gold) / temperature).exp_().sum(1)).to(logits.dtype)
+    soft = (
+        logits.sub_(top).exp_() if teacher is None else (logits - top).exp_()
+    )  # a row is a training step's largest thing
     total = soft.sum(-1, keepdim=True)
-    ce = (total.log() + top - gold).squeeze(1)
-    hit = best.squeeze(1) == labels
-    if not with_grad:
-        return ce, hit, None
-    # The label's -1 is applied to the product, not to the probabilities, which spares one pass over the vocabulary.
-    back = (soft.to(weight.dtype) @ weight) / total.to(weight.dtype) - weight[labels]
-    return ce, hit, back.to(hidden.dtype)
+    values["ce"] = (total.log() + top - gold).squeeze(1)
+    values.setdefault("prob", torch.exp(-values["ce"]))
+    grads: dict[str, Tensor] = {}
+    if "ce" in wants or "kl" in wants:
+        # The label's -1 is applied to the product, not to the probabilities, which spares one pass over the vocabulary.
+        expected = back(soft) / total.to(weight.dtype)
+        if "ce" in wants:
+            said = weight[labels] if slope is None else weight[labels] * slope.gather(1, index).to(weight.dtype)
+            grads["ce"] = expected - said
+    if teacher is not None:
+        aim = head_logits(teacher, weight, bias, softcap).log_softmax(-1)
+        p, q = aim.exp(), soft.div_(total)
+        values["teacher_prob"] = p.gather(1, index).squeeze(1)
+        values["kl"] = (p * aim.sub_(logits.sub_(top).sub_(total.log()))).sum(-1)
+        values["overlap"] = torch.minimum(p, q).sum(-1)
+        if "kl" in wants:
+            grads["kl"] = expected - back(p)
+        if "overlap" in wants:
+            # d overlap / d logits = q (1[q < p] - sum of q where q < p)
+            low = q * (q < p)
+            grads["overlap"] = back(low - q * low.sum(-1, keepdim=True))
+    return values, {name: grad.to(hidden.dtype) for name, grad in grads.items()}
+
+
+def head_logits(
+    hidden: Float[Tensor, "... h"],
+    weight: Float[Tensor, "v h"],
+    bias: Float[Tensor, " v"] | None,
+    softcap: float | None,
+) -> Float[Tensor, "... v"]:
+    """An LM head in its own dtype, its logits as float32 (float64 stays); soft-capped ones are cap tanh(z / cap)."""
+    logits = F.linear(hidden.to(weight.dtype), weight, bias)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits if softcap is None else (logits / softcap).tanh() * softcap

@@ -15,15 +15,17 @@ from markupsafe import Markup, escape
 from specauf.config import UserError, nearest
 from specauf.files import atomic_file, atomic_write_text
 from specauf.report import plots, tables
-from specauf.report.words import CAPTIONS, COMPARED, GLOSSARY, LEGEND, PROSE, clean
+from specauf.report.words import CAPTIONS, COMPARED, GLOSSARY, LEGEND, PROSE, SELECTION, clean
 
 SHAPES: dict[str, type] = {
     "title": str, "created": str, "command": str, "provenance": dict, "settings": dict, "ledger": dict, "methods": list,
     "evaluation": dict, "comparisons": list, "training": dict, "checks": list, "speedups": list, "live": list,
+    "selection": list,
 }  # fmt: skip
 NEEDED = ("title", "methods", "evaluation")
 RECORDS = {  # what every record of a list must have
     "methods": ("name",), "comparisons": ("task", "a", "b"), "checks": ("name",), "speedups": ("name",), "live": (),
+    "selection": ("name", "task", "how"),
 }  # fmt: skip
 
 
@@ -138,6 +140,8 @@ def render(results: dict[str, Any], figures: dict[str, dict[str, str]]) -> str:
         ],
         methods=tables.method_rows(results),
         speedups=tables.speedup_rows(results),
+        selection=tables.selection_rows(results),
+        selection_note=SELECTION,
         live=[_sample(results, sample) for sample in results.get("live") or []],
         ledger=tables.ledger_rows(results),
         warnings=[clean(line) for line in ledger.get("warnings") or []],

@@ -19,6 +19,7 @@ from specauf.report.words import (
     LEGEND,
     NONE,
     PROSE,
+    SELECTION,
     clean,
     count,
     duration,
@@ -167,6 +168,18 @@ def speedup_rows(results: Results) -> Rows:
         number = real(item.get("ratio"))
         ratio = NONE if number is None else f"{number:.2f} ×" if number < 10 else f"{number:.0f} ×"
         rows.append([clean(item.get("name", "")), ratio, clean(item.get("note") or "")])
+    return dense(rows)
+
+
+def selection_rows(results: Results) -> Rows:
+    """Self-selection, decoded live: no part of the replayed methods' table."""
+    rows = [["method", "task", "τ", "gain", "nodes/round", "rounds"]]
+    for item in results.get("selection") or []:
+        bounds = span(item.get("gain_interval"))
+        gain = signed(item.get("gain")) + (f" [{signed(bounds[0])}, {signed(bounds[1])}]" if bounds else "")
+        label = f"{method_label(results, item['name'])}, {clean(item['how'])}"
+        row = [label, task_label(results, item["task"]), tau_cell(item), gain]
+        rows.append([*row, fixed(item.get("nodes"), 1), count(item.get("rounds"))])
     return dense(rows)
 
 
@@ -357,7 +370,7 @@ def markdown(results: Results, figures: Sequence[str] = ()) -> str:
             bullets([shorten(sample.get("prompt", ""))]),
             f"<pre>{text}</pre>",
         ]
-    legend = LEGEND.replace("Marked text", "Bold text") if live else ""
+    legend, chosen = LEGEND.replace("Marked text", "Bold text") if live else "", table(selection_rows(results))
     blocks = [
         f"# {escape(results['title'])}",
         escape(" · ".join(meta(results))),
@@ -367,6 +380,7 @@ def markdown(results: Results, figures: Sequence[str] = ()) -> str:
         section("Emitted length", figure("tau")),
         section("Conditional acceptance", figure("alpha"), *per_task),
         section("What was compared", escape(COMPARED), table(method_rows(results)), table(speedup_rows(results))),
+        section("Self-selection", escape(SELECTION) if chosen else "", chosen),
         section("Training", figure("training"), figure("support")),
         section("Live decoding", legend, *live),
         section("Data", table(ledger_rows(results)), bullets(ledger.get("warnings") or [])),

@@ -11,7 +11,7 @@ NONE = "–"
 THIN = 30
 """Rounds below which a conditional acceptance is drawn as uncertain."""
 
-PROSE = ("note", "value", "outcome")
+PROSE = ("note", "value", "outcome", "task")
 """Columns of words, set to the left; every other one but the first holds numbers."""
 
 COMPARED = (
@@ -25,6 +25,11 @@ COMPARED = (
 LEGEND = (
     "Marked text was proposed by the drafter and accepted by the target; "
     "the rest the target wrote itself, one token at the end of each round."
+)
+SELECTION = (
+    "Decoded live over the same prompts, not replayed: of several candidate blocks, one of them the drafter's greedy one, "
+    "the target verifies the one it scores highest. The gain is over the replayed greedy block, paired by prompt; its price "
+    "is the nodes verified per round, of which a greedy block has as many as slots."
 )
 CAPTIONS = {
     "tau": "Tokens emitted per verify round, τ, with its 95 % interval over prompts. At τ = 1 no draft token is ever "
@@ -55,6 +60,8 @@ GLOSSARY = (
     ("head row", "One slot put through the target's vocabulary projection, the dear part of a small drafter's step."),
     ("replay", "A drafter run over recorded continuations of the target, so that all methods meet the same text and "
      "their differences are paired by prompt."),
+    ("self-selection, K, T_s", "One draft, K candidate blocks: the greedy one and K − 1 drawn slot by slot at temperature "
+     "T_s. They share a tree of prefixes, whose nodes the target reads in one pass, and one of them is verified."),
     ("prompt lookup", "The free competitor: copy what followed the last occurrence of the current n-gram."),
     ("cut, engine τ", "A round is cut when the end of the text falls inside it. Engine τ is completion tokens over "
      "rounds, as serving engines report it."),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -30,6 +32,10 @@ class Batch(NamedTuple):
     epoch: int
     features: Float[Tensor, "b s taps_h"] | None
     """From the cache, in its dtype; None when the target runs online."""
+    final: Float[Tensor, "b s h"] | None = None
+    """The target's final hidden states, when the objective reads its distribution and a cache holds them."""
+    argmax: Int[Tensor, "b s"] | None = None
+    """What the target says follows each position, when the labels are the target's and a cache holds it."""
 
 
 @dataclass
@@ -39,6 +45,8 @@ class Batches:
     dataset: TokenDataset
     features: FeatureCache | None
     config: TrainConfig
+    extras: tuple[str, ...] = ()
+    """Of `final` and `argmax`: what else to take from the cache."""
 
     def __post_init__(self) -> None:
         self.examples = len(self.features) if self.features is not None else len(self.dataset)
@@ -72,13 +80,51 @@ class Batches:
         longest = max(len(e.input_ids) for e in examples)
         ids = torch.zeros(len(chosen), longest, dtype=torch.long)
         mask = torch.zeros(len(chosen), longest, dtype=torch.bool)
-        features = None
         for row, example in enumerate(examples):
             n = len(example.input_ids)
             ids[row, :n], mask[row, :n] = example.input_ids, example.loss_mask
-        if self.features is not None:
-            first = self.features[chosen[0]]
-            features = first.new_zeros(len(chosen), longest, first.shape[1])
-            for row, i in enumerate(chosen):
-                features[row, : len(examples[row].input_ids)] = self.features[i]
-        return Batch(ids, mask, torch.tensor([e.uid for e in examples]), epoch, features)
+        batch = Batch(ids, mask, torch.tensor([e.uid for e in examples]), epoch, None)
+        if self.features is None:
+            return batch
+        return batch._replace(**{name: self._stored(name, chosen, longest) for name in ("features", *self.extras)})
+
+    def _stored(self, name: str, chosen: list[int], longest: int) -> Tensor:
+        """What the cache holds of these conversations, padded with zeros."""
+        assert self.features is not None
+        found = [self.features.get(i, name) for i in chosen]
+        out = found[0].new_zeros(len(chosen), longest, *found[0].shape[1:])
+        for row, values in enumerate(found):
+            out[row, : len(values)] = values
+        return out
+
+
+@dataclass
+class Prefetcher:
+    """Batches, the next one put together by a thread while this one is trained on.
+
+    What a batch holds depends on its index alone, so reading ahead changes nothing, and a wrong guess only costs time.
+    """
+
+    batches: Batches
+    device: torch.device
+    waited: float = 0.0
+    """Seconds that training stood still for data, in all."""
+    _worker: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "batches"))
+    _ahead: tuple[int, Future[Batch]] | None = None
+
+    def __getitem__(self, index: int) -> Batch:
+        began = time.perf_counter()
+        if self._ahead is None or self._ahead[0] != index:
+            self._ahead = index, self._worker.submit(self._load, index)
+        found = self._ahead[1].result()
+        self._ahead = index + 1, self._worker.submit(self._load, index + 1)
+        moved = (t.to(self.device, non_blocking=True) if isinstance(t, torch.Tensor) else t for t in found)
+        batch = Batch(*moved)
+        self.waited += time.perf_counter() - began
+        return batch
+
+    def _load(self, index: int) -> Batch:
+        found = self.batches[index]
+        if self.device.type == "cuda":  # only pinned memory is copied while the device works
+            found = Batch(*(t.pin_memory() if isinstance(t, torch.Tensor) else t for t in found))
+        return found

@@ -19,12 +19,13 @@ if TYPE_CHECKING:
 
 def identity(trainer: Trainer) -> str:
     """Digest of what must not change when a run is resumed: everything but where it is written and how long it is."""
-    config = trainer.config
+    config, drafter = trainer.config, trainer.drafter.config
+    meta = getattr(trainer.batches.dataset, "meta", {})
     return digest(
         {
-            "data": dump(config.data),
-            "drafter": trainer.drafter.config.to_json() | {"specauf": None},
-            "objective": dump(config.objective),
+            "data": dump(config.data) + (meta["key"] if "rollout" in meta else ""),  # rollouts may be made again
+            "drafter": drafter.to_json() | {"specauf": drafter.extra.get("init_from", {}).get("weights")},
+            "objective": dump(config.objective) + _content(config.objective.plugin),
             "train": {
                 k: v
                 for k, v in vars(config.train).items()
@@ -35,6 +36,11 @@ def identity(trainer: Trainer) -> str:
     )
 
 
+def _content(plugin: str | None) -> str:
+    """A plugin's file is part of the objective; a module's version is not looked into."""
+    return Path(plugin).read_text() if plugin is not None and plugin.endswith(".py") else ""
+
+
 def provenance_of(trainer: Trainer) -> dict[str, Any]:
     """What a drafter's `config.json` remembers of its training, under `specauf`."""
     config, objective = trainer.config, trainer.objective
@@ -42,7 +48,8 @@ def provenance_of(trainer: Trainer) -> dict[str, Any]:
         "objective": objective.name,
         "gamma": objective.gamma,
         "reduction": objective.reduction,
-        "labels": "data",
+        "options": dict(objective.options),
+        "labels": config.objective.labels,
         "target": trainer.target.name,
         "target_fingerprint": trainer.target.fingerprint(),
         "template_hash": getattr(trainer.batches.dataset, "meta", {}).get("template_hash"),
@@ -70,6 +77,7 @@ def save(trainer: Trainer, out: Path) -> None:
             "step": trainer.done,
             "max_steps": trainer.max_steps,
             "seconds": trainer.seconds,
+            "survival": trainer.survival,
             "identity": identity(trainer),
         }
         (directory / "state.json").write_text(json.dumps(state, indent=2) + "\n")
@@ -95,7 +103,7 @@ def resume(trainer: Trainer, out: Path) -> bool:
         device = torch.device("cpu") if field == "step" else named[name].device
         trainer.optimizer.state[named[name]][field] = value.to(device)
     trainer.done, trainer.seconds = state["step"], state["seconds"]
-    trainer.max_steps = state["max_steps"]
+    trainer.max_steps, trainer.survival = state["max_steps"], state.get("survival", [])
     log = out / "log.jsonl"
     if log.is_file():
         lines = [line for line in log.read_text().splitlines() if line and json.loads(line)["step"] <= trainer.done]

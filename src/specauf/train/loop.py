@@ -7,6 +7,7 @@ its weights, its optimizer moments and one integer: a resumed run is bitwise the
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import logging
 import math
@@ -14,23 +15,23 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from specauf.config import ConfigError, RunConfig
-from specauf.drafter.dflash import DFlash
-from specauf.objective.blocks import Blocks, block_inputs, build_blocks, sample_anchors
+from specauf.data.features import extras_of
+from specauf.data.rollouts import rollout_meta
+from specauf.drafter.dflash import DFlash, Pending
+from specauf.objective.blocks import Blocks, before_labels, block_inputs, build_blocks, sample_anchors, slot_uniform
 from specauf.objective.loss import LossTerms, Objective, block_loss
 from specauf.objective.metrics import block_metrics
-from specauf.objective.wavefront import read_head
+from specauf.objective.registry import rule_of
+from specauf.objective.wavefront import RowSource, plan_cuts, read_head
 from specauf.target import Target
 from specauf.train import checkpoint
-from specauf.train.batches import Batch, Batches
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
+from specauf.train.batches import Batch, Batches, Prefetcher
+from specauf.train.window import Window
 
 log = logging.getLogger(__name__)
 
@@ -47,9 +48,48 @@ def learning_rate(step: int, max_steps: int, base: float, warmup: float) -> floa
 
 
 def objective_of(config: RunConfig) -> Objective:
-    """The tensor-level objective of a run's configuration."""
-    gamma = config.objective.decay_for(config.drafter.block_size)
-    return Objective(config.objective.name, gamma, config.objective.reduction)  # type: ignore[arg-type]
+    """The tensor-level objective of a run's configuration. Raises `ConfigError` on whatever it cannot be."""
+    wanted = config.objective
+    if wanted.plugin is not None:
+        _import(wanted.plugin)
+    try:
+        own = isinstance(rule_of(wanted.name).gamma, float | None)
+        gamma = wanted.gamma if own else wanted.decay_for(config.drafter.block_size)
+        objective = Objective(wanted.name, gamma, wanted.reduction, wanted.options)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ConfigError(f"objective: {error}") from None
+    if "rollouts" in objective.rule.needs and rollout_meta(config.data.path) is None:
+        raise ConfigError(
+            f"objective {wanted.name!r} is trained on the target's own continuations: make them with `specauf rollout` and "
+            f"give their directory as data.path, which is {config.data.path!r}"
+        )
+    reads_target = objective.needs_teacher or wanted.labels == "target"
+    if reads_target and config.features.cache and not config.features.extras:
+        raise ConfigError(
+            f"objective {wanted.name!r} with labels={wanted.labels!r} reads what the target says, which the feature cache "
+            "holds only with features.extras=true (or set features.cache=false)"
+        )
+    return objective
+
+
+def stored_extras(config: RunConfig) -> tuple[str, ...]:
+    """What a feature cache must hold beyond the features, for this objective and these labels."""
+    teacher, target = objective_of(config).needs_teacher, config.objective.labels == "target"
+    return ("final",) * teacher + ("argmax",) * target
+
+
+def _import(plugin: str) -> None:
+    """Import a module by name, or a file by path, for what it registers."""
+    path = Path(plugin)
+    try:
+        if path.suffix == ".py":
+            spec = importlib.util.spec_from_file_location(path.stem, path)
+            assert spec is not None and spec.loader is not None
+            spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        else:
+            importlib.import_module(plugin)
+    except (ImportError, OSError, SyntaxError, ValueError) as error:
+        raise ConfigError(f"objective.plugin: cannot import {plugin!r}: {error}") from None
 
 
 class Trainer:
@@ -60,9 +100,12 @@ class Trainer:
     ) -> None:
         self.config, self.drafter, self.target, self.batches, self.out = config, drafter, target, batches, out
         self.objective = objective_of(config)
+        self.loader = Prefetcher(batches, drafter.fc.weight.device)
         self.done = 0
         self.max_steps = config.train.max_steps
         self.seconds = 0.0
+        self.survival: list[float] = []
+        """Running share of the blocks that survive each slot, from which the wavefront's stages are planned."""
         self.optimizer = torch.optim.AdamW(
             drafter.parameters(), lr=config.train.lr, weight_decay=config.train.weight_decay, betas=(0.9, 0.999)
         )
@@ -72,14 +115,27 @@ class Trainer:
         anchors, keep = sample_anchors(
             batch.loss_mask, batch.uid, train.num_anchors, seed=train.seed, epoch=batch.epoch
         )
-        return build_blocks(batch.input_ids, batch.loss_mask, anchors, keep, self.drafter.config.block_size)
+        size, argmax = (
+            self.drafter.config.block_size,
+            batch.argmax if self.config.objective.labels == "target" else None,
+        )
+        return build_blocks(batch.input_ids, batch.loss_mask, anchors, keep, size, argmax)
 
-    def hidden(self, batch: Batch, blocks: Blocks) -> Float[Tensor, "b n k h"]:
-        """Conversation -> target features -> blocks -> the drafter's hidden states of the predicted slots."""
-        config = self.drafter.config
-        features = batch.features
-        if features is None:
-            features = self.target.run(batch.input_ids, config.target_layer_ids).features
+    def batch(self, index: int) -> Batch:
+        """A micro-batch on the drafter's device, with the target's part of it computed where no cache holds it."""
+        found = self.loader[index]
+        if found.features is not None:
+            return found
+        features, final = self.target.run(found.input_ids, self.drafter.config.target_layer_ids)
+        if self.config.objective.labels == "target":
+            told = [extras_of(self.target, *row)["argmax"] for row in zip(final, found.input_ids, strict=True)]
+            found = found._replace(argmax=torch.stack(told).to(found.input_ids.device))
+        return found._replace(features=features, final=final)
+
+    def hidden(self, batch: Batch, blocks: Blocks) -> Pending:
+        """Conversation -> target features -> blocks -> the drafter's hidden states, of the slots that will be asked for."""
+        config, features = self.drafter.config, batch.features
+        assert features is not None
         weight = self.drafter.fc.weight
         positions = torch.arange(features.shape[1], device=features.device).expand(features.shape[0], -1)
         embeds = self.target.embed(
@@ -87,44 +143,56 @@ class Trainer:
         )
         with torch.autocast(weight.device.type, torch.bfloat16, enabled=weight.device.type == "cuda"):
             context = self.drafter.context(features.to(weight.dtype), positions)
-            out: Tensor = self.drafter(embeds.to(weight.dtype), blocks.anchors, context)
-        return out[:, :, 1:]
+            return self.drafter.pending(embeds.to(weight.dtype), blocks.anchors, context)
+
+    def loss(self, hidden: RowSource, batch: Batch, blocks: Blocks, cuts: list[int] | None = None) -> LossTerms:
+        """The objective, with what else it asks for."""
+        size, train = self.drafter.config.block_size, self.config.train
+        teacher = uniform = None
+        if self.objective.needs_teacher:
+            assert batch.final is not None
+            teacher = before_labels(batch.final, blocks.anchors, size)
+        if "uniform" in self.objective.rule.needs:
+            uniform = slot_uniform(batch.uid, blocks.anchors, size, seed=train.seed, epoch=batch.epoch)
+        head, bias, rows = self.target.head_weight, self.target.head_bias, self.config.objective.logits_rows
+        return block_loss(
+            *(hidden, blocks, self.objective, head, bias),
+            teacher=teacher,
+            uniform=uniform,
+            softcap=self.target.softcap,
+            logits_rows=rows,
+            cuts=cuts,
+        )
 
     def step(self) -> dict[str, Any]:
         """One optimizer step. Gradients are sums over the window divided by the window's denominator."""
         if self.max_steps is None:
             raise ConfigError("train.max_steps is not set: the learning rate has no horizon. Give it, or train.minutes")
-        train, device = self.config.train, self.drafter.fc.weight.device
+        train = self.config.train
         rate = learning_rate(self.done, self.max_steps, train.lr, train.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        began = time.perf_counter()
+        began, waited = time.perf_counter(), self.loader.waited
         sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-        num = den = 0.0
+        window = Window(list(self.drafter.parameters()), train.accumulation)
         tokens = blocks_seen = 0
+        # Planned once a step, from what is in the checkpoint: a resumed run cuts, and so rounds, as it would have.
+        cuts = plan_cuts(self.survival, train.batch_size * train.num_anchors) if self.survival else None
         self.drafter.train()
-        self.optimizer.zero_grad(set_to_none=True)
         for micro in range(train.accumulation):
-            batch = self.batches[self.done * train.accumulation + micro]
-            batch = Batch(*(t.to(device) if isinstance(t, torch.Tensor) else t for t in batch))
+            batch = self.batch(self.done * train.accumulation + micro)
             blocks = self.blocks_of(batch)
             hidden = self.hidden(batch, blocks)
-            terms = block_loss(
-                hidden,
-                blocks,
-                self.objective,
-                self.target.head_weight,
-                self.target.head_bias,
-                logits_rows=self.config.objective.logits_rows,
-            )
-            terms.num.backward()
-            num, den = num + float(terms.num.detach()), den + float(terms.den)
+            terms = self.loss(hidden, batch, blocks, cuts)
+            window.add(terms)
+            if terms.survival is not None:
+                now = terms.survival.tolist()
+                self.survival = [0.9 * a + 0.1 * b for a, b in zip(self.survival or now, now, strict=True)]
             tokens += int(batch.loss_mask.sum())
             blocks_seen += int(blocks.keep.sum())
             self._collect(sums, terms, hidden, blocks, measure_common=self.done % train.common_every == 0)
-        parameters = [p for p in self.drafter.parameters() if p.grad is not None]
-        for parameter in parameters:
-            parameter.grad.div_(max(den, 1e-12))  # type: ignore[union-attr]
+        loss = window.close()
+        parameters = [p for p in window.parameters if p.grad is not None]
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, train.clip))
         self.optimizer.step()
         self.done += 1
@@ -133,33 +201,40 @@ class Trainer:
         figures = {name: total / count for name, (total, count) in sums.items() if count}
         return {
             "step": self.done,
-            "loss": num / max(den, 1e-12),
+            "loss": loss,
+            "reduction": self.objective.reduction,
+            "labels": self.config.objective.labels,
             "lr": rate,
             "grad_norm": norm,
             "clipped": norm > train.clip,
             "seconds": seconds,
+            "data_seconds": self.loader.waited - waited,
             "elapsed": self.seconds,
             "tokens": tokens,
             "blocks": blocks_seen,
             "tokens_per_second": tokens / seconds,
             "epoch": self.done * train.accumulation / self.batches.per_epoch,
+            "cuts": cuts,
             **{k: v for k, v in figures.items() if not k.startswith("first_error")},
             "first_error": [figures.get(f"first_error_{k}", 0.0) for k in range(self.drafter.config.block_size)],
         }
 
     def _collect(
-        self, sums: dict[str, list[float]], terms: LossTerms, hidden: Tensor, blocks: Blocks, measure_common: bool
+        self, sums: dict[str, list[float]], terms: LossTerms, hidden: RowSource, blocks: Blocks, measure_common: bool
     ) -> None:
         found = block_metrics(terms.readout, blocks, terms.credit)
         if "common_accuracy" not in found and measure_common:
             # The wavefront left most slots unread: read a sample of blocks in full, for the log alone.
             take = blocks.valid.any(-1).view(-1).nonzero().squeeze(1)
             take = take[:: max(1, len(take) // COMMON_BLOCKS)][:COMMON_BLOCKS]
-            labels, valid = (t.flatten(0, 1)[take][None] for t in (blocks.labels, blocks.valid))
-            sample = hidden.detach().flatten(0, 1)[take][None]
-            weight, bias = self.target.head_weight, self.target.head_bias
-            rows = self.config.objective.logits_rows
-            readout = read_head(sample, labels, valid, weight, bias, logits_rows=rows, with_grad=False)
+            valid = torch.zeros_like(blocks.valid)
+            valid.view(-1, valid.shape[-1])[take] = blocks.valid.flatten(0, 1)[take]
+            readout = read_head(
+                *(hidden, blocks.labels, valid, self.target.head_weight, self.target.head_bias),
+                softcap=self.target.softcap,
+                logits_rows=self.config.objective.logits_rows,
+                wants=(),
+            )
             found["common_accuracy"] = (float((readout.hit & valid).sum()), float(valid.sum()))
         for name, (total, count) in found.items():
             sums[name][0] += total
@@ -202,7 +277,8 @@ def calibrate(trainers: Sequence[Trainer], steps: int = 6, warmup: int = 2) -> l
     """
     seconds: list[list[float]] = [[] for _ in trainers]
     kept = [
-        ({k: v.clone() for k, v in t.drafter.state_dict().items()}, t.done, t.max_steps, t.seconds) for t in trainers
+        ({k: v.clone() for k, v in t.drafter.state_dict().items()}, t.done, t.max_steps, t.seconds, t.survival)
+        for t in trainers
     ]
     for trainer in trainers:
         trainer.max_steps = trainer.max_steps or 10**6
@@ -211,8 +287,8 @@ def calibrate(trainers: Sequence[Trainer], steps: int = 6, warmup: int = 2) -> l
             row = trainer.step()
             if turn >= warmup:
                 times.append(row["seconds"])
-    for trainer, (weights, done, max_steps, spent) in zip(trainers, kept, strict=True):
+    for trainer, (weights, *rest) in zip(trainers, kept, strict=True):
         trainer.drafter.load_state_dict(weights)
-        trainer.done, trainer.max_steps, trainer.seconds = done, max_steps, spent
+        trainer.done, trainer.max_steps, trainer.seconds, trainer.survival = rest
         trainer.optimizer.state.clear()
     return [sorted(times)[len(times) // 2] for times in seconds]

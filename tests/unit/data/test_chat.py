@@ -15,6 +15,7 @@ from specauf.data.chat import (
     TemplateRefused,
     UnstableTemplate,
     colour,
+    continuation_ids,
     prompt_ids,
     render,
     template_hash,
@@ -204,3 +205,32 @@ def test_colour_shows_the_whole_text_and_marks_the_supervised_part(tokenizer: An
     assert text.plain == tokenizer.decode(rendered.input_ids)
     green = [text.plain[span.start : span.end] for span in text.spans if span.style == "green"]
     assert green == ["🙂 a<|im_end|>\n"]
+
+
+ASKED = [Message("user", "the quick fox?")]
+NEXT = [Message("user", "and the dog?")]
+
+
+def test_a_continuation_appends_to_what_was_generated_up_to_the_next_answer(tokenizer: Any) -> None:
+    end = tokenizer.eos_token_id
+    answer = tokenizer.encode("jumps over", add_special_tokens=False)
+    ids = prompt_ids(tokenizer, ASKED, False) + answer + [end]
+    ids += continuation_ids(tokenizer, ASKED, "jumps over", end, NEXT, False)
+    assert ids == prompt_ids(tokenizer, [*ASKED, Message("assistant", "jumps over"), *NEXT], False)
+
+
+@pytest.mark.parametrize(
+    ("template", "answer", "end", "told"),
+    [
+        (THINKING, "jumps", "<|im_end|>", "its prefix renders"),
+        (TRIMMING, " jumps", "<|im_end|>", "its prefix renders"),
+        (CHATML, "jumps", "<|im_start|>", "the target ends it with token 0"),
+    ],
+    ids=["earlier turns are rewritten", "blanks are trimmed", "another end"],
+)
+def test_a_continuation_that_does_not_merely_append_is_refused(
+    make_tokenizer: Make, template: str, answer: str, end: str, told: str
+) -> None:
+    tokenizer = make_tokenizer(template)
+    with pytest.raises(UnstableTemplate, match=told):
+        continuation_ids(tokenizer, ASKED, answer, tokenizer.convert_tokens_to_ids(end), NEXT, False)

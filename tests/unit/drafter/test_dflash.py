@@ -134,3 +134,27 @@ def test_the_last_layer_cannot_be_tapped(target: Target) -> None:
         DFlashConfig.for_target(
             target.config, block_size=4, num_hidden_layers=1, mask_token_id=3, target_layer_ids=(1, 5)
         )
+
+
+def test_pending_rows_are_the_whole_forwards_rows_with_the_same_gradients(target: Target) -> None:
+    """Whatever slots are asked for, in whatever stages: the last layer's query side for them alone."""
+    g = torch.Generator().manual_seed(5)
+    drafter = DFlash(make_geometry(target, layers=2)).double()
+    b, n, slots, h = 3, 4, 5, target.config.hidden_size
+    anchors = torch.tensor([[2, 5, 9, 0], [1, 1, 0, 0], [3, 8, 11, 12]])
+    features = torch.randn(b, 14, drafter.fc.in_features, generator=g).double()
+    embeds = torch.randn(b, n, slots, h, generator=g).double()
+    context = drafter.context(features, torch.arange(14).expand(b, -1))
+    whole = drafter(embeds, anchors, context)[:, :, 1:]
+    stages = [torch.rand(b, n, slots - 1, generator=g) < share for share in (0.9, 0.3, 0.05, 0.0)]
+    stages.append(torch.zeros(b, n, slots - 1).bool())
+    stages[-1][1, 2, 1] = True
+    wanted = sum((whole[todo] ** 2).sum() for todo in stages)
+    want = torch.autograd.grad(wanted, list(drafter.parameters()), retain_graph=True)
+    pending = drafter.pending(embeds, anchors, context)
+    rows = [pending.rows(todo) for todo in stages]
+    for todo, found in zip(stages, rows, strict=True):
+        torch.testing.assert_close(found, whole[todo], rtol=1e-10, atol=1e-10)
+    got = torch.autograd.grad(sum((r**2).sum() for r in rows), list(drafter.parameters()))
+    for a, w in zip(got, want, strict=True):
+        torch.testing.assert_close(a, w, rtol=1e-5, atol=1e-5)  # the norms work in float32

@@ -1,8 +1,8 @@
-"""The objective against a reference that is slow and obvious: loops over blocks and slots in float64."""
+"""Every objective against the slow reference: loss and gradient, in float64, over random and adversarial blocks."""
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,101 +11,151 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from specauf.objective import Blocks, Objective, block_loss, block_metrics, read_head
+from specauf import config
+from specauf.objective import RULES, Blocks, Objective, block_loss, block_metrics, read_head
+from specauf.objective.loss import LossTerms, credit_of
 from specauf.objective.wavefront import default_cuts
+from tests.unit.objective import reference
 
-OBJECTIVES = [("uniform", None), ("decay", 4.0), ("auf", None), ("auf-decay", 4.0)]
 REDUCTIONS = ["global", "block", "sequence"]
+CASES: list[tuple[str, float | None, dict[str, Any]]] = [
+    *((name, 4.0 if isinstance(rule.gamma, str) else None, {}) for name, rule in RULES.items()),
+    *((f"{name}-decay", 2.5, {}) for name in ("auf", "soft-auf", "griffin-exclusive", "sampled-auf", "first-error")),
+    ("first-k", None, {"k": 2}),
+    ("soft-auf", None, {"temperature": 0.5, "alpha": 0.2}),
+    ("griffin-exclusive", None, {"k": 2}),
+    ("griffin-inclusive", None, {"k": 1}),
+    ("griffin-windowed", None, {"k": 1, "window": 3}),
+    ("l2r-focal", 3.0, {"focal": 1.5}),
+    ("dpace", None, {"alpha": 0.0}),
+    ("dpace", None, {"alpha": 1.0, "temperature": 2.0}),
+    ("pard2", None, {"ce_weight": 0.0}),
+    ("lk-alpha", 2.0, {}),
+    ("lk-lambda", 2.0, {"eta": 0.5}),
+]
 
 
-def reference(hidden: Tensor, blocks: Blocks, weight: Tensor, name: str, gamma: float | None, reduction: str) -> Tensor:
-    """Paper, section 4 and equation 1, read literally."""
-    b, n, k, _ = hidden.shape
-    total, count, ratios = hidden.new_zeros(()), 0.0, []
-    for i in range(b):
-        for j in range(n):
-            logits = hidden[i, j] @ weight.T
-            valid = [s for s in range(k) if blocks.valid[i, j, s]]
-            wrong = [s for s in valid if int(logits[s].argmax()) != int(blocks.labels[i, j, s])]
-            support = [s for s in valid if not wrong or s <= wrong[0]] if name.startswith("auf") else valid
-            credit = [1.0 if gamma is None else math.exp(-s / gamma) for s in support]
-            terms = [
-                c * F.cross_entropy(logits[s], blocks.labels[i, j, s]) for c, s in zip(credit, support, strict=True)
-            ]
-            if terms:
-                total, count = total + sum(terms), count + sum(credit)
-                ratios.append(sum(terms) / sum(credit))
-    if reduction == "global":
-        return total / max(count, 1e-300)
-    if reduction == "block":
-        return sum(ratios) / len(ratios) if ratios else total
-    return total / b
+class Case:
+    """A small vocabulary, so that hits, all-right blocks, holes, ties and all-invalid blocks are common."""
+
+    def __init__(self, seed: int, vocab: int = 4) -> None:
+        g = torch.Generator().manual_seed(seed)
+        b, n, k, h = 2, 4, int(torch.randint(1, 6, (), generator=g)), 3
+        self.weight = torch.randn(vocab, h, generator=g, dtype=torch.float64)
+        self.hidden = torch.randn(b, n, k, h, generator=g, dtype=torch.float64)
+        self.teacher = torch.randn(b, n, k, h, generator=g, dtype=torch.float64)
+        self.bias = torch.randn(vocab, generator=g, dtype=torch.float64) if seed % 3 == 0 else None
+        self.softcap = 1.5 if seed % 4 == 0 else None
+        if seed % 5 == 0:  # ties
+            self.hidden, self.weight, self.bias = self.hidden.round(), self.weight.round(), None
+        labels = torch.randint(0, vocab, (b, n, k), generator=g)
+        right = (torch.rand(b, n, 1, generator=g) < 0.6) & (torch.rand(b, n, k, generator=g) < 0.8)
+        labels = torch.where(right, F.linear(self.hidden, self.weight, self.bias).argmax(-1), labels)
+        valid = torch.rand(b, n, k, generator=g) < torch.rand(b, n, 1, generator=g) * 1.5
+        self.blocks = Blocks(torch.zeros(b, n).long(), valid.any(-1), labels.masked_fill(~valid, 0), valid)
+        self.uniform = torch.rand(b, n, k, generator=g, dtype=torch.float64)
+
+    def terms(self, objective: Objective, hidden: Tensor | None = None, **changes: Any) -> LossTerms:
+        given = {"blocks": self.blocks, "teacher": self.teacher, "logits_rows": 3, "softcap": self.softcap, **changes}
+        leaf = self.hidden.clone().requires_grad_() if hidden is None else hidden
+        return block_loss(leaf, given.pop("blocks"), objective, self.weight, self.bias, uniform=self.uniform, **given)
+
+    def reference(self, objective: Objective, hidden: Tensor) -> Tensor:
+        return reference.loss(
+            objective.name,
+            hidden,
+            self.blocks,
+            self.weight,
+            self.bias,
+            gamma=objective.gamma,
+            reduction=objective.reduction,
+            options=dict(objective.options),
+            teacher=self.teacher,
+            uniform=self.uniform,
+            softcap=self.softcap,
+        )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return reference.head(hidden, self.weight, self.bias, self.softcap)
 
 
-def random_case(seed: int, vocab: int = 4) -> tuple[Tensor, Blocks, Tensor]:
-    """A small vocabulary, so that hits, all-right blocks, holes and all-invalid blocks are common."""
-    g = torch.Generator().manual_seed(seed)
-    b, n, k, h = 2, 4, int(torch.randint(1, 6, (), generator=g)), 3
-    weight = torch.randn(vocab, h, generator=g, dtype=torch.float64)
-    hidden = torch.randn(b, n, k, h, generator=g, dtype=torch.float64)
-    labels = torch.randint(0, vocab, (b, n, k), generator=g)
-    right = torch.rand(b, n, 1, generator=g) < 0.6  # in these blocks most labels are what the head says
-    labels = torch.where(right & (torch.rand(b, n, k, generator=g) < 0.8), (hidden @ weight.T).argmax(-1), labels)
-    valid = torch.rand(b, n, k, generator=g) < torch.rand(b, n, 1, generator=g) * 1.5
-    if seed % 5 == 0:
-        hidden = hidden.round()  # ties
-        weight = weight.round()
-    return hidden, Blocks(torch.zeros(b, n).long(), valid.any(-1), labels.masked_fill(~valid, 0), valid), weight
+def identify(case: Any) -> str | None:
+    return case if isinstance(case, str) else None
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize(("name", "gamma"), OBJECTIVES)
-@settings(max_examples=40, deadline=None)
+@pytest.mark.parametrize(("name", "gamma", "options"), CASES, ids=identify)
+@settings(max_examples=12, deadline=None)
 @given(seed=st.integers(0, 10**6))
-def test_loss_and_gradient_equal_the_reference(name: str, gamma: float | None, reduction: str, seed: int) -> None:
-    hidden, blocks, weight = random_case(seed)
-    ours, theirs = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
-    terms = block_loss(ours, blocks, Objective(name, gamma, reduction), weight, logits_rows=3)
-    loss = terms.num / terms.den.clamp(min=1e-300)
-    wanted = reference(theirs, blocks, weight, name, gamma, reduction)
-    torch.testing.assert_close(loss, wanted, rtol=1e-10, atol=1e-10)
-    loss.backward()
+def test_loss_and_gradient_equal_the_reference(
+    name: str, gamma: float | None, options: dict[str, Any], reduction: Any, seed: int
+) -> None:
+    case, objective = Case(seed), Objective(name, gamma, reduction, options)
+    ours, theirs = case.hidden.clone().requires_grad_(), case.hidden.clone().requires_grad_()
+    found, wanted = case.terms(objective, ours).loss, case.reference(objective, theirs)
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+    found.backward()
     if wanted.requires_grad:
         wanted.backward()
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-10)
     assert torch.isfinite(ours.grad).all()
 
 
-@settings(max_examples=60, deadline=None)
+def test_the_recipes_know_every_objective_that_is_built_in() -> None:
+    assert set(config.OBJECTIVES) == set(RULES)
+    assert set(config.OWN_DECAY) == {name for name, rule in RULES.items() if rule.gamma is not None}
+
+
+@pytest.mark.parametrize(("name", "gamma", "options"), CASES, ids=identify)
+@settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 10**6), staged=st.booleans())
-def test_wavefront_reads_the_supports_and_changes_nothing(seed: int, staged: bool) -> None:
-    hidden, blocks, weight = random_case(seed)
-    k = hidden.shape[2]
-    dense = block_loss(hidden.requires_grad_(), blocks, Objective("auf"), weight)
+def test_the_wavefront_reads_the_supports_and_changes_nothing(
+    name: str, gamma: float | None, options: dict[str, Any], seed: int, staged: bool
+) -> None:
+    case, objective = Case(seed), Objective(name, gamma, "global", options)
+    if not objective.truncates:
+        return
+    k = case.hidden.shape[2]
+    how = {"uniform": case.uniform, "ranks": "rank" in objective.rule.needs, "softcap": case.softcap}
+    dense = read_head(case.hidden, case.blocks.labels, case.blocks.valid, case.weight, case.bias, **how)
     cuts = default_cuts(k) if staged else list(range(1, k + 1))
-    found = read_head(hidden.detach(), blocks.labels, blocks.valid, weight, cuts=cuts)
-    support = dense.credit > 0
+    found = read_head(
+        *(case.hidden, case.blocks.labels, case.blocks.valid, case.weight, case.bias),
+        cuts=cuts,
+        survives=objective.survives,
+        **how,
+    )
+    (_, want), (_, got) = (credit_of(r, case.blocks, objective, case.uniform)[0] for r in (dense, found))
+    assert torch.equal(want, got)
+    support = want > 0
     assert (found.evaluated | ~support).all(), "a supported slot was not read"
-    assert torch.equal(found.hit[support], dense.readout.hit[support])
-    torch.testing.assert_close(found.ce[support], dense.readout.ce[support], rtol=1e-12, atol=1e-12)
-    if not staged:
+    assert torch.equal(found.hit[support], dense.hit[support])
+    torch.testing.assert_close(found.ce[support], dense.ce[support], rtol=1e-12, atol=1e-12)
+    if not staged and name in ("auf", "sampled-auf", "griffin-exclusive"):
         assert int(found.evaluated.sum()) == int(support.sum())
 
 
-def test_suffix_rows_get_exactly_zero_and_do_not_matter() -> None:
-    hidden, blocks, weight = random_case(3)
-    hidden.requires_grad_()
-    terms = block_loss(hidden, blocks, Objective("auf"), weight)
-    terms.num.backward()
-    outside = terms.credit == 0
-    assert outside.any()
-    assert (hidden.grad[outside] == 0).all()
-    after = outside & blocks.valid
-    poked = torch.where(after[..., None], hidden.detach() * -7 + 1, hidden.detach()).requires_grad_()
-    assert torch.equal(block_loss(poked, blocks, Objective("auf"), weight).num, terms.num)
+@pytest.mark.parametrize(("name", "gamma", "options"), CASES, ids=identify)
+def test_slots_without_credit_get_exactly_zero_and_do_not_matter(
+    name: str, gamma: float | None, options: dict[str, Any]
+) -> None:
+    """T2, T9: bitwise, for invalid slots under every objective and for the suffix under those that truncate."""
+    for seed in range(8):
+        case, objective = Case(seed), Objective(name, gamma, "global", options)
+        leaf = case.hidden.clone().requires_grad_()
+        terms = case.terms(objective, leaf)
+        terms.loss.backward()
+        outside = terms.credit == 0
+        if name != "streak":
+            assert (leaf.grad[outside] == 0).all()
+        ends = objective.truncates and not name.startswith(("first-error", "griffin-inclusive"))
+        silent = outside if ends else ~case.blocks.valid
+        poked = torch.where(silent[..., None], leaf.detach() * -7 + 1, leaf.detach()).requires_grad_()
+        again = case.terms(objective, poked)
+        assert torch.equal(again.num, terms.num) and torch.equal(again.den, terms.den)
 
 
-def test_fully_right_block_is_uniform_and_first_slot_wrong_is_that_slot_alone() -> None:
+def test_first_slot_wrong_is_that_slot_alone() -> None:
     weight = torch.eye(4, dtype=torch.float64)
     hidden = 3 * F.one_hot(torch.tensor([[[0, 1, 2], [1, 1, 2]]]), 4).double()
     labels = torch.tensor([[[0, 1, 2], [0, 1, 2]]])
@@ -114,29 +164,36 @@ def test_fully_right_block_is_uniform_and_first_slot_wrong_is_that_slot_alone() 
     assert credit[0].tolist() == [[1, 1, 1], [1, 0, 0]]
 
 
-def test_chunks_and_micro_batches_add_up() -> None:
-    hidden, blocks, weight = random_case(11)
-    objective = Objective("auf-decay", 4.0)
-    whole = block_loss(hidden.clone().requires_grad_(), blocks, objective, weight)
-    parts = [
-        block_loss(
-            hidden[i : i + 1].clone().requires_grad_(), Blocks(*(t[i : i + 1] for t in blocks)), objective, weight
-        )
-        for i in range(2)
-    ]
-    torch.testing.assert_close(sum(p.num for p in parts), whole.num, rtol=1e-12, atol=0)
+@pytest.mark.parametrize(("name", "gamma", "options"), CASES, ids=identify)
+def test_micro_batches_add_up_and_blocks_may_be_permuted(
+    name: str, gamma: float | None, options: dict[str, Any]
+) -> None:
+    """T4: numerators and denominators of chunks sum to the whole's."""
+    case, objective = Case(11), Objective(name, gamma, "global", options)
+    whole = case.terms(objective)
+    parts = []
+    for i in (1, 0):
+        one = Case(11)
+        one.hidden, one.teacher, one.uniform = (t[i : i + 1] for t in (one.hidden, one.teacher, one.uniform))
+        one.blocks = Blocks(*(t[i : i + 1].flip(1) for t in case.blocks))
+        one.hidden, one.teacher, one.uniform = (t.flip(1) for t in (one.hidden, one.teacher, one.uniform))
+        parts.append(one.terms(objective))
+    torch.testing.assert_close(sum(p.num for p in parts), whole.num, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(sum(p.den for p in parts), whole.den, rtol=1e-12, atol=0)
 
 
-def test_nothing_valid_gives_zero_loss_and_finite_gradient() -> None:
-    hidden, blocks, weight = random_case(1)
-    blocks = blocks._replace(valid=torch.zeros_like(blocks.valid))
-    for name, gamma in OBJECTIVES:
-        for reduction in REDUCTIONS:
-            leaf = hidden.clone().requires_grad_()
-            terms = block_loss(leaf, blocks, Objective(name, gamma, reduction), weight)
-            terms.num.backward()
-            assert terms.num == 0 and (leaf.grad == 0).all()
+@pytest.mark.parametrize(("name", "gamma", "options"), CASES, ids=identify)
+def test_nothing_valid_gives_zero_loss_and_finite_gradient(
+    name: str, gamma: float | None, options: dict[str, Any]
+) -> None:
+    """T5."""
+    case = Case(1)
+    empty = case.blocks._replace(valid=torch.zeros_like(case.blocks.valid))
+    for reduction in REDUCTIONS:
+        leaf = case.hidden.clone().requires_grad_()
+        loss = case.terms(Objective(name, gamma, reduction, options), leaf, blocks=empty).loss  # type: ignore[arg-type]
+        loss.backward()
+        assert loss == 0 and (leaf.grad == 0).all()
 
 
 def test_metrics_of_a_block_worked_by_hand() -> None:
@@ -156,7 +213,33 @@ def test_metrics_of_a_block_worked_by_hand() -> None:
     assert "common_accuracy" not in found or found["common_accuracy"] == 6 / 7
 
 
-@pytest.mark.parametrize(("name", "gamma"), [("auff", None), ("decay", None), ("decay", 0.0), ("auf", 4.0)])
-def test_objectives_that_cannot_be_meant_are_refused(name: str, gamma: float | None) -> None:
-    with pytest.raises(ValueError, match=r"objective|gamma"):
-        Objective(name, gamma)
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("auff",), "did you mean 'auf'"),
+        (("decay",), "needs a gamma"),
+        (("decay", 0.0), "gamma must be > 0"),
+        (("auf", 4.0), "'auf-decay' does"),
+        (("lk-alpha-decay", 4.0), "unknown objective"),
+        (("auf", None, "token"), "unknown reduction"),
+        (("dpace", None, "global", {"alpha": 1.5}), r"alpha must be in \[0, 1\]"),
+        (("dpace", None, "global", {"beta": 1}), "has no option 'beta'; it takes"),
+        (("auf", None, "global", {"alpha": 0.5}), "it takes none"),
+        (("griffin-exclusive", None, "global", {"k": 0}), "k must be at least 1"),
+        (("griffin-exclusive", None, "global", {"k": 1.5}), "whole number"),
+        (("lk-lambda", None, "global", {"per": "head"}), "token, slot, all"),
+        (("dpace", None, "global", {"alpha": "much"}), "must be a number"),
+    ],
+)
+def test_objectives_that_cannot_be_meant_are_refused(arguments: tuple[Any, ...], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        Objective(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"), [("pard2", "teacher"), ("lk-alpha", "teacher"), ("sampled-auf", "uniform")]
+)
+def test_what_an_objective_needs_is_asked_for_by_name(name: str, missing: str) -> None:
+    case = Case(2)
+    with pytest.raises(ValueError, match=f"needs '{missing}'"):
+        block_loss(case.hidden, case.blocks, Objective(name), case.weight)

@@ -109,6 +109,10 @@ def full() -> dict[str, Any]:
             {"name": "greedy output equals the target's own", "value": "31 of 32 prompts", "passed": False},
             {"name": "smallest top-2 margin", "value": "0.00031", "passed": None},
         ],
+        "selection": [
+            {"name": "auf", "task": "humaneval", "how": "self-selection, K=8, T_s=1.5", "tau": 1.412, "interval": [1.35, 1.47],
+             "gain": 0.167, "gain_interval": [0.11, 0.22], "nodes": 41.3, "chain_nodes": 8, "rounds": 1450},
+        ],
         "speedups": [
             {"name": "AUF's step over the full block's", "ratio": 2.12, "note": "alternating, idle machine"},
             {"name": "replay over live decoding, batch 1", "ratio": 41.3, "note": "features cached"},

@@ -84,8 +84,8 @@ def test_the_page_fetches_and_runs_nothing(text: str) -> None:
 
 def test_every_section_stands_in_its_order(text: str) -> None:
     titles = re.findall(r"<h2>(.*?)</h2>", text)
-    assert titles == ["Emitted length", "Conditional acceptance", "What was compared", "Training", "Live decoding", "Data",
-                      "Checks", "Provenance", "Terms"]  # fmt: skip
+    assert titles == ["Emitted length", "Conditional acceptance", "What was compared", "Self-selection", "Training",
+                      "Live decoding", "Data", "Checks", "Provenance", "Terms"]  # fmt: skip
     assert (
         text.index('class="lede"')
         < text.index("<table")

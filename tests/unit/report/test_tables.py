@@ -126,7 +126,7 @@ def test_markdown_has_every_section_and_as_many_cells_in_each_row(results: Resul
         assert f"\n## {title}\n" in text
     assert text.count("](figures/") == 4 and "<b>    for</b> i<b> in</b>" in text
     runs = pipes(text)
-    assert len(runs) == 8 and all(len(set(run)) == 1 for run in runs)
+    assert len(runs) == 9 and all(len(set(run)) == 1 for run in runs)
 
 
 def test_markdown_of_the_least_results_has_no_empty_section(minimal: Results) -> None:
@@ -145,3 +145,14 @@ def test_hostile_strings_neither_break_tables_nor_become_markup(hostile: Results
 def test_escape_keeps_one_line_and_disarms_markdown() -> None:
     assert escape("a|b\n*c*  [d](x)") == r"a\|b \*c\* \[d\](x)"
     assert clean("a\x00\ud800é") == "a\ufffd\ufffdé"
+
+
+def test_self_selection_has_a_table_of_its_own_and_no_row_in_another(results: Results) -> None:
+    rows = tables.selection_rows(results)
+    assert rows[0] == ["method", "task", "τ", "gain", "nodes/round", "rounds"]
+    assert rows[1][:2] == ["AUF, self-selection, K=8, T_s=1.5", "HumanEval"]
+    assert rows[1][2:] == ["1.412 [1.350, 1.470]", "+0.167 [+0.110, +0.220]", "41.3", "1,450"]
+    assert not any("self-selection" in row[0] for row in tables.summary_rows(results))
+    assert "## Self-selection" in tables.markdown(results)
+    del results["selection"]
+    assert len(tables.selection_rows(results)) == 1 and "## Self-selection" not in tables.markdown(results)

@@ -1,0 +1,313 @@
+"""Rollouts: the target answers training prompts itself, and its answers become training data, token for token.
+
+A sequence only ever grows: prompt, sampled tokens with their end of turn, the template's text up to the next answer. Nothing
+is tokenised again, so what is trained on is what was drawn. Draws are counter-based: a sample is a function of (seed,
+conversation, sample, position), whatever batch it was in, and the plan is a function of the settings, so the files of a killed
+run are good for the next.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise, takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from specauf import provenance
+from specauf.config import DataConfig, UserError, digest, to_dict
+from specauf.data.chat import UnstableTemplate, continuation_ids, prompt_ids
+from specauf.data.dataset import META, Prepared, TokenDataset, write_heldout
+from specauf.data.rollouts import SETTINGS, RolloutConfig
+from specauf.data.sources import Conversation, Ledger, Message
+from specauf.decode.generate import generate
+from specauf.decode.propose import Proposer
+from specauf.files import atomic_file, atomic_write_text
+from specauf.objective.blocks import counter_hash
+from specauf.target import Target
+
+if TYPE_CHECKING:
+    from specauf.data.dataset import Identified
+
+Advance = Callable[[int, int, float], None]
+"""Told of every batch: samples, generated tokens, seconds spent on them (0 when they were found on disk)."""
+SAMPLE = 21
+"""Stream of the counter hash that turns (conversation, sample) into the uid of a rollout."""
+WINDOW = 8
+"""Batches whose samples are sorted by prompt length together, so that little of a prefill is padding."""
+PARTS, TEXT = "parts", "rollouts.jsonl"
+WHOLE, SHORT = "all turns answered", "samples of fewer than two tokens left out"
+HASHES = ("template_hash", "tokenizer_hash", "excluded_prompts")
+INHERITED = ("format", "enable_thinking", "max_length", "heldout", *HASHES)
+"""What `meta.json` says as the prepared corpus says it."""
+
+
+@dataclass
+class Sample:
+    """One conversation on its way through the target."""
+
+    uid: int
+    number: int
+    conversation: Conversation
+    question: Sequence[Message]
+    """What the next answer replies to, not yet in `messages`."""
+    pending: list[int]
+    """The tokens that lead from `ids` to the next answer."""
+    ids: list[int] = field(default_factory=list)
+    mask: list[int] = field(default_factory=list)
+    """1 where a token was generated."""
+    messages: list[Message] = field(default_factory=list)
+    stop: str = ""
+    """Why it ended; empty while it goes on."""
+
+
+@dataclass(frozen=True)
+class Roller:
+    """How conversations are answered. `proposer` None is plain decoding."""
+
+    target: Target
+    data: DataConfig
+    plan: RolloutConfig
+    mask_token_id: int
+    """No sample may hold it: the drafter reads it as an open slot."""
+    proposer: Proposer | None = None
+
+    def begin(self, uid: int, conversation: Conversation) -> list[Sample]:
+        """The samples of a conversation before its first answer; none when the prompt leaves no room for two tokens.
+
+        Raises `UnstableTemplate` when the template refuses the prompt.
+        """
+        question = _question(conversation.messages)
+        prompt = prompt_ids(self._tokenizer, question, self.data.enable_thinking)
+        if self.data.max_length - len(prompt) < 2:
+            return []
+        uids = [int(counter_hash(SAMPLE, uid, i)) for i in range(self.plan.samples)]
+        return [Sample(u, i, conversation, question, prompt) for i, u in enumerate(uids)]
+
+    def roll(self, batch: Sequence[Sample]) -> None:
+        """Answer every turn of every sample, the batch going from turn to turn together."""
+        while going := [s for s in batch if not s.stop]:
+            room = [min(self.plan.max_new_tokens, self._room(s)) for s in going]
+            made = generate(
+                self.target,
+                self.proposer,
+                [s.ids + s.pending for s in going],
+                sampling=self.plan.sampling,
+                max_new_tokens=max(room),
+                uids=[s.uid for s in going],
+            )
+            for sample, limit, generation in zip(going, room, made, strict=True):
+                self._take(sample, generation.tokens[:limit])
+
+    def _take(self, sample: Sample, tokens: list[int]) -> None:
+        if self.mask_token_id in tokens:
+            sample.stop = "samples ended before an answer with the MASK token"
+            return
+        ended = tokens[-1] in self.target.eos_ids()
+        answer = str(self._tokenizer.decode(tokens[:-1] if ended else tokens, clean_up_tokenization_spaces=False))
+        sample.ids += sample.pending + tokens
+        sample.mask += [0] * len(sample.pending) + [1] * len(tokens)
+        sample.messages += [*sample.question, Message("assistant", answer)]
+        rest = sample.conversation.messages[len(sample.messages) :]  # answers replace the corpus's one by one
+        turns = sum(m.role == "assistant" for m in sample.messages)
+        if not ended:
+            sample.stop = "samples cut by the token limit"
+        elif not rest or turns == self.plan.turns:
+            sample.stop = WHOLE
+        else:
+            self._ask(sample, _question(rest), tokens[-1])
+
+    def _ask(self, sample: Sample, question: Sequence[Message], end: int) -> None:
+        before, answer = sample.messages[:-1], sample.messages[-1].content
+        try:
+            sample.pending = continuation_ids(self._tokenizer, before, answer, end, question, self.data.enable_thinking)
+        except UnstableTemplate:
+            sample.stop = "samples ended where the template does not merely append"
+            return
+        sample.question = question
+        if self._room(sample) < 2:
+            sample.stop = "samples ended at max_length"
+
+    def _room(self, sample: Sample) -> int:
+        return self.data.max_length - len(sample.ids) - len(sample.pending)
+
+    @property
+    def _tokenizer(self) -> Any:
+        return self.target.tokenizer
+
+
+Planned = tuple[str, list[Sample]]
+"""Why a conversation is dropped (or nothing), and its samples."""
+
+
+def rollout(
+    roller: Roller,
+    source: Prepared,
+    conversations: Sequence[Identified],
+    ledger: Ledger,
+    out: Path,
+    *,
+    drafter: str | None = None,
+    on_progress: Advance | None = None,
+) -> TokenDataset:
+    """Answer `conversations` (in training order, from the corpus that was prepared as `source`) into the directory `out`.
+
+    Goes on at the first missing part when `out` was begun with the same settings, `drafter` (a digest) among them. With
+    `max_tokens`, the conversations are the shortest prefix with that many generated tokens. Raises `UserError` when
+    `out` was begun with other settings or holds something else, or when nothing is left to train on.
+    """
+    plan = roller.plan
+    made_of = {
+        "target": roller.target.fingerprint(),
+        "source": source.train.meta["key"],
+        "mask_token_id": roller.mask_token_id,
+        "drafter": drafter,
+        **to_dict(plan),
+    }
+    _claim(out, made_of)
+    if (out / META).is_file():
+        return TokenDataset.load(out)
+    planned, queue = list[Planned](), _plan(roller, conversations)
+    tokens = number = 0
+    seconds = 0.0
+    while window := _window(queue, planned, plan, tokens, roller.data.max_length):
+        for batch in (window[i : i + plan.batch_size] for i in range(0, len(window), plan.batch_size)):
+            spent, reused = _part(roller, out / PARTS / f"{number:05d}", batch)
+            tokens, seconds, number = tokens + _generated(batch), seconds + spent, number + 1
+            if on_progress:
+                on_progress(len(batch), _generated(batch), 0.0 if reused else spent)
+    kept = _settle(planned, len(conversations), ledger, plan.max_tokens)
+    if not kept:
+        raise UserError("\n".join([f"{out}: no rollout is left to train on", *ledger.lines()]))
+    speed = {"generated": tokens, "seconds": seconds, "tokens_per_second": tokens / max(seconds, 1e-9)}
+    provenance.write(out / "run.json", {"config_hash": digest(made_of), "rollout": made_of, **speed})
+    _write_text(out / TEXT, kept)
+    write_heldout(out, source.heldout)
+    meta = {name: source.train.meta[name] for name in INHERITED} | {
+        "key": digest(made_of),
+        "conversation_ids": [s.conversation.id for s in kept],
+        "ledger": ledger.to_dict(),
+        "rollout": {**made_of, "tokens": _generated(kept)},
+    }
+    dataset = TokenDataset.from_rows([_row(s) for s in kept], meta)
+    dataset.save(out)
+    shutil.rmtree(out / PARTS)
+    return dataset
+
+
+def _claim(out: Path, made_of: dict[str, Any]) -> None:
+    """Write the settings into a new directory, or make sure that it was begun with them."""
+    path = out / SETTINGS
+    if not path.is_file():
+        if out.exists() and any(out.iterdir()):
+            raise UserError(f"{out} holds something else than rollouts: choose another --out")
+        atomic_write_text(path, json.dumps(made_of, indent=1) + "\n")
+        return
+    found = json.loads(path.read_text(encoding="utf-8"))
+    changed = [f"{key} {found.get(key)!r}, now {value!r}" for key, value in made_of.items() if found.get(key) != value]
+    if changed:
+        raise UserError(f"{out} was begun with {'; '.join(changed)}: repeat that command, or choose another --out")
+
+
+def _question(messages: Sequence[Message]) -> list[Message]:
+    return list(takewhile(lambda m: m.role != "assistant", messages))
+
+
+def _plan(roller: Roller, conversations: Sequence[Identified]) -> Iterator[Planned]:
+    begun = 0
+    for uid, conversation in conversations:
+        if begun == roller.data.max_conversations:
+            return
+        try:
+            samples = roller.begin(uid, conversation)
+        except UnstableTemplate as error:
+            yield error.reason, []
+        else:
+            begun += bool(samples)
+            yield "" if samples else "prompt fills max_length", samples
+
+
+def _window(
+    queue: Iterator[Planned], planned: list[Planned], plan: RolloutConfig, tokens: int, max_length: int
+) -> list[Sample]:
+    """The next samples to answer, whole conversations, by prompt length; they are added to `planned` in training order.
+
+    Near `max_tokens` the window shrinks to what cannot overshoot, one batch at the least.
+    """
+    wanted = WINDOW * plan.batch_size
+    if plan.max_tokens is not None:
+        most = max_length if plan.turns == "all" else min(max_length, plan.turns * plan.max_new_tokens)
+        left = plan.max_tokens - tokens
+        wanted = 0 if left <= 0 else min(wanted, max(plan.batch_size, left // most))
+    window: list[Sample] = []
+    while len(window) < wanted and (entry := next(queue, None)):
+        planned.append(entry)
+        window += entry[1]
+    return sorted(window, key=lambda s: len(s.pending))
+
+
+def _part(roller: Roller, directory: Path, batch: list[Sample]) -> tuple[float, bool]:
+    """Answer the batch, or read the answers that `directory` has. Returns (seconds it took, whether they were there)."""
+    try:
+        part = TokenDataset.load(directory)
+    except UserError:  # not there, or cut by a kill
+        began = time.perf_counter()
+        roller.roll(batch)
+        seconds = time.perf_counter() - began
+        told = [{"stop": s.stop, "messages": _plain(s.messages)} for s in batch]
+        directory.mkdir(parents=True, exist_ok=True)
+        rows = [_row(s) for s in batch]
+        TokenDataset.from_rows(rows, {"key": directory.name, "seconds": seconds, "samples": told}).save(directory)
+        return seconds, False
+    if part.uid.tolist() != [s.uid for s in batch]:
+        raise UserError(f"{directory} answers other samples than planned: delete {directory.parent.parent} and repeat")
+    for i, (sample, told) in enumerate(zip(batch, part.meta["samples"], strict=True)):
+        sample.ids, sample.mask = part[i].input_ids.tolist(), part[i].loss_mask.int().tolist()
+        sample.stop, sample.messages = told["stop"], [Message(**m) for m in told["messages"]]
+    return float(part.meta["seconds"]), True
+
+
+def _settle(planned: Sequence[Planned], total: int, ledger: Ledger, max_tokens: int | None) -> list[Sample]:
+    """The samples to keep, in training order, of `total` conversations: the shortest prefix with `max_tokens` tokens."""
+    kept: list[Sample] = []
+    ledger.kept = tokens = used = 0
+    for reason, samples in planned:
+        if max_tokens is not None and tokens >= max_tokens:
+            break
+        used, tokens = used + 1, tokens + _generated(samples)
+        whole = [s for s in samples if any(a and b for a, b in pairwise(s.mask))]  # an anchor needs its successor too
+        short = [SHORT] * (len(samples) - len(whole))
+        for end in [s.stop for s in samples if s.stop != WHOLE] + short:
+            ledger.change(end)
+        if whole:
+            ledger.kept += 1
+            kept += whole
+        else:
+            ledger.drop(reason or "no answer of two tokens")
+    ledger.drop("over the limit", total - used)
+    ledger.check()
+    return kept
+
+
+def _generated(samples: Sequence[Sample]) -> int:
+    return sum(sum(s.mask) for s in samples)
+
+
+def _write_text(path: Path, samples: Sequence[Sample]) -> None:
+    with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+        for s in samples:
+            told = {"id": s.conversation.id, "sample": s.number, "messages": _plain(s.messages)}
+            file.write(json.dumps(told, ensure_ascii=False) + "\n")
+
+
+def _row(sample: Sample) -> tuple[int, torch.Tensor, torch.Tensor]:
+    return sample.uid, torch.tensor(sample.ids, dtype=torch.int32), torch.tensor(sample.mask, dtype=torch.uint8)
+
+
+def _plain(messages: Sequence[Message]) -> list[dict[str, str]]:
+    return [m._asdict() for m in messages]

@@ -1,0 +1,167 @@
+"""Self-selection at test time (SpecDiff-2): several candidate blocks from one draft forward, verified as one tree.
+
+Candidate 0 is the greedy chain; the others draw each slot by itself from the drafter's marginal, at a temperature of their
+own. The target reads their prefix tree in one pass, and the candidate whose accepted length it expects to be longest is
+verified like any greedy draft. That is the paper's rule; the released code rejects its way through the tree instead. It is
+exact because a chosen block is a point mass whatever chose it, as long as the choice never sees the numbers that accept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch.nn import functional as F
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from specauf.config import SamplingConfig, UserError, require
+from specauf.decode.verify import CANDIDATE, draw, uniform, warp
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Selection:
+    candidates: int = 8
+    """K: blocks to choose from, the greedy chain among them."""
+    temperature: float = 1.5
+    """T_s, at which the other K - 1 are drawn from the drafter."""
+
+    def __post_init__(self) -> None:
+        require(self.candidates >= 1, f"candidates must be at least 1, got {self.candidates}")
+        require(self.temperature > 0, f"the candidates' temperature must be > 0, got {self.temperature}")
+
+    @classmethod
+    def of(cls, candidates: int, temperature: float) -> Selection | None:
+        """None for one candidate: plain speculative decoding. Raises `ConfigError` out of range."""
+        made = cls(candidates, temperature)
+        return made if candidates > 1 else None
+
+    def __str__(self) -> str:
+        return f"self-selection, K={self.candidates}, T_s={self.temperature:g}"
+
+
+class Tree(NamedTuple):
+    """The prefix tree of each row's candidates, in the order in which they come. Node 0 is the anchor."""
+
+    tokens: Int[Tensor, "b n"]
+    """Rows with fewer nodes than the widest are padded; nothing sees the padding."""
+    parent: Int[Tensor, "b n"]
+    depth: Int[Tensor, "b n"]
+    path: Int[Tensor, "b candidates slots"]
+    """The node of every slot of every candidate, slot 0 the anchor."""
+    size: Int[Tensor, " b"]
+    """Nodes without the padding."""
+
+    def sees(self, columns: Bool[Tensor, "b past"]) -> Bool[Tensor, "b 1 n all"]:
+        """Who sees whom: a node the given columns of the past, its ancestors and itself."""
+        b, n = self.tokens.shape
+        own = torch.eye(n, dtype=torch.bool, device=columns.device).expand(b, n, n)
+        for _ in range(self.path.shape[2] - 1):
+            own = own | own.gather(1, self.parent[..., None].expand(b, n, n))
+        return torch.cat([columns[:, None].expand(b, n, -1), own], 2)[:, None]
+
+
+def build_tree(anchor: Int[Tensor, "b one"], candidates: Int[Tensor, "b candidates k"]) -> Tree:
+    """A single candidate gives a chain, no draft tokens the anchor alone."""
+    b, count, k = candidates.shape
+    alike = (candidates[:, :, None] == candidates[:, None]).int().cumprod(-1)  # b c c k: the same up to this slot
+    owner = alike.argmax(2)  # b c k: the first candidate with this prefix
+    fresh = owner == torch.arange(count, device=owner.device)[:, None]
+    number = fresh.flatten(1).cumsum(1).view(b, count, k)  # from 1: the anchor is 0
+    path = F.pad(number.gather(1, owner), (1, 0))
+    size = fresh.flatten(1).sum(1) + 1
+    below, above, slot = path[..., 1:].flatten(1), path[..., :-1].flatten(1), torch.arange(1, k + 1, device=path.device)
+    tokens = anchor.repeat(1, int(size.max()))
+    return Tree(
+        tokens.scatter(1, below, candidates.flatten(1)),
+        torch.zeros_like(tokens).scatter(1, below, above),
+        torch.zeros_like(tokens).scatter(1, below, slot.repeat(b, count)),
+        path,
+        size,
+    )
+
+
+def sample_candidates(
+    logits: Float[Tensor, "b k v"], selection: Selection, seed: int, uid: Int[Tensor, " b"], anchors: Int[Tensor, " b"]
+) -> Int[Tensor, "b candidates k"]:
+    """The greedy chain of the drafter's `logits`, then the drawn ones: functions of seed, prompt, position and number."""
+    device = logits.device
+    position = anchors[:, None, None] + torch.arange(1, logits.shape[1] + 1, device=device)[:, None]
+    number = torch.arange(1, selection.candidates, device=device)
+    drawn = draw(
+        (logits / selection.temperature).softmax(-1), uniform(seed, CANDIDATE, uid[:, None, None], position, number)
+    )
+    return torch.cat([logits.argmax(-1)[..., None], drawn], 2).transpose(1, 2)
+
+
+def choose(
+    tree: Tree,
+    candidates: Int[Tensor, "b candidates k"],
+    logits: Float[Tensor, "b n v"],
+    ids: Int[Tensor, "b s"],
+    anchors: Int[Tensor, " b"],
+    sampling: SamplingConfig,
+) -> Int[Tensor, " b"]:
+    """The candidate with the highest `score` under the target's warped `logits` of the nodes; the first of equals.
+
+    `ids` behind the anchors is overwritten: the repetition penalty reads each candidate's own path there.
+    """
+    k = candidates.shape[2]
+    after = anchors[:, None] + torch.arange(1, k + 1, device=ids.device)
+    scores = []
+    for draft, path in zip(candidates.unbind(1), tree.path.unbind(1), strict=True):
+        ids.scatter_(1, after, draft)
+        scores.append(score(draft, warp(along(logits, path), ids, anchors + 1 + k, sampling), sampling))
+    return torch.stack(scores, 1).argmax(1)
+
+
+def score(
+    draft: Int[Tensor, "b k"], target: Float[Tensor, "b slots v"], sampling: SamplingConfig
+) -> Float[Tensor, " b"]:
+    """sum_m prod_{j<=m} p(draft_j), the expected A of the block; at T=0 A itself. `target` are logits, as `warp` left them."""
+    if sampling.temperature == 0:
+        chance = (draft == target[:, :-1].argmax(-1)).double()
+    else:
+        chance = target[:, :-1].softmax(-1).gather(2, draft[..., None]).squeeze(2)
+    return chance.cumprod(1).sum(1)
+
+
+def along(nodes: Float[Tensor, "b n d"], path: Int[Tensor, "b m"]) -> Float[Tensor, "b m d"]:
+    """What the nodes on each row's path hold."""
+    return nodes.gather(1, path[..., None].expand(-1, -1, nodes.shape[2]))
+
+
+def check_cache(cache: DynamicCache) -> None:
+    """Raise `UserError` unless every layer keeps all of its columns: a rejected branch must leave no trace."""
+    if any(type(layer) is not DynamicLayer for layer in cache.layers):
+        raise UserError("self-selection needs a target with full attention in every layer")
+
+
+def compact(cache: DynamicCache, n: int, path: Int[Tensor, "b m"]) -> None:
+    """Of the newest `n` columns keep each row's `path`, in its order."""
+    for key, value, *_ in cache:
+        for states in (key, value):
+            new = states[:, :, -n:]
+            index = path[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
+            new[:, :, : path.shape[1]] = new.gather(2, index)  # gathered whole before it is written
+    cache.crop(path.shape[1] - n)
+
+
+def expected_best_of(
+    chance: Float[Tensor, "... k"], candidates: int, hits: Bool[Tensor, "... k"] | None = None
+) -> Float[Tensor, ...]:
+    """E[max A] of that many blocks whose slots are drawn independently: sum_m 1 - (1 - P_m)^K, from logits alone.
+
+    `chance` is the marginal probability of the right token of each slot at T_s, P_m its cumulative product. With `hits`
+    (is the argmax right?), one of the candidates is the greedy chain.
+    """
+    drawn = candidates if hits is None else candidates - 1
+    missed = (1 - chance.cumprod(-1)) ** drawn
+    if hits is not None:
+        missed = missed * (1 - hits.to(missed.dtype).cumprod(-1))
+    return (1 - missed).sum(-1)

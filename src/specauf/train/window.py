@@ -1,0 +1,65 @@
+"""Gradients of an optimizer window: sums over its micro-batches, divided by denominators that are known at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from specauf.objective.loss import LossTerms
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass
+class Part:
+    """One part of the loss, summed over the window."""
+
+    num: float = 0.0
+    den: float = 0.0
+    scale: float = 1.0
+    grads: list[Tensor | None] | None = None
+
+    @property
+    def divisor(self) -> float:
+        return max(self.den, 1e-12) / self.scale if self.scale else float("inf")
+
+
+@dataclass
+class Window:
+    """(num, den, un-normalised gradient) of every part of the loss.
+
+    Parts whose denominators differ cannot be mixed before the window's end, so each has a gradient buffer of its own: a
+    further part costs one more backward pass through the body and the memory of the gradients. A window of a single
+    micro-batch knows its denominators at once and pays neither.
+    """
+
+    parameters: Sequence[nn.Parameter]
+    micro_batches: int
+    parts: list[Part] = field(default_factory=list)
+
+    def add(self, terms: LossTerms) -> None:
+        if self.micro_batches == 1 and len(terms.num) > 1:
+            terms = terms.mixed()
+        self.parts.extend(Part() for _ in range(len(terms.num) - len(self.parts)))
+        for i, part in enumerate(self.parts):
+            for parameter, kept in zip(self.parameters, part.grads or [None] * len(self.parameters), strict=True):
+                parameter.grad = kept
+            terms.num[i].backward(retain_graph=i + 1 < len(self.parts))  # type: ignore[no-untyped-call]
+            part.grads = [parameter.grad for parameter in self.parameters]
+            part.num += float(terms.num[i].detach())
+            part.den += float(terms.den[i])
+            part.scale = float(terms.scale[i])
+
+    def close(self) -> float:
+        """Leave the window's gradient in the parameters; returns its loss."""
+        for i, parameter in enumerate(self.parameters):
+            parameter.grad = None
+            for part in self.parts:
+                grad = part.grads[i] if part.grads else None
+                if grad is None:
+                    continue
+                grad.div_(part.divisor)
+                parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+        return sum(part.num / part.divisor for part in self.parts)

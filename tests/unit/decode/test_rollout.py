@@ -1,0 +1,268 @@
+"""Rollouts are the target's own tokens, in exactly the sequences it would see, whatever is interrupted or batched."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.conftest import CHATML, make_target
+
+from specauf.config import DataConfig, SamplingConfig, UserError, digest
+from specauf.data.chat import prompt_ids
+from specauf.data.dataset import HELDOUT, META, TOKENS, Prepared, TokenDataset, prepare, training_order
+from specauf.data.rollouts import RolloutConfig, rollout_meta
+from specauf.data.sources import Ledger
+from specauf.decode.generate import generate
+from specauf.decode.propose import PromptLookup
+from specauf.decode.rollout import PARTS, SHORT, TEXT, Roller, rollout
+from specauf.target import Target
+
+DATA = DataConfig(max_length=120, heldout=0.2)
+GREEDY = RolloutConfig(max_new_tokens=12, batch_size=4)
+SAMPLED = RolloutConfig(turns=1, samples=3, sampling=SamplingConfig(1.0), max_new_tokens=10, batch_size=4)
+FILES = (TOKENS, META, HELDOUT, TEXT)
+QUESTIONS = ("the quick fox?", "question", "user 17", "why lazy dog", "0123", "brown", "answer the fox", "café?")
+
+
+@pytest.fixture(scope="module")
+def talker(make_tokenizer: Any) -> Target:
+    """Ends some of its turns soon, others not within a dozen tokens, and never says what the tokenizer cannot."""
+    tokenizer = make_tokenizer()
+    target = make_target(vocab=len(tokenizer) + 8)
+    target.tokenizer = tokenizer
+    bias = torch.zeros(len(tokenizer) + 8)
+    bias[len(tokenizer) :] = bias[0] = -1e4
+    bias[tokenizer.eos_token_id] = 2.5
+    target.head_bias = bias
+    target.model.config.eos_token_id = target.model.generation_config.eos_token_id = tokenizer.eos_token_id
+    return target
+
+
+class World:
+    """A corpus, prepared, and rollouts of it."""
+
+    def __init__(self, root: Path, target: Target) -> None:
+        self.root, self.out, self.target, self.corpus = root, root, target, root / "corpus.json"
+        records = []
+        for i in range(20):
+            asked = [f"{QUESTIONS[(i + k) % 8]} {i} {'the dog ' * 3 * (i % 4)}" for k in range(1 if i % 5 == 0 else 3)]
+            turns = [{"from": who, "value": text} for q in asked for who, text in (("human", q), ("gpt", "x"))]
+            records.append({"id": f"chat{i}_0", "conversations": turns})
+        self.corpus.write_text(json.dumps(records))
+
+    def roller(self, plan: RolloutConfig, data: DataConfig = DATA, **options: Any) -> Roller:
+        mask = len(self.target.tokenizer) + 7  # type: ignore[arg-type]
+        return Roller(self.target, data, plan, options.pop("mask_token_id", mask), **options)
+
+    def source(self, data: DataConfig = DATA) -> Prepared:
+        assert self.target.tokenizer is not None
+        return prepare(data, self.target.tokenizer, self.prepared(data), source=self.corpus)
+
+    def prepared(self, data: DataConfig) -> Path:
+        return self.root / f"prepared-{digest(data)}"
+
+    def roll(self, plan: RolloutConfig, out: str = "out", on_progress: Any = None, **options: Any) -> TokenDataset:
+        roller, ledger = self.roller(plan, **options), Ledger()
+        train, _ = training_order(roller.data, self.corpus, ledger)
+        return rollout(roller, self.source(roller.data), train, ledger, self.out / out, on_progress=on_progress)
+
+
+def told(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / TEXT).read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory, talker: Target) -> World:
+    world = World(tmp_path_factory.mktemp("world"), talker)
+    world.roll(GREEDY, "greedy")
+    world.roll(SAMPLED, "sampled")
+    return world
+
+
+@pytest.fixture
+def world(shared: World, tmp_path: Path) -> World:
+    """The shared corpus and prepared data; new rollouts go into the test's own directory."""
+    world = copy.copy(shared)
+    world.out = tmp_path
+    return world
+
+
+@pytest.fixture
+def greedy(shared: World) -> TokenDataset:
+    return TokenDataset.load(shared.root / "greedy")
+
+
+@pytest.fixture
+def sampled(shared: World) -> TokenDataset:
+    return TokenDataset.load(shared.root / "sampled")
+
+
+def rows(data: TokenDataset) -> list[tuple[int, list[int], list[bool]]]:
+    return [(e.uid, e.input_ids.tolist(), e.loss_mask.tolist()) for e in data]  # type: ignore[attr-defined]
+
+
+def by_conversation(data: TokenDataset) -> list[list[tuple[int, list[int], list[bool]]]]:
+    pairs = zip(data.meta["conversation_ids"], rows(data), strict=True)
+    return [[row for _, row in run] for _, run in groupby(pairs, key=lambda pair: pair[0])]
+
+
+def answers(mask: list[bool]) -> list[tuple[int, int]]:
+    """(first, last + 1) of every run of generated tokens."""
+    found, at = [], 0
+    for generated, run in groupby(mask):
+        n = len(list(run))
+        if generated:
+            found.append((at, at + n))
+        at += n
+    return found
+
+
+def test_every_answer_is_plain_greedy_decoding_of_its_prompt_and_the_mask_is_exactly_the_answers(
+    world: World, greedy: TokenDataset
+) -> None:
+    tokenizer = world.target.tokenizer
+    assert tokenizer is not None
+    turns = set()
+    for (_, ids, mask), text in zip(rows(greedy), told(world.root / "greedy"), strict=True):
+        said = [i for i, m in enumerate(text["messages"]) if m["role"] == "assistant"]
+        spans = answers(mask)
+        turns.add(len(spans))
+        assert len(spans) == len(said) and said[-1] == len(text["messages"]) - 1 and mask[-1]
+        for (first, last), i in zip(spans, said, strict=True):
+            before, content = text["messages"][:i], text["messages"][i]["content"]
+            rendered = tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True)
+            assert tokenizer.decode(ids[:first]) == rendered
+            room = min(GREEDY.max_new_tokens, DATA.max_length - first)
+            (alone,) = generate(world.target, None, [ids[:first]], max_new_tokens=room)
+            assert alone.tokens == ids[first:last]
+            assert tokenizer.decode(ids[first:last]) == content + "<|im_end|>" * alone.ended
+            assert alone.ended or last == len(ids), "a turn cut by the limit ends its conversation"
+    assert turns == {1, 2, 3}
+    assert greedy.meta["ledger"]["changed"].keys() == {"samples cut by the token limit"}
+    assert greedy.meta["rollout"]["tokens"] == int(greedy.mask.sum())
+
+
+def test_the_first_prompt_is_the_conversations_own(world: World, greedy: TokenDataset) -> None:
+    corpus = {r["id"]: r for r in json.loads(world.corpus.read_text())}
+    for (_, ids, mask), name in zip(rows(greedy), greedy.meta["conversation_ids"], strict=True):
+        question = {"role": "user", "content": corpus[name]["conversations"][0]["value"]}
+        assert ids[: mask.index(True)] == prompt_ids(world.target.tokenizer, [question], False)  # type: ignore[arg-type]
+
+
+def test_samples_of_a_prompt_differ_and_do_not_depend_on_the_batch(world: World, sampled: TokenDataset) -> None:
+    assert rows(world.roll(dataclasses.replace(SAMPLED, batch_size=64))) == rows(sampled)
+    assert told(world.out / "out") == told(world.root / "sampled")
+    assert len(set(sampled.uid.tolist())) == len(sampled)
+    runs = [[ids for _, ids, _ in run] for run in by_conversation(sampled)]
+    assert len(runs) == len(set(sampled.meta["conversation_ids"])), "samples of a conversation are neighbours"
+    assert max(map(len, runs)) == 3 and all(a != b for run in runs for a, b in pairwise(run))
+    assert [t["sample"] for t in told(world.root / "sampled")][:2] == [0, 1]
+    left_out = sampled.meta["ledger"]["changed"].get(SHORT, 0)
+    assert len(sampled) + left_out == 3 * sampled.meta["ledger"]["kept"]
+
+
+def test_another_seed_samples_other_text(world: World, sampled: TokenDataset) -> None:
+    seeded = world.roll(dataclasses.replace(SAMPLED, sampling=SamplingConfig(1.0, seed=1)))
+    assert not {tuple(ids) for _, ids, _ in rows(seeded)} & {tuple(ids) for _, ids, _ in rows(sampled)}
+
+
+def test_a_proposer_changes_no_greedy_token(world: World, greedy: TokenDataset) -> None:
+    assert rows(world.roll(GREEDY, proposer=PromptLookup(4))) == rows(greedy)
+
+
+@pytest.mark.parametrize(("plan", "whole"), [(GREEDY, "greedy"), (SAMPLED, "sampled")], ids=["greedy", "sampled"])
+def test_a_killed_run_goes_on_at_the_first_missing_part_to_the_same_bytes(
+    world: World, plan: RolloutConfig, whole: str
+) -> None:
+    parts = 0
+
+    def kill(samples: int, tokens: int, seconds: float) -> None:
+        nonlocal parts
+        parts += 1
+        if parts == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        world.roll(plan, on_progress=kill)
+    with pytest.raises(UserError, match="not finished"):
+        rollout_meta(str(world.out / "out"))
+    (world.out / "out" / PARTS / "00002" / META).unlink()  # as if killed while writing the third
+    seconds: list[float] = []
+    data = world.roll(plan, on_progress=lambda samples, tokens, spent: seconds.append(spent))
+    assert [s > 0 for s in seconds[:3]] == [False, False, True] and len(seconds) > 3
+    for name in FILES:
+        assert (world.out / "out" / name).read_bytes() == (world.root / whole / name).read_bytes(), name
+    assert not (world.out / "out" / PARTS).exists()
+    assert rows(world.roll(plan, on_progress=kill)) == rows(data), "finished: read, not made again"
+
+
+def test_held_out_conversations_never_appear_and_their_prompts_come_along(world: World, greedy: TokenDataset) -> None:
+    train, heldout = training_order(DATA, world.corpus, Ledger())
+    names = greedy.meta["conversation_ids"]
+    assert heldout and names == [c.id for _, c in train] and not set(names) & {c.id for _, c in heldout}
+    assert (world.root / "greedy" / HELDOUT).read_bytes() == (world.prepared(DATA) / HELDOUT).read_bytes()
+    assert greedy.meta["ledger"]["records_in"] == 20 == len(train) + len(heldout)
+
+
+def test_other_settings_or_a_directory_of_something_else_are_refused(world: World) -> None:
+    world.out = world.root
+    with pytest.raises(UserError, match="begun with max_new_tokens 12, now 13"):
+        world.roll(dataclasses.replace(GREEDY, max_new_tokens=13), "greedy")
+    with pytest.raises(UserError, match="source"):
+        world.roll(GREEDY, "greedy", data=dataclasses.replace(DATA, seed=1))
+    with pytest.raises(UserError, match="something else"):
+        world.roll(GREEDY, world.prepared(DATA).name)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_max_tokens_takes_the_shortest_prefix_of_the_training_order(
+    world: World, sampled: TokenDataset, batch_size: int
+) -> None:
+    some = world.roll(dataclasses.replace(SAMPLED, max_tokens=100, batch_size=batch_size))
+    assert rows(some) == rows(sampled)[: len(some)]
+    made = [sum(sum(mask) for _, _, mask in run) for run in by_conversation(some)]
+    assert sum(made) >= 98 and sum(made[:-1]) < 100  # a sample of one token counts and is left out
+    assert some.meta["ledger"]["dropped"]["over the limit"] > 0
+
+
+def test_max_conversations_takes_a_prefix(world: World, sampled: TokenDataset) -> None:
+    some = world.roll(SAMPLED, data=dataclasses.replace(DATA, max_conversations=4))
+    assert rows(some) == rows(sampled)[: len(some)] and some.meta["ledger"]["kept"] == 4
+    assert sampled.meta["conversation_ids"][len(some)] not in some.meta["conversation_ids"]
+
+
+def test_a_sample_that_draws_the_mask_token_ends_before_it(world: World, greedy: TokenDataset) -> None:
+    drawn = greedy.ids[greedy.mask.bool()].tolist()
+    mask = next(t for t in drawn if t != world.target.tokenizer.eos_token_id)  # type: ignore[union-attr]
+    data = world.roll(GREEDY, mask_token_id=mask)
+    assert not any(mask in ids[first:last] for _, ids, m in rows(data) for first, last in answers(m))
+    assert data.meta["ledger"]["changed"]["samples ended before an answer with the MASK token"] > 0
+
+
+def test_a_template_that_rewrites_earlier_turns_ends_the_conversation_after_the_first(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forgetful = CHATML.replace("m['content']", "(m['content'] if m['role'] == 'user' or loop.last else '...')")
+    monkeypatch.setattr(world.target.tokenizer, "chat_template", forgetful)
+    data = world.roll(GREEDY)
+    assert all(len(answers(mask)) == 1 for _, _, mask in rows(data))
+    assert data.meta["ledger"]["changed"]["samples ended where the template does not merely append"] > 0
+
+
+def test_prompts_without_room_are_counted(world: World) -> None:
+    data = world.roll(GREEDY, data=dataclasses.replace(DATA, max_length=30))
+    ledger = data.meta["ledger"]
+    assert ledger["dropped"]["prompt fills max_length"] > 0
+    assert ledger["records_in"] == ledger["kept"] + sum(ledger["dropped"].values())
+    assert int(data.offsets.diff().max()) <= 30
+
+
+def test_several_samples_at_temperature_0_are_refused() -> None:
+    with pytest.raises(UserError, match="4 samples at temperature 0"):
+        RolloutConfig(samples=4)

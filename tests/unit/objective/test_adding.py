@@ -1,0 +1,115 @@
+"""docs/adding-an-objective.md, taken at its word: its code is run, its recipe is resolved."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from specauf.config import ConfigError, RunConfig, from_dict
+from specauf.objective import RULES, Objective, Slots, auf
+from specauf.train.loop import objective_of
+from tests.unit.objective.test_loss import Case
+
+PAGE = (Path(__file__).parents[3] / "docs" / "adding-an-objective.md").read_text(encoding="utf-8")
+PYTHON, YAML = (re.findall(rf"^```{kind}\n(.*?)^```", PAGE, re.M | re.S) for kind in ("python", "yaml"))
+PLUGINS = {found[1]: code for code in PYTHON if (found := re.match(r"# (\w+\.py)\n", code))}
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_registered() -> Iterator[None]:
+    before = dict(RULES)
+    yield
+    RULES.clear()
+    RULES.update(before)
+
+
+@pytest.fixture
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where specauf is started: the page's files are there."""
+    for name, code in PLUGINS.items():
+        (tmp_path / name).write_text(code)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def plugin(file: str, name: str, **options: Any) -> Objective:
+    return objective_of(from_dict(RunConfig, {"objective": {"plugin": file, "name": name, "options": options}}))
+
+
+def test_the_page_runs_from_top_to_bottom() -> None:
+    space: dict[str, Any] = {"__name__": "page"}
+    for code in PYTHON:
+        exec(compile(code, "adding-an-objective.md", "exec"), space)
+    assert {"half-auf", "near-auf", "bounded"} <= set(RULES)
+    assert space["hidden"].grad.abs().sum(-1).gt(0).all(), "every slot has credit, so every slot learns"
+
+
+def test_its_objectives_take_less_than_twenty_lines() -> None:
+    assert set(PLUGINS) == {"half_auf.py", "near_auf.py", "bounded.py"}
+    assert all(len(code.splitlines()) < 20 for code in PLUGINS.values())
+
+
+def test_the_recipe_of_the_page_resolves_to_the_plugin(workdir: Path) -> None:
+    config = from_dict(RunConfig, yaml.safe_load(YAML[0]))
+    assert "half-auf" not in RULES
+    for _ in range(2):  # a run asks more than once, and the file is imported each time
+        objective = objective_of(config)
+    assert objective.options == {"rest": 0.25} and not objective.truncates
+    hit = torch.tensor([[True, True, False, True], [True, False, False, True], [True, True, True, True]])
+    valid = torch.tensor([[True, True, True, True], [True, False, True, True], [True, True, True, True]])
+    found = objective.rule.credit(Slots(valid, hit), **objective.options)
+    assert (found * valid).tolist() == [[1, 1, 1, 0.25], [1, 0, 1, 0.25], [1, 1, 1, 1]]
+    assert Objective("half-auf-decay", 4.0).options == {"rest": 0.5}
+
+
+def test_a_recipe_of_a_plugin_is_checked_like_any_other(workdir: Path) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'half-auf'"):
+        plugin("half_auf.py", "half-ouf")
+    with pytest.raises(ConfigError, match="has no option 'half'; it takes rest"):
+        plugin("half_auf.py", "half-auf", half=1)
+    with pytest.raises(ConfigError, match=r"cannot import 'no\.py'"):
+        plugin("no.py", "half-auf")
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.2, 0.5, 1.1])
+def test_reading_fewer_rows_changes_nothing(workdir: Path, floor: float) -> None:
+    short = plugin("near_auf.py", "near-auf", floor=floor)
+    RULES["near-auf-dense"] = RULES["near-auf"]._replace(survives=None)
+    whole = Objective("near-auf-dense", options={"floor": floor})
+    rows = {}
+    for seed in range(20):
+        grads = []
+        for objective in (short, whole):
+            leaf = Case(seed).hidden.requires_grad_()
+            terms = Case(seed).terms(objective, leaf)
+            terms.loss.backward()
+            grads.append((terms.loss, terms.credit, leaf.grad))
+            rows[objective.name] = rows.get(objective.name, 0) + int(terms.readout.evaluated.sum())
+        for one, other in zip(*grads, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+    assert rows["near-auf"] <= rows["near-auf-dense"]
+    assert (rows["near-auf"] < rows["near-auf-dense"]) == (floor > 0)
+
+
+def test_near_auf_is_auf_where_no_error_is_near(workdir: Path) -> None:
+    strict = plugin("near_auf.py", "near-auf", floor=1.1)
+    slots = Slots(torch.ones(1, 4).bool(), torch.tensor([[True, False, True, True]]), torch.full((1, 4), 0.3))
+    assert torch.equal(strict.rule.credit(slots, **strict.options), auf(slots))
+    assert strict.rule.credit(slots, floor=0.2).tolist() == [[1, 1, 1, 1]]
+
+
+def test_the_bounded_loss_and_its_gradient(workdir: Path) -> None:
+    objective = plugin("bounded.py", "bounded", bend=0.25)
+    case = Case(3)
+    ours, theirs = case.hidden.clone().requires_grad_(), case.hidden.clone().requires_grad_()
+    case.terms(objective, ours).loss.backward()
+    logits = torch.nn.functional.linear(theirs, case.weight, case.bias)
+    q = logits.softmax(-1).gather(-1, case.blocks.labels[..., None]).squeeze(-1)
+    ((1 - q**0.25) / 0.25)[case.blocks.valid].mean().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-12)

@@ -1,0 +1,62 @@
+"""A drafter that begins with another's weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from specauf.config import ConfigError, DrafterConfig, RunConfig
+from specauf.drafter.config import DFlashConfig
+from specauf.drafter.dflash import DFlash, load_drafter, save_drafter
+from specauf.run import new_drafter
+from specauf.target import Target
+
+WANTED = DrafterConfig(block_size=4, num_hidden_layers=2, num_taps=2, mask_token_id=59)
+
+
+def config(**changes: object) -> RunConfig:
+    return RunConfig(drafter=dataclasses.replace(WANTED, **changes))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def checkpoint(target: Target, tmp_path: Path) -> Path:
+    drafter = DFlash(new_drafter(config(), target).config, seed=7)
+    return save_drafter(drafter.to(torch.bfloat16), tmp_path / "first", {"objective": "auf"})
+
+
+def test_a_warm_start_is_the_checkpoints_weights_in_float32(target: Target, checkpoint: Path, tmp_path: Path) -> None:
+    warm, first = new_drafter(config(init_from=str(checkpoint)), target), load_drafter(checkpoint)
+    for (name, ours), theirs in zip(warm.state_dict().items(), first.state_dict().values(), strict=True):
+        assert ours.dtype == torch.float32 and torch.equal(ours, theirs.float()), name
+    assert not torch.equal(new_drafter(config(), target).fc.weight, warm.fc.weight)
+    assert warm.config.extra.keys() == {"init_from"}, "the first run's objective is not this one's"
+    origin = load_drafter(save_drafter(warm, tmp_path / "second")).config.extra["init_from"]
+    assert origin["path"] == str(checkpoint) and len(origin["weights"]) == 12
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"block_size": 5}, "block_size=4, the recipe needs 5"),
+        ({"num_hidden_layers": 1}, "num_hidden_layers=2, the recipe needs 1"),
+        ({"target_layer_ids": (0, 3)}, r"target_layer_ids=\(1, 3\), the recipe needs \(0, 3\)"),
+        ({"mask_token_id": 60}, "mask_token_id=59, the recipe needs 60"),
+        ({"intermediate_size": 8}, "intermediate_size=64, the recipe needs 8"),
+    ],
+)
+def test_another_geometry_is_refused_by_the_fields_name(
+    target: Target, checkpoint: Path, change: dict[str, object], told: str
+) -> None:
+    with pytest.raises(ConfigError, match=told):
+        new_drafter(config(init_from=str(checkpoint), **change), target)
+
+
+def test_what_engines_read_but_weights_ignore_may_differ(target: Target, checkpoint: Path) -> None:
+    loaded = load_drafter(checkpoint)
+    same: DFlashConfig = dataclasses.replace(loaded.config, eos_token_id=[1, 2], initializer_range=0.5)
+    loaded.config = same
+    save_drafter(loaded, checkpoint)
+    assert new_drafter(config(init_from=str(checkpoint)), target)
