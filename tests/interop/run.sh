@@ -1,17 +1,22 @@
 #!/usr/bin/env bash
-# Compare specauf with the reference implementation of DFlash (PyPI `dflash`), in an environment of its own.
+# Run other people's code beside ours, each package in an environment of its own: their pins disagree.
 #
-#   bash tests/interop/run.sh [pytest arguments]
+#   bash tests/interop/run.sh [dflash | specforge | speculators] [pytest arguments]
 #
-# SPECAUF_INTEROP_VENV    where the environment lives (default: .venv-interop in the repository's root)
-# SPECAUF_INTEROP_TARGET  a Hugging Face model directory to use instead of the embedded default in the cache
-# SPECAUF_INTEROP_DRAFTER a drafter checkpoint for that target to generate with, instead of one fitted on the spot
-# PYTHON                  the interpreter the environment is made with (default: python3)
+#   dflash       the reference implementation of DFlash: checkpoints, forward pass and generation agree
+#   specforge    examples/specforge_auf.py in SpecForge's models and trainer
+#   speculators  examples/speculators_auf.py in speculators' models and command line
+#
+# Without a name all three run, and one that fails does not keep the others from running.
+#
+# SPECAUF_INTEROP_VENV    where the environments live (default: .venv-interop in the repository's root; the name of the
+#                         package is appended for all but dflash)
+# SPECAUF_INTEROP_TARGET  dflash: a Hugging Face model directory to use instead of the embedded default in the cache
+# SPECAUF_INTEROP_DRAFTER dflash: a drafter for that target to generate with, instead of one fitted on the spot
+# PYTHON                  the interpreter the environments are made with (default: python3)
 # PIP_TORCH               the torch to install (default: the one in constraints.txt)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-readonly REFERENCE="dflash==0.1.0"
-venv="${SPECAUF_INTEROP_VENV:-.venv-interop}"
 python="${PYTHON:-python3}"
 
 fail() {
@@ -20,22 +25,64 @@ fail() {
   exit 1
 }
 
-# The reference declares exact pins of packages that only its benchmarks use: it is installed without its dependencies.
 install() {
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@" || fail "pip install $*"
 }
 
-inputs="$REFERENCE ${PIP_TORCH:-} $(cat pyproject.toml constraints.txt | cksum)"
-if [[ "$(cat "$venv/.complete" 2>/dev/null)" != "$inputs" ]]; then
+# The package is installed without its dependencies: they include serving engines, and exact pins of what only its
+# benchmarks use. What the code under test imports is named instead.
+describe() {
+  venv="${SPECAUF_INTEROP_VENV:-.venv-interop}" tests=("tests/interop/test_$1.py")
+  case "$1" in
+    dflash)
+      package="dflash==0.1.0" imports="dflash.model" tests=(tests/interop/test_zlab_*.py)
+      needs=(-c constraints.txt -e '.[gguf]')
+      ;;
+    specforge)
+      package="specforge==0.2.0" imports="specforge_auf" venv+="-specforge"
+      needs=(-c constraints.txt transformers numpy pydantic pyyaml tqdm)  # newer ones than its pins; so is torch
+      ;;
+    speculators)
+      package="speculators==0.9.0" imports="speculators_auf, speculators.train.cli" venv+="-speculators"
+      # The newest that it allows, and not of constraints.txt, with which they do not go together.
+      needs=(transformers==5.19.0 datasets==5.1.0 hs-connectors==0.9.0 loguru==0.7.3 tqdm==4.70.1
+        httpx openai pydantic-settings psutil rich typer)
+      ;;
+  esac
+  # The comparison with dflash has the fixtures of conftest.py, which imports it.
+  [[ "$1" == dflash ]] || tests=(--noconftest -o pythonpath=examples "${tests[@]}")
+}
+
+build() {
+  local inputs
+  inputs="$package ${needs[*]} ${PIP_TORCH:-} $(cat pyproject.toml constraints.txt | cksum)"
+  [[ "$(cat "$venv/.complete" 2>/dev/null)" != "$inputs" ]] || return 0
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "$python is not Python 3.11 or newer (set PYTHON)"
   echo "interop: building $venv (a minute or two)"
   "$python" -m venv "$venv" || fail "$python -m venv $venv (on Debian: apt-get install python3-venv)"
   rm -f "$venv/.complete"
-  install -c constraints.txt "${PIP_TORCH:-torch}"
-  install -c constraints.txt -e '.[gguf]' pytest
-  install --no-deps "$REFERENCE"
-  "$venv/bin/python" -c 'import specauf, dflash.model' || fail "dflash or specauf does not import"
+  install "${PIP_TORCH:-$(grep '^torch==' constraints.txt)}"
+  install "${needs[@]}" pytest
+  install --no-deps -e . "$package"
+  PYTHONPATH=examples "$venv/bin/python" -W ignore -c "import specauf, $imports" || fail "$package does not import"
   echo "$inputs" >"$venv/.complete"
-fi
+}
 
-exec "$venv/bin/python" -m pytest -o addopts= -p no:cacheprovider --strict-markers -ra tests/interop "$@"
+run() {
+  describe "$1"
+  shift
+  build
+  "$venv/bin/python" -m pytest -o addopts= -p no:cacheprovider --strict-markers -ra "${tests[@]}" "$@"
+}
+
+case "${1:-}" in
+  dflash | specforge | speculators) run "$@" ;;
+  *)
+    failed=()
+    for name in dflash specforge speculators; do
+      echo "interop: $name"
+      (run "$name" "$@") || failed+=("$name")
+    done
+    [[ ${#failed[@]} -eq 0 ]] || { echo "interop: failed: ${failed[*]}" >&2; exit 1; }
+    ;;
+esac

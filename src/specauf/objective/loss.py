@@ -167,8 +167,8 @@ def block_loss(
 
     `weight` [v, h], `bias` [v] and `softcap` are the target's frozen LM head; they get no gradient. `teacher` are the
     target's final hidden states at the position before each label (PARD-2, LK), `uniform` one number of [0, 1) a slot
-    (sampled AUF), `cuts` the wavefront's stage ends (see `plan_cuts`). Rows outside the credited support get a gradient of exactly 0.0.
-    Raises `ValueError` when an input is missing.
+    (sampled AUF), `cuts` the wavefront's stage ends (see `plan_cuts`). Rows outside the credited support get a gradient of
+    exactly 0.0. Raises `ValueError` when an input is missing.
     """
     rule = objective.rule
     for name, missing in (
