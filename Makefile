@@ -9,7 +9,7 @@ INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types imports check interop clean
+.PHONY: help demo test lint types imports check bench interop clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -44,6 +44,9 @@ imports: $(INSTALLED)  ## the layers in pyproject.toml hold
 	$(BIN)/lint-imports
 
 check: lint types imports test  ## all that a change must pass
+
+bench: $(INSTALLED)  ## every benchmark, in ratios measured side by side (20 minutes on an idle machine)
+	$(BIN)/python -m benchmarks
 
 interop: $(INSTALLED)  ## compare with other implementations, in an environment of their own
 	bash tests/interop/run.sh
