@@ -4,7 +4,7 @@
 
 The drafter is untrained unless `SPECAUF_BENCH_DRAFTER` names a checkpoint for the embedded target; rounds and tau are in the
 note, since live decoding's cost is its rounds. The comparison with PyPI `dflash` runs in that package's environment
-(`bash tests/interop/run.sh zlab` builds it), both decoders in turns in one process.
+(`bash tests/interop/run.sh dflash` builds it), both decoders in turns in one process.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def rows() -> Iterator[Row]:
         "replay", f"live decoding, batch {PROMPTS}", f"{at}, features cached", seconds["batched"] / seconds["replay"]
     )
     if not ZLAB.exists():
-        print(f"skipped: {ZLAB} is not there; bash tests/interop/run.sh zlab builds it")
+        print(f"skipped: {ZLAB} is not there; bash tests/interop/run.sh dflash builds it")
         return
     with tempfile.TemporaryDirectory() as directory:
         save_drafter(drafter, directory)

@@ -230,7 +230,8 @@ class Report:
     def run(self, terminal: Terminal) -> int:
         from specauf.report import page
 
-        index = page.write(page.read(self.results), self.out or self.results.parent)
+        where = self.results if self.results.is_dir() else self.results.parent
+        index = page.write(page.read(self.results), self.out or where)
         terminal.say(str(index))
         return 0
 
