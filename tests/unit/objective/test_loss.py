@@ -38,9 +38,10 @@ CASES: list[tuple[str, float | None, dict[str, Any]]] = [
 class Case:
     """A small vocabulary, so that hits, all-right blocks, holes, ties and all-invalid blocks are common."""
 
-    def __init__(self, seed: int, vocab: int = 4) -> None:
+    def __init__(self, seed: int, vocab: int = 4, slots: int | None = None) -> None:
         g = torch.Generator().manual_seed(seed)
         b, n, k, h = 2, 4, int(torch.randint(1, 6, (), generator=g)), 3
+        k = slots or k
         self.weight = torch.randn(vocab, h, generator=g, dtype=torch.float64)
         self.hidden = torch.randn(b, n, k, h, generator=g, dtype=torch.float64)
         self.teacher = torch.randn(b, n, k, h, generator=g, dtype=torch.float64)
