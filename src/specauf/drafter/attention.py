@@ -1,43 +1,179 @@
 """Block attention: every slot sees the context before its anchor and its own block, under one softmax.
 
 Costs O(n B (S + B)) for n blocks of B slots over S context positions. The n blocks of a sequence share the context's keys
-and values, and no block looks at another, so the (nB)^2 product of a dense mask is never formed.
+and values, and no block looks at another, so neither the (nB)^2 products of a dense mask nor the mask itself is formed.
+
+One function, two ways: FlexAttention on CUDA, elsewhere dense products over a few blocks at a time. The latter keep no
+probabilities for the backward pass but form them again, so that memory does not grow with n B S.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.autograd.function import once_differentiable
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
+SCORES = 2**21
+"""Scores formed at a time, if that is one block of each sequence at least. 8 MB in float32; the backward pass holds three."""
+TILE = 128
+"""Side of FlexAttention's tiles, in rows and in keys."""
+
 
 def block_attention(
-    query: Float[Tensor, "b heads n slots d"],
+    query: Float[Tensor, "b heads n q d"],
     block_key: Float[Tensor, "b kv n slots d"],
     block_value: Float[Tensor, "b kv n slots d"],
     context_key: Float[Tensor, "b kv s d"],
     context_value: Float[Tensor, "b kv s d"],
     anchors: Int[Tensor, "b n"],
-) -> Float[Tensor, "b heads n slots d"]:
+) -> Float[Tensor, "b heads n q d"]:
     """Softmax attention over [context positions < anchor ; the slots of the same block], bidirectional in the block.
 
-    Index s of the context is the absolute position. Grouped heads share keys. An anchor of 0 sees its own block only.
+    Index s of the context is the absolute position. Some slots of a block may ask (q of them), all answer. Grouped heads
+    share keys. Anchors come in any order, though ascending ones cost half; an anchor of 0 sees its own block only.
     """
-    b, heads, n, slots, d = query.shape
     kv, s = context_key.shape[1:3]
-    group = heads // kv
-    query = query * d**-0.5
-    rows = query.reshape(b, kv, group * n * slots, d)
-    far = (rows @ context_key.transpose(-1, -2)).view(b, kv, group, n, slots, s)
-    hidden = torch.arange(s, device=query.device) >= anchors[..., None]  # b n s
-    far = far.masked_fill(hidden[:, None, None, :, None, :], float("-inf"))
-    near = query.view(b, kv, group, n, slots, d) @ block_key[:, :, None].transpose(-1, -2)  # b kv group n slots slots
-    weight = torch.cat([far, near], -1).softmax(-1)
-    far, near = weight.split([s, block_key.shape[3]], -1)
-    out = (far.reshape(b, kv, group * n * slots, s) @ context_value).view(b, kv, group, n, slots, d)
-    out = out + near @ block_value[:, :, None]
-    return out.reshape(b, heads, n, slots, d)
+    # Under autocast the norms leave queries and keys in float32.
+    query, block_key, context_key = (t.to(block_value.dtype) for t in (query, block_key, context_key))
+    # Heads that share keys are so many more rows of a block: b kv n (group q) d.
+    rows = query.unflatten(1, (kv, -1)).transpose(2, 3)
+    attend = _flex if query.device.type == "cuda" else _by_chunks
+    out = attend(rows.flatten(3, 4), block_key, block_value, context_key, context_value, anchors.clamp(0, s))
+    return out.view(rows.shape).transpose(2, 3).flatten(1, 2)
+
+
+def _by_chunks(
+    rows: Tensor, block_key: Tensor, block_value: Tensor, context_key: Tensor, context_value: Tensor, anchors: Tensor
+) -> Tensor:
+    given = (rows * rows.shape[-1] ** -0.5, block_key, block_value, context_key, context_value)
+    out: Tensor = _Chunked.apply(*(t.flatten(0, 1) for t in given), anchors.repeat_interleave(rows.shape[1], 0))
+    return out.view(rows.shape)
+
+
+class _Chunked(torch.autograd.Function):
+    """The plain way, over scaled rows. Sequences and their heads are one batch x here:
+
+    rows [x n r d], block_key and block_value [x n k d], context_key and context_value [x s d], anchors [x n].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *given: Tensor) -> Tensor:
+        ctx.save_for_backward(*given)
+        rows, block_key, block_value, context_key, context_value, anchors = given
+        out = torch.empty_like(rows)
+        for at, low, high in _chunks(rows, context_key, anchors):
+            scores = _products(rows[:, at], block_key[:, at], context_key[:, :high])
+            weight = _softmax(scores, anchors[:, at], low, high)
+            out[:, at] = _mix(weight, block_value[:, at], context_value[:, :high])
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, block_key, block_value, context_key, context_value, anchors = ctx.saved_tensors
+        to_rows, to_block_key, to_block_value = (torch.empty_like(t) for t in (rows, block_key, block_value))
+        to_key, to_value = torch.zeros_like(context_key), torch.zeros_like(context_value)
+        for at, low, high in _chunks(rows, context_key, anchors):
+            asked, came = rows[:, at], grad[:, at]
+            scores = _products(asked, block_key[:, at], context_key[:, :high])
+            weight = _softmax(scores, anchors[:, at], low, high)
+            slope = _products(came, block_value[:, at], context_value[:, :high])  # with respect to the weights
+            slope.sub_((slope * weight).sum(-1, keepdim=True)).mul_(weight)  # now to the scores
+            to_rows[:, at] = _mix(slope, block_key[:, at], context_key[:, :high])
+            for matrix, side, near, far in (
+                (weight, came, to_block_value, to_value),
+                (slope, asked, to_block_key, to_key),
+            ):
+                near[:, at] = matrix[..., high:].mT @ side
+                far[:, :high] += matrix.flatten(1, 2)[..., :high].mT @ side.flatten(1, 2)
+        return to_rows, to_block_key, to_block_value, to_key, to_value, None
+
+
+def _chunks(rows: Tensor, context: Tensor, anchors: Tensor) -> Iterator[tuple[slice, int, int]]:
+    """Runs of blocks with their lowest and highest anchor: beyond the one there is masking, beyond the other nothing.
+
+    At least four, since a chunk is charged for its highest anchor by every block.
+    """
+    x, n, r, _ = rows.shape
+    size = max(1, min(-(-n // 4), SCORES // (x * r * max(1, context.shape[1]))))
+    for start in range(0, n, size):
+        at = slice(start, start + size)
+        low, high = anchors[:, at].aminmax()
+        yield at, int(low), int(high)
+
+
+def _products(rows: Tensor, block: Tensor, context: Tensor) -> Tensor:
+    """[x c r d] with [x c k d] and [x s d] -> [x c r s+k]: every row with the context, then with its own block."""
+    far = rows.flatten(1, 2) @ context.mT
+    return torch.cat([far.view(*rows.shape[:3], context.shape[1]), rows @ block.mT], -1)
+
+
+def _softmax(scores: Tensor, anchors: Tensor, low: int, high: int) -> Tensor:
+    """In place, over [context positions < anchor ; own block]. Slots see themselves, so no row is empty."""
+    hidden = torch.arange(low, high, device=anchors.device) >= anchors[..., None]  # x c high-low
+    scores[..., low:high].masked_fill_(hidden[:, :, None], float("-inf"))
+    return torch.softmax(scores, -1, out=scores)
+
+
+def _mix(weight: Tensor, block: Tensor, context: Tensor) -> Tensor:
+    """The transpose of `_products`: [x c r s+k] with [x c k d] and [x s d] -> [x c r d]."""
+    s = context.shape[1]
+    far = weight.flatten(1, 2)[..., :s] @ context
+    return far.view(*weight.shape[:3], block.shape[-1]) + weight[..., s:] @ block
+
+
+def _flex(
+    rows: Tensor, block_key: Tensor, block_value: Tensor, context_key: Tensor, context_value: Tensor, anchors: Tensor
+) -> Tensor:
+    key, value = (
+        torch.cat([c, t.flatten(2, 3)], 2) for c, t in ((context_key, block_key), (context_value, block_value))
+    )
+    mask = flex_mask(anchors, rows.shape[3], block_key.shape[3], context_key.shape[2])
+    out: Tensor = _kernel(rows.device.type)(rows.flatten(2, 3), key, value, block_mask=mask)
+    return out.reshape(rows.shape)
+
+
+@functools.cache
+def _kernel(device: str) -> Callable[..., Any]:
+    """Compiled once, on first use; on a CPU, where only the tests come, as it is."""
+    return torch.compile(flex_attention) if device == "cuda" else flex_attention
+
+
+def flex_mask(anchors: Int[Tensor, "b n"], rows: int, slots: int, s: int) -> BlockMask:
+    """The mask of n blocks' rows over [s context positions ; n blocks' slots], tile by tile and never entry by entry.
+
+    The predicate captures tensors alone, so that no length is compiled into it.
+    """
+    block = torch.arange(anchors.shape[1], device=anchors.device)
+    reach = anchors.repeat_interleave(rows, 1)  # b n*rows: what a row sees of the context
+    asks = block.repeat_interleave(rows)
+    answers = torch.cat([block.new_full((s,), -1), block.repeat_interleave(slots)])  # no block's, in the context
+
+    def visible(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        return (column < reach[batch, row]) | (answers[column] == asks[row])
+
+    row, column = _tiles(asks), _tiles(answers)
+    near = (row[:, :1] <= column[:, -1]) & (column[:, 0] <= row[:, -1:])
+    far = torch.arange(0, len(answers), TILE, device=anchors.device) < _tiles(reach).amax(-1)[..., None]
+    some = (near | far)[:, None].int()  # b 1 tiles_of_rows tiles_of_columns
+    return BlockMask.from_kv_blocks(
+        some.sum(-1, dtype=torch.int32),
+        some.argsort(dim=-1, descending=True, stable=True).int(),
+        BLOCK_SIZE=TILE,
+        mask_mod=visible,
+        seq_lengths=(len(asks), len(answers)),
+    )
+
+
+def _tiles(x: Int[Tensor, "*batch length"]) -> Int[Tensor, "*batch tiles tile"]:
+    """The last tile is filled up with the last entry."""
+    missing = -x.shape[-1] % TILE
+    return torch.cat([x, x[..., -1:].expand(*x.shape[:-1], missing)], -1).unflatten(-1, (-1, TILE))

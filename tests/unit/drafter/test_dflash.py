@@ -11,44 +11,9 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import make_geometry
 
 from specauf.config import ConfigError, UserError
-from specauf.drafter.attention import block_attention
 from specauf.drafter.config import DFlashConfig, spread_layer_ids
 from specauf.drafter.dflash import DFlash, load_drafter, save_drafter
 from specauf.target import Target
-
-
-def test_attention_equals_dense_masked_attention_forward_and_backward() -> None:
-    g = torch.Generator().manual_seed(0)
-    b, heads, kv, n, slots, s, d = 2, 4, 2, 3, 5, 11, 8
-    shapes = [(b, heads, n, slots, d), (b, kv, n, slots, d), (b, kv, n, slots, d), (b, kv, s, d), (b, kv, s, d)]
-    ours = [torch.randn(x, generator=g, dtype=torch.float64).requires_grad_() for x in shapes]
-    dense = [t.detach().clone().requires_grad_() for t in ours]
-    anchors = torch.tensor([[2, 2, 9], [1, 11, 0]])
-    out = block_attention(*ours, anchors)
-
-    q, bk, bv, ck, cv = dense
-    q = q.flatten(2, 3)
-    keys = torch.cat([ck, bk.flatten(2, 3)], 2).repeat_interleave(heads // kv, 1)
-    values = torch.cat([cv, bv.flatten(2, 3)], 2).repeat_interleave(heads // kv, 1)
-    allowed = torch.zeros(b, n * slots, s + n * slots).bool()
-    for i in range(b):
-        for j in range(n):
-            rows = slice(j * slots, (j + 1) * slots)
-            allowed[i, rows, : anchors[i, j]] = True
-            allowed[i, rows, s + j * slots : s + (j + 1) * slots] = True
-    want = torch.nn.functional.scaled_dot_product_attention(q, keys, values, attn_mask=allowed[:, None])
-    torch.testing.assert_close(out, want.unflatten(2, (n, slots)))
-    seed = torch.randn(out.shape, generator=g, dtype=torch.float64)
-    out.backward(seed)
-    want.backward(seed.flatten(2, 3))
-    for a, c in zip(ours, dense, strict=True):
-        torch.testing.assert_close(a.grad, c.grad)
-
-
-def outputs(drafter: DFlash, target: Target, features: torch.Tensor, anchor: int) -> torch.Tensor:
-    positions = torch.arange(features.shape[1])[None]
-    embeds = target.embed(torch.tensor([[[3] + [59] * (drafter.config.block_size - 1)]]))
-    return drafter(embeds, torch.tensor([[anchor]]), drafter.context(features, positions))
 
 
 def test_the_anchors_own_feature_is_invisible_and_the_one_before_is_not(target: Target) -> None:
