@@ -16,6 +16,12 @@ from specauf.drafter.dflash import DFlash, load_drafter, save_drafter
 from specauf.target import Target
 
 
+def outputs(drafter: DFlash, target: Target, features: torch.Tensor, anchor: int) -> torch.Tensor:
+    positions = torch.arange(features.shape[1])[None]
+    embeds = target.embed(torch.tensor([[[3] + [59] * (drafter.config.block_size - 1)]]))
+    return drafter(embeds, torch.tensor([[anchor]]), drafter.context(features, positions))
+
+
 def test_the_anchors_own_feature_is_invisible_and_the_one_before_is_not(target: Target) -> None:
     drafter = DFlash(make_geometry(target))
     features = torch.randn(1, 12, drafter.fc.in_features)
