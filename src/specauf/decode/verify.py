@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from specauf.config import SamplingConfig
-from specauf.objective.blocks import counter_hash
+from specauf.objective.blocks import counter_uniform
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
@@ -40,7 +40,7 @@ def uniform(
     With `candidate`, of its number too.
     """
     counters = (uid, position) if candidate is None else (uid, position, candidate)
-    return (counter_hash(seed, stream, *counters) >> 10).double() * 2.0**-53
+    return counter_uniform(seed, stream, *counters)
 
 
 def warp(

@@ -39,6 +39,11 @@ def counter_hash(*parts: Tensor | int) -> Int[Tensor, ...]:
     return state & _MASK63
 
 
+def counter_uniform(*parts: Tensor | int) -> Float[Tensor, ...]:
+    """float64 in [0, 1) from the same counters."""
+    return (counter_hash(*parts) >> 10).double() * 2.0**-53
+
+
 def _shift(x: Tensor, bits: int) -> Tensor:
     """Logical right shift of a signed 64-bit integer."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
@@ -115,8 +120,7 @@ def slot_uniform(
 ) -> Float[Tensor, "b n k"]:
     """One number of [0, 1) for each prediction, float64: a function of its counters, like the anchors."""
     slot = torch.arange(1, block_size, device=anchors.device)
-    bits = counter_hash(seed, SLOT_UNIFORM, epoch, uid[:, None, None], anchors[..., None], slot)
-    return (bits >> 10).double() * 2.0**-53
+    return counter_uniform(seed, SLOT_UNIFORM, epoch, uid[:, None, None], anchors[..., None], slot)
 
 
 def block_inputs(

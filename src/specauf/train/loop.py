@@ -115,11 +115,8 @@ class Trainer:
         anchors, keep = sample_anchors(
             batch.loss_mask, batch.uid, train.num_anchors, seed=train.seed, epoch=batch.epoch
         )
-        size, argmax = (
-            self.drafter.config.block_size,
-            batch.argmax if self.config.objective.labels == "target" else None,
-        )
-        return build_blocks(batch.input_ids, batch.loss_mask, anchors, keep, size, argmax)
+        said = batch.argmax if self.config.objective.labels == "target" else None
+        return build_blocks(batch.input_ids, batch.loss_mask, anchors, keep, self.drafter.config.block_size, said)
 
     def batch(self, index: int) -> Batch:
         """A micro-batch on the drafter's device, with the target's part of it computed where no cache holds it."""
