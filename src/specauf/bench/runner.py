@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from specauf.config import EvalConfig, UserError, digest, to_dict
+from specauf.config import EvalConfig, digest
 from specauf.decode.acceptance import before_loop, bootstrap, compare, prompt_taus, repeated_share, summarise
 from specauf.decode.generate import Generation, Round, generate
 from specauf.decode.propose import DrafterProposer, PromptLookup
 from specauf.decode.replay import (
+    Dialogue,
     Trajectory,
     load_trajectories,
     record,
@@ -23,6 +25,7 @@ from specauf.decode.replay import (
     save_trajectories,
     trajectory_features,
 )
+from specauf.strict import UserError, to_dict
 from specauf.target import Target
 
 if TYPE_CHECKING:
@@ -43,7 +46,9 @@ class Recorded:
     label: str
     trajectories: list[Trajectory]
     limit: int
-    features: dict[tuple[int, ...], list[Tensor]]
+    clusters: list[int]
+    """The conversation that each trajectory belongs to: answers of one are not independent."""
+    features: dict[tuple[int, ...], list[Tensor]] = field(default_factory=dict)
     seconds_prefill: float = 0.0
 
     def texts(self) -> list[list[int]]:
@@ -64,36 +69,51 @@ class Recorded:
 def recorded(
     target: Target,
     label: str,
-    prompts: Sequence[tuple[str, list[int]]],
+    prompts: Sequence[tuple[str, list[int]] | Dialogue],
     config: EvalConfig,
     block_size: int,
     cache: Path,
     on_progress: Callable[[int], None] | None = None,
 ) -> Recorded:
-    """Trajectories from `cache`, or recorded into it; keyed by target, prompts, sampling, length and block size."""
+    """Trajectories from `cache`, or recorded into it; keyed by target, prompts, sampling, length and block size.
+
+    A recording that was killed goes on where it stood. `block_size` is the largest that is to be replayed: a smaller
+    one makes the same rounds over it.
+    """
     if not prompts:
         raise UserError(f"the task {label!r} has no prompts")
+    dialogues = [Dialogue(*p) for p in prompts]
     limit = config.max_new_tokens
     meta = {
         "target": target.fingerprint(),
-        "prompts": digest([list(p) for p in prompts]),
+        "prompts": digest([_identity(d) for d in dialogues]),
         "sampling": to_dict(config.sampling),
         "limit": limit,
         "block_size": block_size,
     }
     directory = cache / f"trajectories-{digest(meta)}"
+    parts = directory.with_name(f"{directory.name}.parts")
     if not directory.is_dir():
         found = record(
             target,
-            prompts,
+            dialogues,
             limit=limit,
             block_size=block_size,
             sampling=config.sampling,
             batch_size=config.batch_size,
+            parts=parts,
             on_progress=on_progress,
         )
         save_trajectories(directory, found, meta)
-    return Recorded(label, load_trajectories(directory)[0], limit, {})
+    shutil.rmtree(parts, ignore_errors=True)
+    clusters = [i for i, d in enumerate(dialogues) for _ in range(1 + len(d.later))]
+    return Recorded(label, load_trajectories(directory)[0], limit, clusters)
+
+
+def _identity(dialogue: Dialogue) -> list[Any]:
+    """What a recording of it depends on, the target aside."""
+    turns = [list(dialogue.later), dialogue.enable_thinking] if dialogue.later else []
+    return [dialogue.id, dialogue.prompt, *turns]
 
 
 def measure(
@@ -252,7 +272,7 @@ def _compare_rounds(
         anchors = torch.tensor([[len(trajectory.prompt) + at.start]], device=target.device)
         everything = torch.arange(features.shape[0], device=target.device)[None]
         context = proposer.drafter.context(features[None], everything)
-        logits = target.logits(proposer.hidden(ids, anchors, context)[0, 0, slot])
+        logits = proposer.one(ids, anchors, context, slot)
         top = logits.topk(2).values
         margin = float(top[0] - top[1])
     _note(check, f"{trajectory.id}: live and replayed round {number} differ, at token {at.start}", margin)

@@ -1,0 +1,201 @@
+"""A recorded conversation is what the target would see and say, whatever is cut, batched, killed or replayed with."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.conftest import CHATML, make_geometry, make_target
+
+from specauf.bench.runner import recorded
+from specauf.bench.tasks import BenchPrompt, load_task, render_prompts
+from specauf.config import EvalConfig, SamplingConfig
+from specauf.data.chat import prompt_ids
+from specauf.decode import replay as replaying
+from specauf.decode.generate import generate
+from specauf.decode.propose import DrafterProposer, PromptLookup
+from specauf.decode.replay import Dialogue, record, replay, trajectory_features
+from specauf.drafter.dflash import DFlash
+from specauf.strict import UserError
+from specauf.target import Target
+
+LIMIT, BLOCK = 8, 4
+TURNS = (("the quick fox?", "and the dog"), ("question",), ("why lazy", "0123", "brown café"), ("user 17", "x\n  y"))
+PLAN = EvalConfig(max_new_tokens=LIMIT, batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def talker(make_tokenizer: Any) -> Target:
+    """Ends some answers soon, others not within the limit, and never says what the tokenizer cannot."""
+    tokenizer = make_tokenizer()
+    target = make_target(vocab=len(tokenizer) + 8, layers=4, seed=2)
+    target.tokenizer = tokenizer
+    bias = torch.zeros(len(tokenizer) + 8)
+    bias[len(tokenizer) :] = bias[0] = -1e4
+    bias[tokenizer.eos_token_id] = 2.5
+    target.head_bias = bias
+    target.model.config.eos_token_id = target.model.generation_config.eos_token_id = tokenizer.eos_token_id
+    return target
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> list[BenchPrompt]:
+    directory = tmp_path_factory.mktemp("tasks")
+    lines = [json.dumps({"id": f"own/{i}", "turns": turns}) for i, turns in enumerate(TURNS)]
+    (directory / "own.jsonl").write_text("\n".join(lines))
+    return load_task("own", tasks_dir=str(directory))
+
+
+@pytest.fixture
+def dialogues(talker: Target, bench: list[BenchPrompt]) -> list[Dialogue]:
+    return render_prompts(talker, bench, enable_thinking=False)
+
+
+@pytest.fixture
+def answered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by the number of prompts whenever the recording decodes."""
+    told: list[int] = []
+
+    def counted(target: Target, proposer: Any, prompts: Any, **options: Any) -> Any:
+        told.append(len(prompts))
+        return generate(target, proposer, prompts, **options)
+
+    monkeypatch.setattr(replaying, "generate", counted)
+    return told
+
+
+def say(target: Target, prompt: list[int], count: int) -> list[int]:
+    """Greedy decoding without a cache, up to EOS."""
+    ids = list(prompt)
+    while len(ids) < len(prompt) + count and ids[len(prompt) :][-1:] != [target.tokenizer.eos_token_id]:  # type: ignore[union-attr]
+        ids.append(int(target.logits(target.run(torch.tensor([ids])).final[0, -1]).argmax()))
+    return ids[len(prompt) :]
+
+
+def test_every_turn_is_the_targets_own_conversation_token_for_token(
+    talker: Target, dialogues: list[Dialogue], tmp_path: Path
+) -> None:
+    def ids(text: str) -> list[int]:
+        return list(talker.tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[misc]
+
+    end = talker.tokenizer.eos_token_id  # type: ignore[union-attr]
+    want, ends = [], set()
+    for number, turns in enumerate(TURNS):
+        prompt = ids(f"<|im_start|>user\n{turns[0]}<|im_end|>\n<|im_start|>assistant\n")
+        for turn in range(len(turns)):
+            tokens = say(talker, prompt, LIMIT + BLOCK - 1)
+            name = f"own/{number}#{turn + 1}" if len(turns) > 1 else f"own/{number}"
+            want.append((name, prompt, tokens, tokens[-1] == end))
+            if turn + 1 < len(turns):
+                answer = tokens[:LIMIT]
+                ends.add("whole" if end in answer else "cut before its end" if end in tokens else "cut")
+                answer = answer if end in answer else [*answer, end]
+                said = f"\n<|im_start|>user\n{turns[turn + 1]}<|im_end|>\n<|im_start|>assistant\n"
+                prompt = prompt + answer + ids(said)
+    assert ends == {"whole", "cut before its end", "cut"}, "all must occur for this to prove anything"
+    found = recorded(talker, "own", dialogues, PLAN, BLOCK, tmp_path)
+    assert [(t.id, t.prompt, t.tokens, t.ended) for t in found.trajectories] == want
+    assert found.clusters == [0, 0, 1, 2, 2, 2, 3, 3]
+
+
+def test_a_template_that_changes_what_it_rendered_is_rendered_anew(
+    talker: Target, make_tokenizer: Callable[..., Any], bench: list[BenchPrompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thinking = CHATML.replace("'<|im_start|>assistant\\n' }}", "'<|im_start|>assistant\\nuser ' }}")
+    assert thinking != CHATML
+    tokenizer = make_tokenizer(thinking)
+    monkeypatch.setattr(talker, "tokenizer", tokenizer)
+    dialogues = render_prompts(talker, bench[:1], enable_thinking=False)
+    first, second = record(talker, dialogues, limit=LIMIT, block_size=BLOCK, sampling=SamplingConfig())
+    answer = [t for t in first.tokens[:LIMIT] if t != tokenizer.eos_token_id]
+    turns = [*bench[0].messages, {"role": "assistant", "content": tokenizer.decode(answer)}]
+    turns.append({"role": "user", "content": TURNS[0][1]})
+    assert second.prompt == prompt_ids(tokenizer, turns, False)
+
+    refusing = "{% if messages | length > 1 %}{{ raise_exception('one turn only') }}{% endif %}" + CHATML
+    monkeypatch.setattr(talker, "tokenizer", make_tokenizer(refusing))
+    with pytest.raises(UserError, match=r"own/0: the chat template refuses turn 2: one turn only"):
+        record(talker, dialogues, limit=LIMIT, block_size=BLOCK, sampling=SamplingConfig())
+
+
+def test_samples_do_not_depend_on_the_batch(talker: Target, dialogues: list[Dialogue]) -> None:
+    def sampled(size: int) -> list[Any]:
+        return record(talker, dialogues, limit=LIMIT, block_size=BLOCK, sampling=SamplingConfig(1.0), batch_size=size)
+
+    assert sampled(1) == sampled(3)
+    assert sampled(3) != record(talker, dialogues, limit=LIMIT, block_size=BLOCK, sampling=SamplingConfig(1.0, seed=1))
+
+
+def test_a_killed_recording_goes_on_at_the_first_missing_batch(
+    talker: Target, dialogues: list[Dialogue], tmp_path: Path, answered: list[int]
+) -> None:
+    whole = recorded(talker, "own", dialogues, PLAN, BLOCK, tmp_path / "whole").trajectories
+    everything = sum(answered)
+    assert everything == sum(map(len, TURNS))
+
+    def kill(count: int) -> None:
+        raise KeyboardInterrupt
+
+    answered.clear()
+    with pytest.raises(KeyboardInterrupt):
+        recorded(talker, "own", dialogues, PLAN, BLOCK, tmp_path / "killed", kill)
+    before, progress = sum(answered), list[int]()
+    assert 0 < before < everything
+    answered.clear()
+    other = dataclasses.replace(PLAN, batch_size=3)  # the parts say whose they are: another batch size may go on
+    again = recorded(talker, "own", dialogues, other, BLOCK, tmp_path / "killed", progress.append).trajectories
+    assert again == whole and sum(answered) == everything - before and progress == [2, 2]
+    answered.clear()
+    assert recorded(talker, "own", dialogues, PLAN, BLOCK, tmp_path / "killed").trajectories == whole and not answered
+    assert [p.name for p in (tmp_path / "killed").iterdir()] == [p.name for p in (tmp_path / "whole").iterdir()]
+
+
+def test_a_damaged_part_is_recorded_again(talker: Target, dialogues: list[Dialogue], tmp_path: Path) -> None:
+    options: dict[str, Any] = {"limit": LIMIT, "block_size": BLOCK, "sampling": SamplingConfig(), "parts": tmp_path}
+    whole = record(talker, dialogues, batch_size=2, **options)
+    damaged = sorted(tmp_path.iterdir())[0] / "trajectories.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-4])
+    assert record(talker, dialogues, batch_size=2, **options) == whole
+
+
+def test_what_a_recording_is_keyed_by(
+    talker: Target, dialogues: list[Dialogue], tmp_path: Path, answered: list[int]
+) -> None:
+    def fresh(prompts: Any, config: EvalConfig = PLAN, block: int = BLOCK) -> bool:
+        answered.clear()
+        recorded(talker, "own", prompts, config, block, tmp_path)
+        return bool(answered)
+
+    alone = [dialogues[1]]
+    assert fresh(alone) and not fresh([alone[0][:2]]), "a single answer is keyed by its id and prompt alone"
+    assert fresh(dialogues[:1]) and fresh([dialogues[0]._replace(later=("else",))])
+    assert fresh(alone, block=BLOCK + 1) and fresh(alone, dataclasses.replace(PLAN, max_new_tokens=LIMIT + 1))
+    assert fresh(alone, dataclasses.replace(PLAN, sampling=SamplingConfig(1.0)))
+
+
+def test_a_smaller_block_makes_the_same_rounds_over_a_larger_recording(
+    target: Target, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """EOS within the larger margin and beyond the smaller one included."""
+    limit, small, large = 16, 4, 9
+    plain = generate(target, None, prompts, max_new_tokens=limit + large - 1, eos_ids=frozenset())
+    eos = frozenset({plain[0].tokens[9], plain[1].tokens[limit + small + 1], plain[2].tokens[limit + 1]})
+    monkeypatch.setattr(target, "eos_ids", lambda: eos)
+    numbered = [(str(i), p) for i, p in enumerate(prompts)]
+    options: dict[str, Any] = {"limit": limit, "sampling": SamplingConfig()}
+    short, long = (record(target, numbered, block_size=size, **options) for size in (small, large))
+    late = [t for t, s in zip(long, short, strict=True) if t.ended and not s.ended]
+    assert late and any(t.ended for t in short) and not all(t.ended for t in long)
+    drafter = DrafterProposer(DFlash(make_geometry(target, block_size=small)), target)
+    for proposer in (drafter, PromptLookup(small)):
+        rounds = [
+            replay(proposer, made, trajectory_features(target, made, drafter.layer_ids), limit)
+            for made in (short, long)
+        ]
+        live = generate(target, proposer, prompts, max_new_tokens=limit)
+        assert rounds[0] == rounds[1] == [g.rounds for g in live]
