@@ -26,7 +26,8 @@ from specauf.config import RunConfig, SamplingConfig, TargetConfig
 from specauf.decode.generate import generate
 from specauf.decode.propose import DrafterProposer
 from specauf.decode.replay import record, replay, trajectory_features
-from specauf.drafter.dflash import DFlash, load_drafter, save_drafter
+from specauf.drafter.checkpoint import load_drafter, save_drafter
+from specauf.drafter.dflash import DFlash
 from specauf.run import new_drafter
 from specauf.target import Target
 
@@ -38,7 +39,8 @@ def scene() -> tuple[Target, DFlash, list[tuple[str, list[int]]]]:
     target = Target.load(TargetConfig())
     given = os.environ.get("SPECAUF_BENCH_DRAFTER")
     drafter = load_drafter(given) if given else new_drafter(RunConfig(), target)
-    return target, drafter, render_prompts(target, load_task("humaneval")[:PROMPTS], enable_thinking=False)
+    prompts = render_prompts(target, load_task("humaneval")[:PROMPTS], enable_thinking=False)
+    return target, drafter, [(d.id, d.prompt) for d in prompts]
 
 
 def rows() -> Iterator[Row]:

@@ -23,12 +23,13 @@ from benchmarks import common, stepping
 from benchmarks.common import Row, alternate
 from benchmarks.objective import alpha_of
 from benchmarks.stepping import Shape
-from specauf.config import RunConfig, TargetConfig, from_dict
+from specauf.config import RunConfig, TargetConfig
 from specauf.data.dataset import TokenDataset
 from specauf.drafter.config import DFlashConfig
 from specauf.drafter.dflash import DFlash
 from specauf.objective import Blocks
 from specauf.objective.wavefront import head_logits
+from specauf.strict import from_dict
 from specauf.target import Target
 from specauf.train.batches import Batch, Batches
 from specauf.train.loop import Trainer
@@ -145,7 +146,7 @@ def rows() -> Iterator[Row]:
         shape = replace(Shape(), block_size=block, layers=layers)
         target = Target.load(TargetConfig()) if online else None
         ways = {name: build(shape, name, target) for name in ("auf", "decay")}
-        seconds = alternate(ways, rounds=4 if online else 7)
+        seconds = alternate(ways, rounds=7 if reach else 3)
         at = f"B={block}, {layers} layers, {shape.sequences} x {shape.tokens} tokens, {shape.anchors} anchors each, "
         at += f"tau_train {TAU}, " + ("the target's forward counted" if online else "features cached")
         note = f"{seconds['auf']:.2f} s against {seconds['decay']:.2f} s"

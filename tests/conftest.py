@@ -39,13 +39,16 @@ def make_target(vocab: int = 61, hidden: int = 32, layers: int = 6, seed: int = 
     return Target(model, None, "tiny")
 
 
-def make_geometry(target: Target, block_size: int = 5, layers: int = 2, taps: int = 2) -> DFlashConfig:
+def make_geometry(
+    target: Target, block_size: int = 5, layers: int = 2, taps: int = 2, draft_vocab_size: int | None = None
+) -> DFlashConfig:
     return DFlashConfig.for_target(
         target.config,
         block_size=block_size,
         num_hidden_layers=layers,
         mask_token_id=target.config.vocab_size - 2,
         num_taps=taps,
+        draft_vocab_size=draft_vocab_size,
     )
 
 

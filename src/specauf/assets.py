@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from specauf.config import UserError
 from specauf.files import atomic_dir, atomic_file
+from specauf.strict import UserError
 
 log = logging.getLogger(__name__)
 

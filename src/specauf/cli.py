@@ -10,15 +10,16 @@ import sys
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from specauf import config as configuration
-from specauf.config import ConfigError, EvalConfig, RunConfig, SamplingConfig, TargetConfig, UserError
-from specauf.console import Stream, Terminal
+from specauf.config import EvalConfig, RunConfig, SamplingConfig, TargetConfig
+from specauf.console import Stream, Terminal, print_results
 from specauf.data.rollouts import RolloutConfig
 from specauf.data.sources import Ledger
+from specauf.strict import ConfigError, UserError, choose, from_dict, require
 
 if TYPE_CHECKING:
     from specauf.target import Target
@@ -108,13 +109,13 @@ class Train:
     """Start over even if a checkpoint is there."""
 
     def run(self, terminal: Terminal) -> int:
-        from specauf.run import feature_cache, heldout_evaluator, open_run, prepare_data, set_horizon
-        from specauf.train.loop import objective_of
+        from specauf.run import feature_cache, heldout_evaluator, open_run, prepare_data, set_horizon, step_note
+        from specauf.train.objectives import objectives_of
 
         config = configuration.load(self.recipe, self.set)
         if config.train.max_steps is None and config.train.minutes is None:
             raise ConfigError("set train.max_steps or train.minutes: the learning-rate schedule needs a horizon")
-        objective_of(config)  # what it cannot be is said before anything is loaded
+        objectives_of(config)  # what it cannot be is said before anything is loaded
         target = _target(config.target)
         prepared = prepare_data(config, target)
         with terminal.progress("features", float(len(prepared.train.ids)) if config.features.cache else 0) as advance:
@@ -124,7 +125,7 @@ class Train:
         evaluate = heldout_evaluator(config, target, prepared) if config.train.eval_every else None
         with terminal.progress(f"training {config.objective.name}", run.trainer.max_steps or 0) as advance:
             advance(run.trainer.done, "")
-            run.trainer.run(on_step=lambda row: advance(1, _step_note(row)), evaluate=evaluate)
+            run.trainer.run(on_step=lambda row: advance(1, step_note(row)), evaluate=evaluate)
         terminal.say(f"drafter: {Path(config.out) / 'checkpoint'}; log: {Path(config.out) / 'log.jsonl'}")
         return 0
 
@@ -146,6 +147,9 @@ class Eval:
     candidates: int = 1
     """K > 1: decode every drafter live with self-selection too (see `specauf generate`), in rows of its own."""
     candidate_temperature: float = 1.5
+    candidate_pool: int = 0
+    """N > 0: measure Domino drafters also with corrections for only N candidates, SGLang's approximation, in rows of their
+    own."""
 
     def run(self, terminal: Terminal) -> int:
         from specauf.bench.compare import evaluate, open_checkpoints
@@ -154,9 +158,11 @@ class Eval:
         selection = Selection.of(self.candidates, self.candidate_temperature)
         drafters = open_checkpoints(self.checkpoints)
         results, passed = evaluate(
-            _target(self.target), drafters, self.eval, self.out, self.data_dir, self.live, terminal, selection
+            *(_target(self.target), drafters, self.eval, self.out, self.data_dir, self.live, terminal),
+            selection=selection,
+            candidate_pool=self.candidate_pool,
         )
-        _print_results(terminal, results)
+        print_results(terminal, results)
         return 0 if passed else 1
 
 
@@ -178,13 +184,15 @@ class Generate:
     all."""
     candidate_temperature: float = 1.5
     """At which those are drawn."""
+    candidate_pool: int = 0
+    """N > 0: a Domino drafter corrects only N candidates of the vocabulary, as SGLang does by default with 2048."""
 
     def run(self, terminal: Terminal) -> int:
         from specauf.data.chat import prompt_ids
         from specauf.decode.generate import generate
         from specauf.decode.propose import DrafterProposer, PromptLookup
         from specauf.decode.select import Selection
-        from specauf.drafter.dflash import load_drafter
+        from specauf.drafter.checkpoint import load_drafter
 
         selection = Selection.of(self.candidates, self.candidate_temperature)
         lookup = str(self.checkpoint) == "prompt-lookup"
@@ -193,7 +201,9 @@ class Generate:
         if drafter is not None:
             _warn_mismatch(terminal, target, drafter.config.extra, self.enable_thinking)
         proposer = (
-            PromptLookup(self.block_size) if drafter is None else DrafterProposer(drafter.to(target.device), target)
+            PromptLookup(self.block_size)
+            if drafter is None
+            else DrafterProposer(drafter.to(target.device), target, self.candidate_pool)
         )
         assert target.tokenizer is not None
         ids = prompt_ids(target.tokenizer, [{"role": "user", "content": self.prompt}], self.enable_thinking)
@@ -253,16 +263,43 @@ class Demo:
         from specauf import assets
         from specauf.demo import run_demo
 
-        configuration.choose(self.drafter, ("dflash",), "drafter")
-        configuration.require(self.minutes >= 2, f"--minutes must be at least 2, got {self.minutes:g}")
+        choose(self.drafter, ("dflash", "domino"), "drafter")
+        require(self.minutes >= 2, f"--minutes must be at least 2, got {self.minutes:g}")
         out = self.out or Path("runs") / f"demo-{self.drafter}-b{self.block_size}-{self.minutes:g}min"
-        base = configuration.override(DEMO, [f"out={out}", f"drafter.block_size={self.block_size}", *self.set])
+        kind = [f"drafter.block_size={self.block_size}", f"drafter.kind={self.drafter}"]
+        base = configuration.override(DEMO, [f"out={out}", *kind, *self.set])
         _quiet_transformers()
         terminal.say("assets: the target (93 MB to download once), the corpus (27 MB), the prompts")
         assets.smollm2(), assets.sharegpt(), assets.human_eval()
         index = run_demo(base, self.minutes, terminal)
-        _print_results(terminal, _read_results(index))
+        print_results(terminal, _read_results(index))
         terminal.say(f"\nthe page: {index}")
+        return 0
+
+
+@dataclass(frozen=True)
+class Study:
+    """Train a matrix of methods and seeds, measure all of them on the same recordings, write the report. Resumable."""
+
+    recipe: Recipe
+    """A study's recipe, e.g. recipes/study_smollm2.yaml."""
+    set: Overrides = ()
+    """Override fields of the recipe, e.g. base.train.max_steps=50 parts.c.prompts=16."""
+    stage: tuple[Literal["train", "record", "measure", "report"], ...] = ()
+    """Only these; all four when not given. Two processes may run one study at once: they share its cells."""
+    parts: tuple[str, ...] = ()
+    """Only these of the recipe's parts."""
+
+    def run(self, terminal: Terminal) -> int:
+        from specauf.study import recipe
+
+        study = recipe.load(self.recipe, self.set)
+        recipe.known_parts(study, self.parts)
+        from specauf.study.stages import run_study
+
+        index = run_study(study, self.stage, self.parts, _target(study.base.target), terminal)
+        if index is not None:
+            terminal.say(f"the page: {index}")
         return 0
 
 
@@ -281,7 +318,7 @@ class Doctor:
         return 1 if any(c.status == "fail" for c in checks) else 0
 
 
-DEMO = configuration.from_dict(
+DEMO = from_dict(
     RunConfig,
     {
         "data": {"max_conversations": 1500},
@@ -312,10 +349,6 @@ def _warn_mismatch(terminal: Terminal, target: Target, trained: Any, enable_thin
         terminal.say("warning: this drafter was trained for another target (the fingerprints differ)")
 
 
-def _step_note(row: dict[str, Any]) -> str:
-    return f"loss {row['loss']:.3f}, simulated tau {row['simulated_tau']:.3f}"
-
-
 def _read_results(index: Path) -> dict[str, Any]:
     from specauf.report import page
 
@@ -323,26 +356,10 @@ def _read_results(index: Path) -> dict[str, Any]:
     return found
 
 
-def _print_results(terminal: Terminal, results: dict[str, Any]) -> None:
-    from specauf.report import tables
-
-    terminal.say("")
-    terminal.say(tables.plain_table(tables.summary_rows(results)))
-    terminal.say("")
-    for sentence in tables.comparison_sentences(results):
-        terminal.say(sentence)
-    if len(selected := tables.selection_rows(results)) > 1:
-        terminal.say(f"\nself-selection, decoded live:\n{tables.plain_table(selected)}\n")
-    for check in results.get("checks", []):
-        terminal.say(f"{'ok' if check['passed'] else 'FAILED'}: {check['name']}: {check['value']}")
-    for item in results.get("speedups", []):
-        terminal.say(f"{item['name']}: {item['ratio']:.1f} times faster ({item['note']})")
-
-
 def _verbs() -> Any:
     """The union of the verbs, each a subcommand with its own --help; no option hides in a nested subcommand."""
     union: Any = None
-    for verb in (Prepare, Rollout, Train, Eval, Generate, Report, Demo, Doctor):
+    for verb in (Prepare, Rollout, Train, Eval, Generate, Report, Demo, Study, Doctor):
         named = Annotated[verb, tyro.conf.subcommand(verb.__name__.lower())]  # type: ignore[valid-type]
         union = named if union is None else union | named
     return union

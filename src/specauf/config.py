@@ -6,21 +6,16 @@ refused before anything is loaded. Every field is written back by `dump`, so a r
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import difflib
 import hashlib
 import json
-import math
-import types
 import typing
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import yaml
 
-T = TypeVar("T")
+from specauf.strict import ConfigError, choose, from_dict, nearest, require, to_dict
 
 OBJECTIVES = (
     *("uniform", "decay", "first-k", "auf", "soft-auf", "sampled-auf", "first-error"),
@@ -30,35 +25,11 @@ OBJECTIVES = (
 """The names in `objective.registry.RULES`, kept here too so that a recipe is checked without importing torch."""
 OWN_DECAY = ("decay", "l2r-focal", "l2r-focal-separate", "lk-alpha", "lk-lambda")
 """Those with a position decay of their own; any other takes one as `<name>-decay`."""
+VARIANTS = ("decay-only", "b-auf", "b-auf-d", "s-auf", "s-auf-d", "f-auf", "f-auf-d")
+"""The names in `objective.branches.VARIANTS`."""
 REDUCTIONS = ("global", "block", "sequence")
 DEFAULT_GAMMA = {4: 2.0, 8: 4.0, 10: 5.0, 16: 7.0}
 """Position decay by block size, as the DFlash paper publishes it (16, 10, 8); 4 and other sizes (0.45 B) follow."""
-
-
-class UserError(Exception):
-    """Something the user can mend. The CLI prints the message alone and exits with 2."""
-
-
-class ConfigError(UserError):
-    """A configuration that cannot be run as written."""
-
-
-def nearest(name: str, choices: typing.Iterable[str]) -> str:
-    """`; did you mean 'x'?`, or a full stop when nothing is near."""
-    match = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.4)
-    return f"; did you mean {match[0]!r}?" if match else "."
-
-
-def choose(name: str, choices: typing.Sequence[str], what: str) -> str:
-    """Return `name` if it is one of `choices`, else raise `ConfigError` with the valid ones and the nearest."""
-    if name not in choices:
-        raise ConfigError(f"unknown {what} {name!r}{nearest(name, choices)} Valid: {', '.join(choices)}")
-    return name
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
 
 
 @dataclass(frozen=True)
@@ -122,6 +93,18 @@ class DrafterConfig:
     mask_token_id: int | None = None
     intermediate_size: int | None = None
     """Width of the MLP; the target's own when not given."""
+    kind: Literal["dflash", "domino"] = "dflash"
+    """`domino` is the same body with a causal head of two branches; the next four fields are its own."""
+    gru_hidden_dim: int | None = None
+    """Width of the head's GRU; a quarter of the target's when not given, at least 256."""
+    emb_dim: int | None = None
+    """Rank of the correction; a sixteenth of the target's width when not given, at least 128."""
+    pure_draft_prefix_len: int = 1
+    """Predictions left uncorrected; SGLang serves 1 alone."""
+    shift_label: bool = True
+    """Slot k predicts the token at anchor + k + 1, as in shipped checkpoints."""
+    draft_vocab_size: int | None = None
+    """Tokens that the drafter can say, the most frequent labels of the data; all of the target's when not given."""
     init_from: str | None = None
     """A drafter's directory to take the initial weights from; its geometry must be this one."""
 
@@ -133,6 +116,19 @@ class DrafterConfig:
         require(
             self.intermediate_size is None or self.intermediate_size >= 1,
             f"drafter.intermediate_size must be >= 1, got {self.intermediate_size}",
+        )
+        for name in ("gru_hidden_dim", "emb_dim"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"drafter.{name} must be >= 1, got {value}")
+            require(value is None or self.kind == "domino", f"drafter.{name} is Domino's: set drafter.kind=domino")
+        require(self.pure_draft_prefix_len >= 0, "drafter.pure_draft_prefix_len must be >= 0")
+        require(
+            self.draft_vocab_size is None or self.draft_vocab_size >= 2,
+            f"drafter.draft_vocab_size must be >= 2, got {self.draft_vocab_size}",
+        )
+        require(
+            self.draft_vocab_size is None or self.kind == "dflash",
+            "drafter.draft_vocab_size is for drafter.kind=dflash: a Domino drafter's correction is full-width",
         )
 
 
@@ -146,7 +142,18 @@ class ObjectiveConfig:
     labels: str = "data"
     """`data`, or `target`: the target's argmax, up to the first slot where it departs from the data."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Of this objective: alpha, temperature, k, window, focal, eta, per, ce_weight, kd_weight."""
+    """Of this objective: alpha, temperature, eps, k, window, focal, eta, per, ce_weight, kd_weight."""
+    variant: str | None = None
+    """Domino: a row of the paper's Table 3, e.g. `b-auf-d`; it says what the next three fields would."""
+    final: str | None = None
+    """Domino: the objective of the final branch, when it is not `name`, the base branch's."""
+    final_options: dict[str, Any] = field(default_factory=dict)
+    support: Literal["base", "final"] = "final"
+    """Domino: the branch that the final branch's support is read off."""
+    lambda_base_start: float = 1.0
+    """Domino: the base branch's share of the loss at the first step, from where it falls linearly to 0 ..."""
+    lambda_base_decay_ratio: float = 1.0
+    """... over this share of the steps. At 0.5 the second half trains the final branch alone."""
     plugin: str | None = None
     """A module, or a .py file, to import first: it registers objectives of its own."""
     logits_rows: int = 256
@@ -158,11 +165,18 @@ class ObjectiveConfig:
             choose(base, OBJECTIVES, "objective")
             twice = base != self.name and base in OWN_DECAY
             require(not twice, f"objective {base!r} has a position decay already: set gamma")
+            alone = self.variant is None and self.final is None
             takes = self.gamma is None or base in OWN_DECAY or base != self.name
-            require(takes, f"objective {self.name!r} takes no gamma; {self.name + '-decay'!r} does")
+            require(takes or not alone, f"objective {self.name!r} takes no gamma; {self.name + '-decay'!r} does")
         choose(self.reduction, REDUCTIONS, "reduction")
         choose(self.labels, ("data", "target"), "labels")
         require(self.gamma is None or self.gamma > 0, f"objective.gamma must be > 0, got {self.gamma}")
+        if self.variant is not None:
+            choose(self.variant, VARIANTS, "variant")
+            given = [n for n, v in (("final", self.final), ("options", self.options)) if v]
+            require(not given, f"objective.variant says the objective of both branches: leave out objective.{given}")
+        for name in ("lambda_base_start", "lambda_base_decay_ratio"):
+            require(0 <= getattr(self, name) <= 1, f"objective.{name} is a share in [0, 1], got {getattr(self, name)}")
         require(self.logits_rows >= 1, f"objective.logits_rows must be >= 1, got {self.logits_rows}")
 
     def decay_for(self, block_size: int) -> float:
@@ -255,75 +269,19 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
 
-def _convert(kind: Any, value: Any, where: str) -> Any:
-    """`value` from YAML as `kind`, or a `ConfigError` that names `where`."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if is_dataclass(kind):
-        return from_dict(typing.cast(type, kind), value, where)
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in args:
-            return None
-        return _convert(next(a for a in args if a is not type(None)), value, where)
-    if origin is Literal:
-        if value not in args:
-            raise ConfigError(
-                f"{where}: {value!r} is not one of {', '.join(map(repr, args))}{nearest(str(value), args)}"
-            )
-        return value
-    if origin is dict:
-        if not isinstance(value, dict) or not all(isinstance(v, (int, float, str)) for v in value.values()):
-            raise ConfigError(f"{where}: expected a mapping of names to numbers or words, got {value!r}")
-        return value
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise ConfigError(f"{where}: expected a list, got {value!r}")
-        return tuple(_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
-    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError, OverflowError):  # YAML 1.1 reads 6e-4 as a string
-            if math.isfinite(number := float(value)):
-                return number
-    if kind in (int, bool, str) and type(value) is kind:
-        return value
-    raise ConfigError(f"{where}: expected {getattr(kind, '__name__', kind)}, got {value!r}")
-
-
-def from_dict(cls: type[T], data: Any, where: str = "config") -> T:
-    """Build the dataclass `cls` from a mapping, strictly. Raises `ConfigError` on an unknown key or a wrong type."""
-    if data is None:
-        data = {}
-    if not isinstance(data, dict):
-        raise ConfigError(f"{where}: expected a mapping, got {data!r}")
-    hints = typing.get_type_hints(cls)
-    known = [f.name for f in fields(typing.cast(Any, cls))]
-    for key in data:
-        if key not in known:
-            raise ConfigError(f"{where}: unknown key {key!r}{nearest(str(key), known)} Valid: {', '.join(known)}")
-    values = {key: _convert(hints[key], value, f"{where}.{key}") for key, value in data.items()}
-    try:
-        return cls(**values)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Plain JSON and YAML types, every field present."""
-    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
-    return plain
-
-
 def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunConfig:
     """Read a recipe and apply `section.key=value` overrides. Raises `ConfigError` naming the file or the override."""
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"no such recipe: {path}. Recipes that ship with specauf are in recipes/*.yaml")
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not YAML: {error}") from None
     return override(from_dict(RunConfig, {} if data is None else data, str(path)), overrides)
 
 
-class _UniqueKeys(yaml.SafeLoader):
+class UniqueKeys(yaml.SafeLoader):
     """A key given twice is an error: which of the two was meant cannot be known."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -77,3 +77,20 @@ class Stream:
             if not text.endswith("\ufffd"):
                 self.terminal.rich.print(Text(text[self.shown :], style="green" if was_draft else ""), end="")
                 self.shown = len(text)
+
+
+def print_results(terminal: Terminal, results: dict[str, Any]) -> None:
+    """The tables, sentences and checks of a results dict."""
+    from specauf.report import tables
+
+    terminal.say("")
+    terminal.say(tables.plain_table(tables.summary_rows(results)))
+    terminal.say("")
+    for sentence in tables.comparison_sentences(results):
+        terminal.say(sentence)
+    if len(selected := tables.selection_rows(results)) > 1:
+        terminal.say(f"\nself-selection, decoded live:\n{tables.plain_table(selected)}\n")
+    for check in results.get("checks", []):
+        terminal.say(f"{'ok' if check['passed'] else 'FAILED'}: {check['name']}: {check['value']}")
+    for item in results.get("speedups", []):
+        terminal.say(f"{item['name']}: {item['ratio']:.1f} times faster ({item['note']})")

@@ -18,12 +18,12 @@ from typing import Any, Protocol
 
 from specauf import provenance
 from specauf.bench.runner import LiveCheck, Recorded, check_live, comparison, measure, recorded
-from specauf.bench.tasks import TASKS, load_task, render_prompts
-from specauf.config import RunConfig, digest, override, to_dict
+from specauf.bench.tasks import describe_task, load_task, render_prompts
+from specauf.config import RunConfig, digest, override
 from specauf.data.features import estimate_gb, extract
 from specauf.decode.generate import Generation
 from specauf.decode.propose import DrafterProposer, PromptLookup
-from specauf.drafter.dflash import load_drafter, save_drafter
+from specauf.drafter.checkpoint import load_drafter, save_drafter
 from specauf.files import atomic_write_text
 from specauf.report import page
 from specauf.run import (
@@ -34,8 +34,10 @@ from specauf.run import (
     open_run,
     prepare_data,
     settings_of,
+    step_note,
     training_log,
 )
+from specauf.strict import to_dict
 from specauf.target import Target
 from specauf.train.loop import calibrate
 
@@ -47,6 +49,8 @@ The page shows the training seconds that both really took."""
 LIVE_PROMPTS, LIVE_TOKENS = 2, 64
 """Prompts per task that are also decoded for real, and how far."""
 EQUAL_STEPS = "auf@decay-steps"
+VARIANTS = {"decay": "decay-only", "auf": "b-auf-d"}
+"""What the two are for a Domino drafter: the paper's baseline, and its best under greedy decoding."""
 
 
 class Console(Protocol):
@@ -135,14 +139,16 @@ def run_demo(base: RunConfig, minutes: float, console: Console) -> Path:
 
 
 def _variant(base: RunConfig, name: str) -> RunConfig:
-    return dataclasses.replace(override(base, [f"objective.name={name}"]), out=str(Path(base.out) / name))
+    domino = base.drafter.kind == "domino"
+    objective = f"objective.variant={VARIANTS[name]}" if domino else f"objective.name={name}"
+    return dataclasses.replace(override(base, [objective]), out=str(Path(base.out) / name))
 
 
 def _record(base: RunConfig, target: Target, out: Path, console: Console) -> dict[str, Recorded]:
     tasks = {}
     for name in base.eval.tasks:
         prompts = load_task(name, tasks_dir=base.eval.tasks_dir, data_dir=data_dir(base))[: base.eval.prompts]
-        label = TASKS[name].label if name in TASKS else name
+        label = describe_task(name, tasks_dir=base.eval.tasks_dir).label
         with console.progress(f"recording the target on {label}", len(prompts)) as advance:
             tasks[name] = recorded(
                 target,
@@ -182,7 +188,7 @@ def _train(run: Run, name: str, equal_steps: int, console: Console) -> None:
         def on_step(row: dict[str, Any]) -> None:
             if name == "auf" and row["step"] == equal_steps:
                 save_drafter(trainer.drafter, snapshot)
-            advance(1, f"loss {row['loss']:.3f}, simulated tau {row['simulated_tau']:.3f}")
+            advance(1, step_note(row))
 
         trainer.run(on_step=on_step)
     if name == "auf" and not snapshot.is_dir():  # the horizon is shorter than the other's: the end is the snapshot
@@ -190,8 +196,10 @@ def _train(run: Run, name: str, equal_steps: int, console: Console) -> None:
 
 
 def _methods(base: RunConfig, plan: Plan, runs: dict[str, Run], evaluation: dict[str, Any]) -> list[dict[str, Any]]:
-    gamma = runs["decay"].trainer.objective.gamma
+    gamma = runs["decay"].trainer.branches[0].objective.gamma
     labels = {"decay": f"decay (γ={gamma:g})", "auf": "AUF", EQUAL_STEPS: "AUF at decay's steps"}
+    if base.drafter.kind == "domino":
+        labels = {name: label.replace("AUF", "B-AUF+D") for name, label in labels.items()}
     methods: list[dict[str, Any]] = []
     for name, label in labels.items():
         log = training_log(Path(base.out) / ("auf" if name == EQUAL_STEPS else name))

@@ -13,20 +13,24 @@ from typing import Any
 from specauf import assets, provenance
 from specauf.bench.runner import measure, recorded
 from specauf.bench.tasks import load_task, render_prompts, task_texts
-from specauf.config import ConfigError, RunConfig, UserError, digest, dump, to_dict
+from specauf.config import RunConfig, digest, dump
 from specauf.data.dataset import Prepared, TokenDataset, prepare, training_order
 from specauf.data.features import FeatureCache, build_features
 from specauf.data.rollouts import RolloutConfig, open_rollouts, rollout_meta
 from specauf.data.sources import Ledger
 from specauf.decode.propose import DrafterProposer
 from specauf.decode.rollout import Advance, Roller, rollout
-from specauf.drafter.config import DFlashConfig
-from specauf.drafter.dflash import DFlash, load_drafter
+from specauf.drafter.checkpoint import build_drafter, load_drafter
+from specauf.drafter.config import DFlashConfig, DominoHead
+from specauf.drafter.dflash import DFlash
+from specauf.drafter.vocabulary import coverage, keep_tokens, most_frequent
 from specauf.files import atomic_write_text
+from specauf.strict import ConfigError, UserError, to_dict
 from specauf.target import Target
 from specauf.train import checkpoint
 from specauf.train.batches import Batches
-from specauf.train.loop import Trainer, calibrate, stored_extras
+from specauf.train.loop import Trainer, calibrate
+from specauf.train.objectives import stored_extras
 
 Tick = Callable[[int], None]
 NOT_GEOMETRY = ("extra", "initializer_range", "max_position_embeddings", "bos_token_id", "eos_token_id")
@@ -95,10 +99,21 @@ def new_drafter(config: RunConfig, target: Target) -> DFlash:
         target_layer_ids=wanted.target_layer_ids,
         num_taps=wanted.num_taps,
         intermediate_size=wanted.intermediate_size,
+        domino=_head(config, target),
+        draft_vocab_size=wanted.draft_vocab_size,
     )
     if wanted.init_from is not None:
         return _warm(Path(wanted.init_from).expanduser(), geometry).to(target.device)
-    return DFlash(geometry, seed=config.train.seed).to(target.device)
+    return build_drafter(geometry, seed=config.train.seed).to(target.device)
+
+
+def _head(config: RunConfig, target: Target) -> DominoHead | None:
+    """Domino's head; by default as wide for its target as the shipped one is for Qwen3-8B, 1024 and 256."""
+    wanted, hidden = config.drafter, int(target.config.hidden_size)
+    if wanted.kind != "domino":
+        return None
+    width, rank = wanted.gru_hidden_dim or max(256, hidden // 4), wanted.emb_dim or max(128, hidden // 16)
+    return DominoHead(width, rank, wanted.pure_draft_prefix_len, wanted.shift_label)
 
 
 def _warm(directory: Path, geometry: DFlashConfig) -> DFlash:
@@ -109,7 +124,7 @@ def _warm(directory: Path, geometry: DFlashConfig) -> DFlash:
         if have != want:
             raise ConfigError(f"drafter.init_from: {directory} has {name}={have}, the recipe needs {want}")
     origin = {"path": str(directory), "weights": weights_hash(directory)}
-    drafter = DFlash(dataclasses.replace(geometry, extra={"init_from": origin}))
+    drafter = build_drafter(dataclasses.replace(geometry, extra={"init_from": origin}))
     drafter.load_state_dict(found.state_dict())
     return drafter
 
@@ -152,12 +167,28 @@ def open_run(
     )
     if resume:
         checkpoint.resume(trainer, out)
+    known = draft_vocabulary(drafter, target, prepared.train)
     atomic_write_text(out / "config.yaml", dump(config))
     provenance.write(
         out / "run.json",
-        {"config_hash": digest(config), "target": target.fingerprint(), "data": prepared.train.meta["key"]},
+        {"config_hash": digest(config), "target": target.fingerprint(), "data": prepared.train.meta["key"], **known},
     )
     return Run(config, target, prepared, features, trainer)
+
+
+def draft_vocabulary(drafter: DFlash, target: Target, data: TokenDataset) -> dict[str, Any]:
+    """Decide the vocabulary of a drafter that is to have a reduced one, unless a checkpoint has brought its own.
+
+    The most frequent supervised tokens of `data`, and every token that ends a text. Returns its size and coverage, the
+    share of the supervised tokens that it has; nothing for a drafter that knows the target's vocabulary.
+    """
+    size = drafter.config.draft_vocab_size
+    if size is None:
+        return {}
+    labels = data.ids[data.mask.bool()]
+    if not drafter.t2d.any():
+        keep_tokens(drafter, most_frequent(labels, size, drafter.config.vocab_size, target.eos_ids()).to(target.device))
+    return {"draft_vocabulary": {"size": size, "coverage": coverage(labels, drafter.t2d.cpu())}}
 
 
 def feature_cache(
@@ -204,6 +235,12 @@ def heldout_evaluator(config: RunConfig, target: Target, prepared: Prepared) -> 
 def training_log(out: Path) -> list[dict[str, Any]]:
     path = out / "log.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def step_note(row: dict[str, Any]) -> str:
+    """A step's progress in a few words; a branch that is read no further than another's support has no tau of its own."""
+    tau = f", simulated tau {row['simulated_tau']:.3f}" if "simulated_tau" in row else ""
+    return f"loss {row['loss']:.3f}{tau}"
 
 
 def settings_of(config: RunConfig) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from specauf import assets
-from specauf.config import ConfigError, TargetConfig, UserError
+from specauf.config import TargetConfig
 from specauf.objective.wavefront import head_logits
+from specauf.strict import ConfigError, UserError
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int

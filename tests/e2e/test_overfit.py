@@ -5,20 +5,26 @@ Replay and live tau must both reach 0.95 of the block length; with labels shifte
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from tests.conftest import make_dataset, make_geometry, make_target
 
-from specauf.config import RunConfig, SamplingConfig, from_dict
+from specauf.config import RunConfig, SamplingConfig
 from specauf.data.dataset import TokenDataset
 from specauf.decode.acceptance import summarise
 from specauf.decode.generate import generate
 from specauf.decode.propose import DrafterProposer, PromptLookup
 from specauf.decode.replay import Trajectory, record, replay, trajectory_features
-from specauf.drafter.dflash import DFlash, load_drafter
+from specauf.drafter.checkpoint import build_drafter, load_drafter
+from specauf.drafter.config import DominoHead
+from specauf.drafter.dflash import DFlash
+from specauf.drafter.domino import Domino
 from specauf.objective import Blocks
+from specauf.strict import from_dict
 from specauf.target import Target
 from specauf.train import loop
 from specauf.train.batches import Batches
@@ -47,23 +53,31 @@ def dataset_of(trajectories: list[Trajectory]) -> TokenDataset:
     return make_dataset(rows, {})
 
 
-def train(target: Target, trajectories: list[Trajectory], objective: str, steps: int, out: Path) -> DFlash:
+def train(
+    target: Target,
+    trajectories: list[Trajectory],
+    objective: str | dict[str, object],
+    steps: int,
+    out: Path,
+    head: DominoHead | None = None,
+) -> DFlash:
     config = from_dict(
         RunConfig,
         {
-            "drafter": {"block_size": BLOCK},
-            "objective": {"name": objective},
+            "drafter": {"block_size": BLOCK, "kind": "domino" if head else "dflash"},
+            "objective": {"name": objective} if isinstance(objective, str) else objective,
             "train": {"max_steps": steps, "batch_size": 8, "num_anchors": 64, "lr": 4e-3, "save_every": 10**6},
         },
     )
     batches = Batches(dataset_of(trajectories), None, config.train)
-    Trainer(config, DFlash(make_geometry(target, BLOCK), seed=0), target, batches, out).run()
+    geometry = dataclasses.replace(make_geometry(target, BLOCK), domino=head)
+    Trainer(config, build_drafter(geometry), target, batches, out).run()
     return load_drafter(out / "checkpoint")
 
 
-def taus(target: Target, drafter: DFlash, trajectories: list[Trajectory]) -> tuple[float, float]:
+def taus(target: Target, drafter: DFlash, trajectories: list[Trajectory], pool: int = 0) -> tuple[float, float]:
     """(replay, live), which must also agree round for round."""
-    how = DrafterProposer(drafter, target)
+    how = DrafterProposer(drafter, target, pool)
     features = trajectory_features(target, trajectories, how.layer_ids)
     replayed = replay(how, trajectories, features, LIMIT)
     live = generate(target, how, [t.prompt for t in trajectories], max_new_tokens=LIMIT)
@@ -82,6 +96,39 @@ def test_a_memorised_text_is_accepted_whole(
     by_replay, live = taus(chaotic, train(chaotic, memorable, objective, 300, tmp_path), memorable)
     assert by_replay >= 0.95 * BLOCK
     assert live >= 0.95 * BLOCK
+
+
+@pytest.mark.parametrize(
+    ("shift", "objective"),
+    [
+        (True, {"variant": "b-auf-d"}),
+        (False, {"variant": "f-auf", "lambda_base_decay_ratio": 0.5}),
+        (True, {"name": "auf", "final": "dpace", "support": "base"}),
+    ],
+    ids=["shifted", "unshifted", "mixed"],
+)
+def test_a_domino_drafter_memorises_it_too(
+    chaotic: Target, memorable: list[Trajectory], shift: bool, objective: dict[str, object], tmp_path: Path
+) -> None:
+    drafter = train(chaotic, memorable, objective, 300, tmp_path, DominoHead(16, 16, 1, shift))
+    by_replay, live = taus(chaotic, drafter, memorable)
+    assert min(by_replay, live) >= 0.95 * BLOCK
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert rows[0]["lambda_base"] == 1 and rows[-1]["lambda_base"] < 0.01
+    assert {"base_loss", "final_loss", "base_simulated_tau", "simulated_tau", "base_a_support"} <= rows[-10].keys()
+
+
+def test_the_head_is_what_a_domino_drafter_proposes_with(
+    chaotic: Target, memorable: list[Trajectory], tmp_path: Path
+) -> None:
+    """Half trained, so that rounds are of every length; with and without a candidate pool live is replay."""
+    drafter = train(chaotic, memorable, {"variant": "decay-only"}, 60, tmp_path, DominoHead(16, 16))
+    whole, _ = taus(chaotic, drafter, memorable)
+    pooled, _ = taus(chaotic, drafter, memorable, pool=2)
+    assert 1.1 < whole < 0.9 * BLOCK and pooled != whole
+    assert isinstance(drafter, Domino)
+    drafter.expansion.data.zero_()
+    assert taus(chaotic, drafter, memorable)[0] != whole
 
 
 def test_labels_shifted_by_one_fail_the_same_test(

@@ -14,8 +14,9 @@ from transformers.utils import logging as transformers_logging
 
 from specauf import assets
 from specauf.config import TargetConfig
+from specauf.drafter.checkpoint import save_drafter
 from specauf.drafter.config import DFlashConfig
-from specauf.drafter.dflash import DFlash, save_drafter
+from specauf.drafter.dflash import DFlash
 from specauf.target import Target
 
 transformers_logging.disable_progress_bar()

@@ -39,7 +39,7 @@ describe() {
       needs=(-c constraints.txt -e '.[gguf]')
       ;;
     specforge)
-      package="specforge==0.2.0" imports="specforge_auf" venv+="-specforge"
+      package="specforge==0.2.0" imports="specforge_auf" venv+="-specforge" tests=(tests/interop/test_specforge*.py)
       needs=(-c constraints.txt transformers numpy pydantic pyyaml tqdm)  # newer ones than its pins; so is torch
       ;;
     speculators)

@@ -10,8 +10,9 @@ from dflash.model import build_target_layer_ids, extract_context_feature
 from reference import TOLERANCE, drafter_config, note, our_hidden, reload_theirs, shake, their_hidden
 from torch import Tensor
 
+from specauf.drafter.checkpoint import load_drafter
 from specauf.drafter.config import spread_layer_ids
-from specauf.drafter.dflash import DFlash, load_drafter
+from specauf.drafter.dflash import DFlash
 from specauf.target import Target
 
 SHAPES = [(4, 1, 1), (8, 2, 3), (16, 3, 5)]

@@ -17,7 +17,8 @@ from specauf.config import SamplingConfig
 from specauf.decode.generate import Generation, generate
 from specauf.decode.propose import DrafterProposer
 from specauf.decode.replay import Trajectory, record, replay, trajectory_features
-from specauf.drafter.dflash import DFlash, load_drafter
+from specauf.drafter.checkpoint import load_drafter
+from specauf.drafter.dflash import DFlash
 from specauf.target import Target
 
 LIMIT = 48
@@ -100,7 +101,7 @@ def scene(target: Target, tmp_path_factory: pytest.TempPathFactory) -> Scene:
         prompts = [torch.randint(2, TINY_VOCAB - 1, (n,), generator=generator).tolist() for n in (1, 2, 5, 9, 17, 30)]
         drafter = fitted(target, prompts, lr=5e-3)
     else:
-        prompts = [ids for _, ids in render_prompts(target, load_task("humaneval")[:4], enable_thinking=False)]
+        prompts = [d.prompt for d in render_prompts(target, load_task("humaneval")[:4], enable_thinking=False)]
         drafter = load_drafter(trained) if trained else fitted(target, prompts, lr=2e-3)
     theirs = reload_theirs(drafter, tmp_path_factory.mktemp("drafter"))
     return Scene(target, drafter, theirs, prompts, not trained, {})

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from specauf import assets
-from specauf.config import UserError
+from specauf.strict import UserError
 
 
 class Pip:

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from specauf import config
 from specauf.config import (
-    ConfigError,
     DataConfig,
     DrafterConfig,
     EvalConfig,
@@ -22,14 +21,12 @@ from specauf.config import (
     SamplingConfig,
     TargetConfig,
     TrainConfig,
-    UserError,
     digest,
     dump,
-    from_dict,
     load,
     override,
-    to_dict,
 )
+from specauf.strict import ConfigError, UserError, from_dict, to_dict
 
 
 def write(path: Path, text: str) -> Path:

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from specauf.config import ConfigError, DrafterConfig, RunConfig
+from specauf.config import DrafterConfig, RunConfig
+from specauf.drafter.checkpoint import load_drafter, save_drafter
 from specauf.drafter.config import DFlashConfig
-from specauf.drafter.dflash import DFlash, load_drafter, save_drafter
+from specauf.drafter.dflash import DFlash
 from specauf.run import new_drafter
+from specauf.strict import ConfigError
 from specauf.target import Target
 
 WANTED = DrafterConfig(block_size=4, num_hidden_layers=2, num_taps=2, mask_token_id=59)

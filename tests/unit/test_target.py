@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specauf.config import ConfigError, TargetConfig, UserError
+from specauf.config import TargetConfig
+from specauf.strict import ConfigError, UserError
 from specauf.target import Target
 from tests.conftest import make_target
 

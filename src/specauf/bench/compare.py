@@ -11,12 +11,15 @@ from typing import Any, Protocol
 from specauf import provenance
 from specauf.bench.runner import LiveCheck, Recorded, check_live, comparison, measure, recorded
 from specauf.bench.selection import selected
-from specauf.bench.tasks import TASKS, load_task, render_prompts
-from specauf.config import ConfigError, EvalConfig, UserError
+from specauf.bench.tasks import describe_task, load_task, render_prompts
+from specauf.config import EvalConfig
 from specauf.decode.propose import DrafterProposer, PromptLookup
 from specauf.decode.select import Selection
-from specauf.drafter.dflash import DFlash, load_drafter
+from specauf.drafter.checkpoint import load_drafter
+from specauf.drafter.dflash import DFlash
+from specauf.drafter.domino import Domino
 from specauf.files import atomic_write_text
+from specauf.strict import ConfigError, UserError
 from specauf.target import Target
 
 
@@ -56,10 +59,12 @@ def evaluate(
     live: int,
     console: Progress,
     selection: Selection | None = None,
+    candidate_pool: int = 0,
 ) -> tuple[dict[str, Any], bool]:
     """(results, whether every live check passed). Writes `out/results.json`; the first drafter is the baseline.
 
-    With `selection` every drafter is also decoded live, choosing between candidates: rows of their own.
+    With `selection` every drafter is also decoded live, choosing between candidates, and with `candidate_pool` every Domino
+    drafter is measured with that approximation too: rows of their own.
     """
     if live and config.sampling.temperature:
         raise ConfigError("--live compares token for token, so it needs temperature 0")
@@ -67,11 +72,16 @@ def evaluate(
     block, flag = first.config.block_size, _thinking(first)
     drafters = {name: drafter.to(target.device) for name, drafter in drafters.items()}
     proposers: dict[str, DrafterProposer | PromptLookup] = {n: DrafterProposer(d, target) for n, d in drafters.items()}
+    causal = [n for n, d in drafters.items() if isinstance(d, Domino)] if candidate_pool else []
+    pools = {f"{n}, pool {candidate_pool}": n for n in causal}
+    proposers |= {label: DrafterProposer(drafters[n], target, candidate_pool) for label, n in pools.items()}
+    if candidate_pool and not pools:
+        raise ConfigError("--candidate-pool is for Domino drafters, and none of these is one")
     proposers["prompt-lookup"] = PromptLookup(block)
     tasks = {}
     for task in config.tasks:
         prompts = load_task(task, tasks_dir=config.tasks_dir, data_dir=data_dir)[: config.prompts]
-        label = TASKS[task].label if task in TASKS else task
+        label = describe_task(task, tasks_dir=config.tasks_dir).label
         with console.progress(f"recording the target on {label}", len(prompts)) as advance:
             rendered = render_prompts(target, prompts, flag)
             tasks[task] = recorded(
@@ -95,10 +105,15 @@ def evaluate(
                 {"name": n, "label": n, "kind": "drafter", "steps": d.config.extra.get("steps")}
                 for n, d in drafters.items()
             ),
+            *({"name": label, "label": label, "kind": "drafter"} for label in pools),
             {"name": "prompt-lookup", "label": "prompt lookup", "kind": "lookup"},
         ],
         "evaluation": evaluation,
-        "comparisons": [row for other in names[1:] for row in comparison(tasks, rounds, other, names[0])],
+        "comparisons": [
+            row
+            for other, first in [*((other, names[0]) for other in names[1:]), *pools.items()]
+            for row in comparison(tasks, rounds, other, first)
+        ],
         "checks": [],
         "speedups": [],
     }

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jinja2 import TemplateError
 from rich.text import Text
 
-from specauf.config import UserError
 from specauf.data.sources import Message
+from specauf.strict import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,10 +16,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from specauf.config import DataConfig, UserError, digest
+from specauf.config import DataConfig, digest
 from specauf.data.chat import UnstableTemplate, prompt_ids, render, template_hash, tokenizer_hash
 from specauf.data.sources import Conversation, Ledger, Message, content_hash, counter, read_conversations, split
 from specauf.files import atomic_file, atomic_write_text
+from specauf.strict import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

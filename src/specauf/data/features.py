@@ -16,8 +16,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from specauf.config import FeaturesConfig, UserError, digest
+from specauf.config import FeaturesConfig, digest
 from specauf.files import atomic_file, atomic_write_text
+from specauf.strict import UserError
 from specauf.target import Target
 
 if TYPE_CHECKING:

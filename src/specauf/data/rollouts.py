@@ -9,7 +9,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from specauf.config import DataConfig, SamplingConfig, UserError, digest, require
+from specauf.config import DataConfig, SamplingConfig, digest
+from specauf.strict import UserError, require
 
 if TYPE_CHECKING:
     from specauf.data.dataset import Prepared, TokenDataset

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from specauf.config import UserError
+from specauf.strict import UserError
 
 ROLES = {
     **dict.fromkeys(("human", "user", "prompter"), "user"),

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import DynamicCache
 
-from specauf.config import SamplingConfig, UserError
+from specauf.config import SamplingConfig
 from specauf.decode.propose import DrafterProposer, Proposer
 from specauf.decode.select import Selection, along, build_tree, check_cache, choose, compact, sample_candidates
 from specauf.decode.verify import (
@@ -28,10 +28,11 @@ from specauf.decode.verify import (
     accept_greedy,
     accept_sampled,
     at,
-    draw,
     uniform,
     warp,
 )
+from specauf.drafter.domino import Domino
+from specauf.strict import UserError
 from specauf.target import Target
 
 if TYPE_CHECKING:
@@ -169,6 +170,8 @@ def _check(proposer: Proposer | None, sampling: SamplingConfig, selection: Selec
     if (selection or (drawn and proposer)) and not isinstance(proposer, DrafterProposer):
         what = "self-selection" if selection else "the proposal 'sampled'"
         raise UserError(f"{what} draws from a drafter's probabilities, and there is no drafter here")
+    if selection and isinstance(proposer, DrafterProposer) and isinstance(proposer.drafter, Domino):
+        raise UserError("self-selection draws the slots of a block one by one: Domino's depend on one another")
 
 
 def _propose(
@@ -183,9 +186,10 @@ def _propose(
     if isinstance(proposer, DrafterProposer) and selection:
         return sample_candidates(proposer.logits(ids, anchors), selection, sampling.seed, uid, anchors), None
     if isinstance(proposer, DrafterProposer) and sampling.proposal == "sampled":
-        law = (proposer.logits(ids, anchors) / sampling.temperature).softmax(-1)
         after = anchors[:, None] + torch.arange(1, proposer.block_size, device=ids.device)
-        return draw(law, uniform(sampling.seed, PROPOSE, uid[:, None], after)[..., None]).transpose(1, 2), law
+        numbers = uniform(sampling.seed, PROPOSE, uid[:, None], after)
+        draft, law = proposer.sample(ids, anchors, sampling.temperature, numbers)
+        return draft[:, None], law
     return (proposer.propose(ids, anchors) if proposer else ids[:, :0])[:, None], None
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
+from torch.nn import functional as F
 
-from specauf.drafter.dflash import ContextKV, DFlash, Pending
-from specauf.objective.blocks import block_inputs
+from specauf.decode.verify import draw
+from specauf.drafter.dflash import ContextKV, DFlash
+from specauf.drafter.domino import Corrected, Domino, pool_mask
+from specauf.drafter.vocabulary import draft_head
+from specauf.objective.blocks import block_inputs, prefix_tokens
+from specauf.objective.wavefront import RowSource
+from specauf.strict import UserError
 from specauf.target import Target
 
 if TYPE_CHECKING:
@@ -37,13 +43,18 @@ class Proposer(Protocol):
 
 
 class DrafterProposer:
-    """A DFlash drafter and its context keys and values, kept per row at the absolute position.
+    """A drafter and its context keys and values, kept per row at the absolute position.
 
-    Indexing by position makes ragged batches trivial: what lies at or beyond the anchor is masked, as in training.
+    Indexing by position makes ragged batches trivial: what lies at or beyond the anchor is masked, as in training. With
+    `candidate_pool` a Domino drafter corrects only so many entries of the vocabulary, as SGLang does to save time: 0 is exact.
     """
 
-    def __init__(self, drafter: DFlash, target: Target) -> None:
+    def __init__(self, drafter: DFlash, target: Target, candidate_pool: int = 0) -> None:
         self.drafter, self.target = drafter.eval(), target
+        self.head = draft_head(drafter, target.head_weight, target.head_bias, target.softcap)
+        if candidate_pool and not isinstance(drafter, Domino):
+            raise UserError("a candidate pool limits what a Domino drafter corrects; this one corrects nothing")
+        self.candidate_pool = candidate_pool if candidate_pool < drafter.config.vocab_size else 0
         self.block_size = drafter.config.block_size
         self.layer_ids = drafter.config.target_layer_ids
         self._context: list[ContextKV] = []
@@ -68,25 +79,90 @@ class DrafterProposer:
         self._context = [ContextKV(kv.key[rows], kv.value[rows]) for kv in self._context]
 
     def propose(self, ids: Tensor, anchors: Tensor) -> Tensor:
-        return self.logits(ids, anchors).argmax(-1)
+        return self._chosen(ids, anchors, None)[0]
+
+    def sample(
+        self, ids: Int[Tensor, "b s"], anchors: Int[Tensor, " b"], temperature: float, numbers: Float[Tensor, "b k"]
+    ) -> tuple[Int[Tensor, "b k"], Float[Tensor, "b k v"]]:
+        """A block drawn from the drafter with one number of [0, 1) a token, and the law that each token was drawn from."""
+
+        def choose(i: int, logits: Tensor) -> Tensor:
+            return draw((logits / temperature).softmax(-1), numbers[:, i : i + 1]).squeeze(1)
+
+        tokens, logits = self._chosen(ids, anchors, choose)
+        return tokens, (logits / temperature).softmax(-1)
+
+    @torch.no_grad()
+    def _chosen(
+        self, ids: Tensor, anchors: Tensor, choose: Callable[[int, Tensor], Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        if isinstance(self.drafter, Domino):
+            z, anchor = self._now(ids, anchors), self.target.embed(ids.gather(1, anchors[:, None])[:, 0])
+            return self.drafter.unroll(z, self.head.read(z), anchor, self.target.embed, choose, self.candidate_pool)
+        logits = self.logits(ids, anchors)
+        if choose is None:
+            return logits.argmax(-1), logits
+        return torch.stack([choose(i, logits[:, i]) for i in range(logits.shape[1])], 1), logits
 
     @torch.no_grad()
     def logits(self, ids: Int[Tensor, "b s"], anchors: Int[Tensor, " b"]) -> Float[Tensor, "b k v"]:
-        """Of every slot's marginal: the slots are predicted side by side, so a block's law is their product."""
+        """Of every slot's marginal, for a drafter that predicts the slots side by side: a block's law is their product.
+
+        Over the target's vocabulary: -inf for tokens that are not in the drafter's.
+        """
+        return self.head.spread(self.head.read(self._now(ids, anchors)))
+
+    def _now(self, ids: Tensor, anchors: Tensor) -> Float[Tensor, "b k h"]:
         width = int(anchors.max())
         context = [ContextKV(kv.key[:, :, :width], kv.value[:, :, :width]) for kv in self._context]
-        return self.target.logits(self.hidden(ids, anchors[:, None], context)[:, 0])
+        return self.hidden(ids, anchors[:, None], context)[:, 0]
 
     def hidden(
         self, ids: Int[Tensor, "b s"], anchors: Int[Tensor, "b n"], context: list[ContextKV]
     ) -> Float[Tensor, "b n k h"]:
         """Final hidden states of the predicted slots of any blocks of `ids`."""
-        out: Tensor = self.drafter(self._embeds(ids, anchors), anchors, context)
-        return out[:, :, 1:]
+        return self.drafter.predictions(self.drafter(self._embeds(ids, anchors), anchors, context))
 
-    def pending(self, ids: Int[Tensor, "b s"], anchors: Int[Tensor, "b n"], context: list[ContextKV]) -> Pending:
-        """The same, of the slots that will be asked for."""
-        return self.drafter.pending(self._embeds(ids, anchors), anchors, context)
+    def reading(
+        self, ids: Int[Tensor, "b s"], anchors: Int[Tensor, "b n"], context: list[ContextKV]
+    ) -> tuple[RowSource, Tensor | None]:
+        """The head's rows of any blocks of `ids`, for those that will be asked for, and the head's expansion.
+
+        Domino's are read after the tokens of `ids`, which is what decoding reads as long as every draft agrees with them.
+        """
+        pending = self.drafter.pending(self._embeds(ids, anchors), anchors, context)
+        if not isinstance(self.drafter, Domino):
+            return pending, None
+        said = self.target.embed(prefix_tokens(ids, anchors, self.block_size - 1))
+        return Corrected(self.drafter, pending, said), self.drafter.expansion
+
+    @torch.no_grad()
+    def one(
+        self, ids: Int[Tensor, "1 s"], anchors: Int[Tensor, "1 1"], context: list[ContextKV], number: int
+    ) -> Float[Tensor, " rows"]:
+        """The head's logits of one prediction (0 is the first) of one block."""
+        rows, expansion = self.reading(ids, anchors, context)
+        todo = torch.arange(self.block_size - 1, device=ids.device)[None, None] == number
+        z, code = rows.rows(todo)[0].split(
+            [self.drafter.config.hidden_size, 0 if expansion is None else expansion.shape[1]]
+        )
+        return self.head.read(z) if expansion is None else self.head.read(z) + expansion @ code
+
+    @torch.no_grad()
+    def pooled(
+        self, ids: Int[Tensor, "b s"], anchors: Int[Tensor, "b n"], context: list[ContextKV]
+    ) -> Int[Tensor, "b n k"]:
+        """What a Domino drafter with a candidate pool proposes after the tokens of `ids`, every prediction by itself."""
+        assert isinstance(self.drafter, Domino)
+        z = self.hidden(ids, anchors, context)
+        base = self.target.logits(z)
+        state = self.drafter.prefix(self.target.embed(prefix_tokens(ids, anchors, z.shape[2])).to(z.dtype))
+        number = torch.arange(z.shape[2], device=z.device).expand(z.shape[:3])
+        final = base + F.linear(self.drafter.codes(z, state, number), self.drafter.expansion)
+        pool = pool_mask(base, self.candidate_pool)
+        assert pool is not None
+        closed = ~pool[:, :, None] & (number >= self.drafter.pure)[..., None]
+        return final.masked_fill(closed, -torch.inf).argmax(-1)
 
     def _embeds(self, ids: Tensor, anchors: Tensor) -> Tensor:
         config = self.drafter.config

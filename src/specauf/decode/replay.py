@@ -10,23 +10,29 @@ measured live: nothing here can be asked for it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice, takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from specauf.config import SamplingConfig, UserError
+from specauf.config import SamplingConfig
+from specauf.data.chat import Messages, TemplateRefused, UnstableTemplate, continuation_ids, prompt_ids
+from specauf.data.sources import Message
 from specauf.decode.generate import Round, generate
 from specauf.decode.propose import DrafterProposer, PromptLookup
 from specauf.files import atomic_dir
+from specauf.objective.blocks import counter_hash
 from specauf.objective.metrics import leading_run
 from specauf.objective.wavefront import default_cuts, read_head
+from specauf.strict import UserError
 from specauf.target import Target
 
 if TYPE_CHECKING:
@@ -34,6 +40,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 log = logging.getLogger(__name__)
+
+TURN = 22
+"""Stream of the counter hash that numbers the later answers of a conversation for the randomness."""
 
 
 @dataclass(frozen=True)
@@ -50,39 +59,117 @@ class Trajectory:
         return self.prompt + self.tokens
 
 
+class Dialogue(NamedTuple):
+    """A conversation to record. Of one with a single answer, the first two fields say it all."""
+
+    id: str
+    prompt: list[int]
+    """Of the first answer."""
+    messages: Messages = ()
+    """What `prompt` renders."""
+    later: Sequence[str] = ()
+    """What the user says after each answer but the last."""
+    enable_thinking: bool = False
+
+
 def record(
     target: Target,
-    prompts: Sequence[tuple[str, list[int]]],
+    prompts: Sequence[tuple[str, list[int]] | Dialogue],
     *,
     limit: int,
     block_size: int,
     sampling: SamplingConfig,
     batch_size: int = 16,
+    parts: Path | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[Trajectory]:
-    """Plain batched decoding of (id, prompt ids). Prompts are numbered in the order given, for the randomness.
+    """Plain batched decoding of (id, prompt ids), or of conversations: one trajectory an answer, in the order given.
 
-    Raises `UserError` when `sampling` asks for a drawn proposal, which replay over the recording could not measure.
+    Conversations are numbered in that order, for the randomness. The answers of one with several are named `<id>#1`,
+    `<id>#2`. With `parts`, a directory, every batch is kept there and a killed recording goes on with what is missing.
+    `on_progress` is told of conversations. Raises `UserError` when `sampling` asks for a drawn proposal, which replay
+    over the recording could not measure.
     """
     if sampling.proposal != "greedy":
         raise UserError("replay measures deterministic proposals alone: proposal 'sampled' is for `specauf generate`")
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i][1]))  # alike lengths share a batch
-    done: dict[int, Trajectory] = {}
-    for start in range(0, len(order), batch_size):
-        part = order[start : start + batch_size]
+    dialogues = {i: Dialogue(*p) for i, p in enumerate(prompts)}
+    done = _read_parts(parts, dialogues) if parts else {}
+    if on_progress and done:
+        on_progress(len(done))
+    left = sorted(dialogues.keys() - done.keys(), key=lambda i: (len(dialogues[i].prompt), i))  # alike share a batch
+    for start in range(0, len(left), batch_size):
+        batch = left[start : start + batch_size]
+        made = _answer(target, {i: dialogues[i] for i in batch}, limit, block_size, sampling)
+        if parts:
+            found = [t for i in batch for t in made[i]]
+            save_trajectories(parts / f"{batch[0]:06d}", found, {"conversations": batch})
+        done |= made
+        if on_progress:
+            on_progress(len(batch))
+    return [t for i in dialogues for t in done[i]]
+
+
+def _answer(
+    target: Target, batch: Mapping[int, Dialogue], limit: int, block_size: int, sampling: SamplingConfig
+) -> dict[int, list[Trajectory]]:
+    """Every answer of the conversations, by their number; the batch goes from turn to turn together."""
+    made: dict[int, list[Trajectory]] = {i: [] for i in batch}
+    prompts, turn = {i: d.prompt for i, d in batch.items()}, 0
+    while prompts:
         out = generate(
             target,
             None,
-            [prompts[i][1] for i in part],
+            list(prompts.values()),
             sampling=sampling,
             max_new_tokens=limit + block_size - 1,
-            uids=part,
+            uids=[int(counter_hash(TURN, i, turn)) if turn else i for i in prompts],
         )
-        for i, generation in zip(part, out, strict=True):
-            done[i] = Trajectory(prompts[i][0], generation.prompt, generation.tokens, generation.ended)
-        if on_progress:
-            on_progress(len(part))
-    return [done[i] for i in range(len(prompts))]
+        for i, generation in zip(prompts, out, strict=True):
+            name = f"{batch[i].id}#{turn + 1}" if batch[i].later else batch[i].id
+            made[i].append(Trajectory(name, generation.prompt, generation.tokens, generation.ended))
+        going, turn = [i for i in prompts if turn < len(batch[i].later)], turn + 1
+        prompts = {i: next_prompt(target, batch[i], made[i], limit) for i in going}
+    return made
+
+
+def next_prompt(target: Target, dialogue: Dialogue, answered: Sequence[Trajectory], limit: int) -> list[int]:
+    """The last prompt, the target's own answer and the template's text up to the next one, token for token.
+
+    The answer is what precedes EOS and the limit; the template's end of turn stands behind it, also when the limit cut
+    it. Under a template that changes what it rendered before (that drops the thinking of earlier answers, say) the
+    conversation is rendered anew, as a server would. Raises `UserError` when the template refuses it.
+    """
+    tokenizer, eos = target.tokenizer, target.eos_ids()
+    if tokenizer is None:
+        raise UserError(f"{target.name} has no tokenizer, which the second turn of {dialogue.id} needs")
+    tokens = [list(takewhile(lambda token: token not in eos, t.tokens[:limit])) for t in answered]
+    texts = [str(tokenizer.decode(answer, clean_up_tokenization_spaces=False)) for answer in tokens]
+    said: list[Mapping[str, str]] = [m._asdict() if isinstance(m, Message) else m for m in dialogue.messages]
+    for text, asked in zip(texts, dialogue.later, strict=False):
+        said += [{"role": "assistant", "content": text}, {"role": "user", "content": asked}]
+    *before, _, question = said
+    for end in sorted(eos):  # the template ends a turn with one of them, not always the one that the target chose
+        with contextlib.suppress(UnstableTemplate):
+            rest = continuation_ids(tokenizer, before, texts[-1], end, [question], dialogue.enable_thinking)
+            return [*answered[-1].prompt, *tokens[-1], end, *rest]
+    try:
+        return prompt_ids(tokenizer, said, dialogue.enable_thinking)
+    except TemplateRefused as error:
+        raise UserError(f"{dialogue.id}: the chat template refuses turn {len(answered) + 1}: {error}") from None
+
+
+def _read_parts(parts: Path, dialogues: Mapping[int, Dialogue]) -> dict[int, list[Trajectory]]:
+    """The answers that a recording before this one left, by the number of their conversation."""
+    done: dict[int, list[Trajectory]] = {}
+    for directory in sorted(parts.glob("[0-9]*")):
+        try:
+            found, meta = load_trajectories(directory)
+        except UserError:  # damaged: recorded again
+            continue
+        at = iter(found)
+        for i in cast("list[int]", meta["conversations"]):
+            done[i] = list(islice(at, 1 + len(dialogues[i].later)))
+    return done
 
 
 def save_trajectories(directory: Path, trajectories: Sequence[Trajectory], meta: dict[str, object]) -> None:
@@ -137,6 +224,8 @@ def acceptances(
     first, count = len(trajectory.prompt), len(trajectory.tokens)
     stop = min(limit, count) - 1  # rounds start while fewer than `limit` tokens are committed, and not at the last one
     anchors = torch.arange(first, first + max(stop, 0))
+    if isinstance(proposer, DrafterProposer) and proposer.candidate_pool:
+        chunk = min(chunk, 16)  # every prediction's logits are held
     k = proposer.block_size - 1
     place = anchors[:, None] + torch.arange(1, k + 1)
     valid = place < len(ids)
@@ -147,22 +236,29 @@ def acceptances(
         return leading_run(hit & valid, torch.ones_like(valid))
     if features is None:
         raise ValueError("a trained drafter is replayed over the trajectory's features")
-    target, device = proposer.target, proposer.target.device
+    head, device = proposer.head, proposer.target.device
     parts = [anchors[:0]]
     everything = torch.arange(len(ids), device=device)[None]
     context = proposer.drafter.context(features[None].to(device, proposer.drafter.fc.weight.dtype), everything)
     for start in range(0, len(anchors), chunk):
         now = slice(start, start + chunk)
-        hidden = proposer.pending(ids[None].to(device), anchors[now][None].to(device), context)
+        here = ids[None].to(device), anchors[now][None].to(device)
+        if proposer.candidate_pool:
+            right = proposer.pooled(*here, context) == labels[now].to(device)
+            parts.append(leading_run(right[0] & valid[now].to(device), torch.ones_like(right[0])).cpu())
+            continue
+        hidden, expansion = proposer.reading(*here, context)
         readout = read_head(
             hidden,
             labels[now][None].to(device),
             valid[now][None].to(device),
-            target.head_weight,
-            target.head_bias,
-            softcap=target.softcap,
+            head.weight,
+            head.bias,
+            expansion=expansion,
+            softcap=head.softcap,
             cuts=default_cuts(k),
             wants=(),
+            rows_of=head.rows_of,
         )
         # Slots beyond the end of the recording are not holes: nothing can be accepted there.
         parts.append(leading_run(readout.hit[0], torch.ones_like(readout.hit[0])).cpu())

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from specauf import provenance
-from specauf.config import DataConfig, UserError, digest, to_dict
+from specauf.config import DataConfig, digest
 from specauf.data.chat import UnstableTemplate, continuation_ids, prompt_ids
 from specauf.data.dataset import META, Prepared, TokenDataset, write_heldout
 from specauf.data.rollouts import SETTINGS, RolloutConfig
@@ -29,6 +29,7 @@ from specauf.decode.generate import generate
 from specauf.decode.propose import Proposer
 from specauf.files import atomic_file, atomic_write_text
 from specauf.objective.blocks import counter_hash
+from specauf.strict import UserError, to_dict
 from specauf.target import Target
 
 if TYPE_CHECKING:

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from specauf.config import SamplingConfig, UserError, require
+from specauf.config import SamplingConfig
 from specauf.decode.verify import CANDIDATE, draw, uniform, warp
+from specauf.strict import UserError, require
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from specauf.config import ConfigError
+from specauf.strict import ConfigError
 
 
 def spread_layer_ids(num_target_layers: int, num_taps: int) -> tuple[int, ...]:
@@ -22,8 +22,28 @@ def spread_layer_ids(num_target_layers: int, num_taps: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
+class DominoHead:
+    """The causal correction that makes a DFlash drafter a Domino one (`projector_type: domino`)."""
+
+    gru_hidden_dim: int
+    emb_dim: int
+    pure_draft_prefix_len: int = 1
+    """Predictions that stay the base branch's own; SGLang serves 1 alone."""
+    shift_label: bool = True
+    """Slot k predicts the token at anchor + k + 1, as in shipped checkpoints, rather than at anchor + k."""
+
+    def __post_init__(self) -> None:
+        for name, low in (("gru_hidden_dim", 1), ("emb_dim", 1), ("pure_draft_prefix_len", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ConfigError(f"{name} must be a whole number >= {low}, got {value!r}")
+        if not isinstance(self.shift_label, bool):
+            raise ConfigError(f"shift_label must be true or false, got {self.shift_label!r}")
+
+
+@dataclass(frozen=True)
 class DFlashConfig:
-    """Geometry of a DFlash drafter. `block_size` counts the anchor slot."""
+    """Geometry of a DFlash drafter, with a Domino head or without. `block_size` counts the anchor slot."""
 
     hidden_size: int
     intermediate_size: int
@@ -42,6 +62,9 @@ class DFlashConfig:
     initializer_range: float = 0.02
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
+    domino: DominoHead | None = None
+    draft_vocab_size: int | None = None
+    """Tokens that the drafter can say, when they are fewer than the target's; `vocabulary.py` says which."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Provenance kept under the key `specauf`: objective, reduction, template hash, thinking flag, ..."""
 
@@ -58,12 +81,30 @@ class DFlashConfig:
             raise ConfigError(
                 f"target_layer_ids {list(self.target_layer_ids)}: need ids from 0 to {self.num_target_layers - 2}"
             )
+        if self.draft_vocab_size is not None and not 2 <= self.draft_vocab_size < self.vocab_size:
+            raise ConfigError(
+                f"draft_vocab_size {self.draft_vocab_size} must be at least 2 and less than the target's vocabulary, "
+                f"{self.vocab_size}"
+            )
+        if self.draft_vocab_size is not None and self.domino:
+            raise ConfigError("draft_vocab_size is not supported for a Domino drafter, whose correction is full-width")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError("num_attention_heads must be a multiple of num_key_value_heads")
 
     @property
     def num_predictions(self) -> int:
+        """Tokens proposed a round, N_serve = B - 1 for every drafter."""
         return self.block_size - 1
+
+    @property
+    def num_trained(self) -> int:
+        """Predictions supervised in a block, N_train: all B slots of a shifted Domino, whose last is never served."""
+        return self.block_size - self.first_slot
+
+    @property
+    def first_slot(self) -> int:
+        """The slot that predicts the token after the anchor: 0 under `shift_label`, else 1."""
+        return int(not (self.domino and self.domino.shift_label))
 
     @classmethod
     def for_target(
@@ -76,6 +117,8 @@ class DFlashConfig:
         target_layer_ids: Sequence[int] | None = None,
         num_taps: int = 5,
         intermediate_size: int | None = None,
+        domino: DominoHead | None = None,
+        draft_vocab_size: int | None = None,
     ) -> DFlashConfig:
         """The drafter that fits a Hugging Face target config: its widths, heads and rotary base, fewer layers."""
         rope = getattr(target, "rope_parameters", None) or {}
@@ -98,10 +141,17 @@ class DFlashConfig:
             max_position_embeddings=target.max_position_embeddings,
             bos_token_id=target.bos_token_id,
             eos_token_id=target.eos_token_id,
+            domino=domino,
+            draft_vocab_size=_reduced(draft_vocab_size, target.vocab_size, "drafter"),
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The z-lab layout: a flat Qwen3 config with `block_size`, `num_target_layers` and a nested `dflash_config`."""
+        """The z-lab layout: a flat Qwen3 config with `block_size`, `num_target_layers` and a nested `dflash_config`.
+
+        A Domino drafter has the same `architectures`, which is what SGLang loads, and says `projector_type` in the nested
+        part, where SpecForge keeps its head's sizes too.
+        """
+        head = {"projector_type": "domino", **asdict(self.domino)} if self.domino else {}
         return {
             "architectures": ["DFlashDraftModel"],
             "model_type": "qwen3",
@@ -110,6 +160,7 @@ class DFlashConfig:
             "dflash_config": {
                 "mask_token_id": self.mask_token_id,
                 "target_layer_ids": list(self.target_layer_ids),
+                **head,
             },
             "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size,
@@ -118,6 +169,7 @@ class DFlashConfig:
             "num_key_value_heads": self.num_key_value_heads,
             "head_dim": self.head_dim,
             "vocab_size": self.vocab_size,
+            **({"draft_vocab_size": self.draft_vocab_size} if self.draft_vocab_size else {}),
             "hidden_act": "silu",
             "rms_norm_eps": self.rms_norm_eps,
             "rope_theta": self.rope_theta,  # older readers look here, newer ones in rope_parameters
@@ -148,10 +200,10 @@ class DFlashConfig:
                 raise ConfigError(f"{where}: the field {name!r} is missing; it is never guessed")
             return value
 
-        if "DFlashDraftModel" not in data.get("architectures", []):
-            raise ConfigError(f"{where}: architectures is {data.get('architectures')}, expected ['DFlashDraftModel']")
-        if nested.get("projector_type"):
-            raise ConfigError(f"{where}: projector_type {nested['projector_type']!r} is not a plain DFlash drafter")
+        domino = _domino_head(data, where)
+        known = ["DFlashDraftModel", "DominoDraftModel"] if domino else ["DFlashDraftModel"]
+        if not set(known) & set(data.get("architectures") or []):
+            raise ConfigError(f"{where}: architectures is {data.get('architectures')}, expected one of {known}")
         for name, plain in (("attention_bias", False), ("is_causal", False), ("use_sliding_window", False)):
             if data.get(name, plain) not in (plain, None):
                 raise ConfigError(f"{where}: {name}={data[name]!r} is not supported, only {plain!r}")
@@ -185,5 +237,41 @@ class DFlashConfig:
             initializer_range=data.get("initializer_range", 0.02),
             bos_token_id=data.get("bos_token_id"),
             eos_token_id=data.get("eos_token_id"),
+            domino=domino,
+            draft_vocab_size=_reduced(data.get("draft_vocab_size"), get("vocab_size"), where),
             extra=data.get("specauf", {}),
         )
+
+
+def _reduced(size: Any, vocab_size: int, where: str) -> int | None:
+    """A draft vocabulary as large as the target's is none, as speculators has it."""
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or not 2 <= size <= vocab_size):
+        raise ConfigError(
+            f"{where}: draft_vocab_size must be from 2 to {vocab_size}, the size of the target's vocabulary, got {size!r}"
+        )
+    return None if size == vocab_size else size
+
+
+def _domino_head(data: Mapping[str, Any], where: str) -> DominoHead | None:
+    """The head that `dflash_config` describes; sizes repeated at the top level must agree."""
+    nested = data.get("dflash_config", {})
+    kind = nested.get("projector_type")
+    if kind is None:
+        if "DominoDraftModel" in (data.get("architectures") or []):
+            raise ConfigError(f"{where}: the field 'projector_type' is missing from dflash_config of a Domino drafter")
+        return None
+    if kind != "domino":
+        raise ConfigError(f"{where}: projector_type {kind!r} is not supported, only 'domino' or none (plain DFlash)")
+    found = {}
+    for name in (f.name for f in fields(DominoHead)):
+        if name not in nested:
+            raise ConfigError(f"{where}: the field {name!r} is missing from dflash_config; it is never guessed")
+        if data.get(name, nested[name]) != nested[name]:
+            raise ConfigError(
+                f"{where}: {name} is {nested[name]!r} in dflash_config and {data[name]!r} at the top level"
+            )
+        found[name] = nested[name]
+    try:
+        return DominoHead(**found)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None

@@ -7,20 +7,12 @@ LM head belong to the target and are neither held nor saved here.
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
-from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from specauf.config import UserError
 from specauf.drafter.attention import block_attention
 from specauf.drafter.config import DFlashConfig
 
@@ -145,19 +137,20 @@ class Pending:
     def __init__(self, drafter: DFlash, x: Float[Tensor, "b n slots h"], anchors: Tensor, context: ContextKV) -> None:
         self.layer: Layer = drafter.layers[-1]  # type: ignore[assignment]
         self.norm, self.x, self.anchors, self.context = drafter.norm, x, anchors, context
+        self.first = drafter.config.first_slot
         self.normed = self.layer.input_layernorm(x)
         self.block = self.layer.self_attn.block(self.normed, anchors)
         self.autocast = torch.is_autocast_enabled(x.device.type)
 
     def rows(self, todo: Bool[Tensor, "b n k"]) -> Float[Tensor, "rows h"]:
-        """Final hidden states of the predictions (slot k+1 of the block) where `todo` is true, in `nonzero` order."""
+        """Final hidden states of the predictions where `todo` is true, in `nonzero` order; the first is `first_slot`'s."""
         with torch.autocast(self.x.device.type, torch.bfloat16, enabled=self.autocast):
             return self._rows(todo)
 
     def _rows(self, todo: Tensor) -> Tensor:
         slots, asked = todo.any(1).any(0).nonzero().squeeze(1), todo.any(-1)
         if not len(slots):
-            return self.x[:, :, 1:][todo]
+            return self.x[:0, 0, 0]
         first, last = int(slots[0]), int(slots[-1]) + 1
         x, normed, anchors, block = self.x, self.normed, self.anchors, self.block
         width = int(asked.sum(1).max())
@@ -168,8 +161,8 @@ class Pending:
             row = torch.arange(len(chosen), device=chosen.device)[:, None]
             x, normed, anchors, todo = x[row, chosen], normed[row, chosen], anchors[row, chosen], todo[row, chosen]
             block = BlockKV(*(t.transpose(1, 2)[row, chosen].transpose(1, 2) for t in block))
-        now, todo = slice(first + 1, last + 1), todo[..., first:last]
-        seen = self.layer.self_attn(normed[:, :, now], anchors, self.context, block, first + 1)
+        now, todo = slice(first + self.first, last + self.first), todo[..., first:last]
+        seen = self.layer.self_attn(normed[:, :, now], anchors, self.context, block, now.start)
         out: Tensor = self.norm(self.layer.finish(x[:, :, now][todo], seen[todo]))
         return out
 
@@ -184,6 +177,11 @@ class DFlash(nn.Module):
         self.fc = nn.Linear(len(config.target_layer_ids) * config.hidden_size, config.hidden_size, bias=False)
         self.hidden_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.t2d: Tensor
+        self.d2t: Tensor
+        if config.draft_vocab_size is not None:  # undecided while t2d is false everywhere; see vocabulary.py
+            self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool))
+            self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
         generator = torch.Generator().manual_seed(seed)
         for parameter in self.parameters():
             if parameter.ndim == 2:
@@ -197,7 +195,7 @@ class DFlash(nn.Module):
     def forward(
         self, embeds: Float[Tensor, "b n slots h"], anchors: Int[Tensor, "b n"], context: list[ContextKV]
     ) -> Float[Tensor, "b n slots h"]:
-        """Final hidden state of every slot; the predictions are slots 1..B-1, through the target's LM head.
+        """Final hidden state of every slot; those of the predictions go through the target's LM head (`predictions`).
 
         `embeds` are the target's embeddings of [anchor token, MASK, ...]; slot k sits at rotary position anchor + k and
         sees context positions < anchor and its own block.
@@ -207,6 +205,11 @@ class DFlash(nn.Module):
             x = layer(x, anchors, kv)
         return self.norm(x)
 
+    def predictions(self, hidden: Float[Tensor, "b n slots h"]) -> Float[Tensor, "b n k h"]:
+        """Of the slots that propose the B-1 tokens after the anchor."""
+        first = self.config.first_slot
+        return hidden[:, :, first : first + self.config.num_predictions]
+
     def pending(
         self, embeds: Float[Tensor, "b n slots h"], anchors: Int[Tensor, "b n"], context: list[ContextKV]
     ) -> Pending:
@@ -215,44 +218,3 @@ class DFlash(nn.Module):
         for layer, kv in zip(self.layers[:-1], context, strict=False):
             x = layer(x, anchors, kv)
         return Pending(self, x, anchors, context[-1])
-
-
-def save_drafter(drafter: DFlash, directory: str | Path, extra: Mapping[str, Any] | None = None) -> Path:
-    """Write `config.json` and `model.safetensors` in the z-lab layout, without a name prefix; atomic per file."""
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in drafter.state_dict().items()}
-    config = dataclasses.replace(drafter.config, extra={**drafter.config.extra, **(extra or {})}).to_json()
-    config["dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    save_file(tensors, directory / "model.safetensors.tmp", metadata={"format": "pt"})
-    os.replace(directory / "model.safetensors.tmp", directory / "model.safetensors")
-    (directory / "config.json.tmp").write_text(json.dumps(config, indent=2) + "\n")
-    os.replace(directory / "config.json.tmp", directory / "config.json")
-    return directory
-
-
-def load_drafter(directory: str | Path, device: str | torch.device = "cpu") -> DFlash:
-    """Load a drafter strictly. Raises `UserError` on a missing file, field or tensor, or an unexpected one."""
-    directory = Path(directory)
-    for name in ("config.json", "model.safetensors"):
-        if not (directory / name).is_file():
-            raise UserError(f"{directory} is not a drafter checkpoint: {name} is missing")
-    try:
-        fields = json.loads((directory / "config.json").read_text())
-        tensors = load_file(directory / "model.safetensors", device=str(device))
-    except (ValueError, SafetensorError) as error:
-        raise UserError(f"{directory} is not a drafter checkpoint: {error}") from None
-    config = DFlashConfig.from_json(fields, str(directory / "config.json"))
-    with torch.device("meta"):
-        drafter = DFlash(config)
-    wanted = {name: tuple(p.shape) for name, p in drafter.state_dict().items()}
-    found = {name: tuple(t.shape) for name, t in tensors.items()}
-    for what, names in (
-        ("missing", wanted.keys() - found.keys()),
-        ("unexpected", found.keys() - wanted.keys()),
-        ("misshapen", {n for n in wanted.keys() & found.keys() if wanted[n] != found[n]}),
-    ):
-        if names:
-            raise UserError(f"{directory}/model.safetensors: {what} tensors {', '.join(sorted(names)[:5])}")
-    drafter.load_state_dict(tensors, strict=True, assign=True)
-    return drafter

@@ -123,6 +123,15 @@ def slot_uniform(
     return counter_uniform(seed, SLOT_UNIFORM, epoch, uid[:, None, None], anchors[..., None], slot)
 
 
+def prefix_tokens(
+    input_ids: Int[Tensor, "b s"], anchors: Int[Tensor, "b n"], num_predictions: int
+) -> Int[Tensor, "b n k"]:
+    """The token before each predicted one, a .. a+N-1: what a causal head reads under teacher forcing."""
+    position = anchors[..., None] + torch.arange(num_predictions, device=anchors.device)
+    flat = position.clamp(max=input_ids.shape[1] - 1).flatten(1)
+    return input_ids.gather(1, flat).view_as(position)
+
+
 def block_inputs(
     input_ids: Int[Tensor, "b s"], anchors: Int[Tensor, "b n"], block_size: int, mask_token_id: int
 ) -> Int[Tensor, "b n slots"]:

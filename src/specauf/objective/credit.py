@@ -83,14 +83,26 @@ def continuation(r: Float[Tensor, "... k"], valid: Bool[Tensor, "... k"]) -> Flo
 
 
 def gate(
-    slots: Slots, *, temperature: float = 1.0, alpha: float = 0.0, shift: int = 0, future: bool = False
+    slots: Slots,
+    *,
+    temperature: float = 1.0,
+    alpha: float = 0.0,
+    shift: int = 0,
+    future: bool = False,
+    eps: float = 0.0,
 ) -> Float[Tensor, "... k"]:
     """The gate of the module's head. Temperature 0 is the argmax's 0 or 1; any other says at which `slots.prob` was read.
-    `shift` 1 is the exclusive gate, which keeps the breaker; `future` is f, the continuation."""
+    `shift` 1 is the exclusive gate, which keeps the breaker; `future` is f, the continuation.
+
+    `eps` > 0 cuts a block off behind the first slot whose G_i is below it: later slots have gate 0 and are in no sum,
+    whether they were read or not.
+    """
     q = slots.hit.float() if temperature == 0 else slots.prob  # type: ignore[union-attr]
     r = torch.where(slots.valid, (1 - alpha) * q + alpha, 1.0)  # type: ignore[operator]
+    kept = exclusive_prefix(r.cumprod(-1) >= eps)
+    r = r * kept if eps else r
     prefix = r.cumprod(-1)
-    prefix = before(prefix) if shift else prefix
+    prefix = before(prefix) * kept if shift else prefix
     return prefix * continuation(r, slots.valid) if future else prefix
 
 
@@ -107,9 +119,9 @@ def auf(slots: Slots) -> Tensor:
     return gate(slots, temperature=0, shift=1)
 
 
-def soft_auf(slots: Slots, temperature: float = 1.0, alpha: float = 0.0) -> Tensor:
+def soft_auf(slots: Slots, temperature: float = 1.0, alpha: float = 0.0, eps: float = 0.0) -> Tensor:
     """The exclusive gate: how likely a sample of the drafter still agrees before i. AUF is its limit at T = 0."""
-    return gate(slots, temperature=temperature, alpha=alpha, shift=1)
+    return gate(slots, temperature=temperature, alpha=alpha, shift=1, eps=eps)
 
 
 def sampled_auf(slots: Slots) -> Tensor:
@@ -117,14 +129,14 @@ def sampled_auf(slots: Slots) -> Tensor:
     return exclusive_prefix(sample_agrees(slots) | ~slots.valid).float()
 
 
-def dpace(slots: Slots, temperature: float = 1.0, alpha: float = 0.5) -> Tensor:
+def dpace(slots: Slots, temperature: float = 1.0, alpha: float = 0.5, eps: float = 0.0) -> Tensor:
     """D-PACE: the inclusive gate times the continuation, both smoothed."""
-    return gate(slots, temperature=temperature, alpha=alpha, future=True)
+    return gate(slots, temperature=temperature, alpha=alpha, future=True, eps=eps)
 
 
-def dpace_cumulative(slots: Slots, temperature: float = 1.0, alpha: float = 0.5) -> Tensor:
+def dpace_cumulative(slots: Slots, temperature: float = 1.0, alpha: float = 0.5, eps: float = 0.0) -> Tensor:
     """D-PACE's first factor alone."""
-    return gate(slots, temperature=temperature, alpha=alpha)
+    return gate(slots, temperature=temperature, alpha=alpha, eps=eps)
 
 
 def dpace_continuation(slots: Slots, temperature: float = 1.0, alpha: float = 0.5) -> Tensor:
@@ -132,9 +144,9 @@ def dpace_continuation(slots: Slots, temperature: float = 1.0, alpha: float = 0.
     return continuation(torch.where(slots.valid, (1 - alpha) * slots.prob + alpha, 1.0), slots.valid)  # type: ignore[operator]
 
 
-def streak_credit(slots: Slots, temperature: float = 1.0) -> Tensor:
+def streak_credit(slots: Slots, temperature: float = 1.0, eps: float = 0.0) -> Tensor:
     """The gradient of the expected streak, per log-probability (paper, equation 2): D-PACE without smoothing."""
-    return gate(slots, temperature=temperature, future=True)
+    return gate(slots, temperature=temperature, future=True, eps=eps)
 
 
 # Position priors, the controls.
@@ -211,6 +223,15 @@ def in_top_k(slots: Slots, k: int = 3) -> Tensor:
 def sample_agrees(slots: Slots) -> Tensor:
     """Does a token drawn from the drafter equal the label? It does with probability q, which is all that is needed."""
     return slots.uniform < slots.prob  # type: ignore[operator]
+
+
+def gate_holds(slots: Slots, temperature: float = 1.0, alpha: float = 0.0, eps: float = 0.0) -> Tensor:
+    """The inclusive gate is not below eps."""
+    return gate(slots, temperature=temperature, alpha=alpha) >= eps
+
+
+def streak_holds(slots: Slots, temperature: float = 1.0, eps: float = 0.0) -> Tensor:
+    return gate_holds(slots, temperature, eps=eps)
 
 
 def within_k(slots: Slots, k: int = 1) -> Tensor:

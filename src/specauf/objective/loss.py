@@ -19,7 +19,7 @@ from specauf.objective.registry import Rows, Rule, call, check_options, rule_of
 from specauf.objective.wavefront import Readout, RowSource, default_cuts, read_head
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
     from specauf.objective.blocks import Blocks
@@ -60,13 +60,22 @@ class Objective:
 
     @property
     def truncates(self) -> bool:
-        """Is the head read only up to the slot where a block fails?"""
-        return self.rule.survives is not None
+        """Is the head read only up to the slot where a block fails? Under an option `eps`, when it is more than 0."""
+        return self.rule.survives is not None and self.options.get("eps", 1) > 0
 
     @property
     def needs_teacher(self) -> bool:
         """Does it read the target's distribution at every slot?"""
         return self.rule.rows != ("ce",)
+
+    def require(self, teacher: Tensor | None, uniform: Tensor | None) -> None:
+        """Raise `ValueError` when an input that the rule reads is not there."""
+        for name, missing in (
+            ("teacher", self.needs_teacher and teacher is None),
+            ("uniform", "uniform" in self.rule.needs and uniform is None),
+        ):
+            if missing:
+                raise ValueError(f"objective {self.name!r} needs {name!r}")
 
     def survives(self, slots: Slots) -> Tensor:
         found: Tensor = call(self.rule.survives, slots, self.options)  # type: ignore[arg-type]
@@ -96,7 +105,7 @@ class LossTerms(NamedTuple):
         return self._replace(num=self.loss[None], den=one, scale=one)
 
 
-class _Recorded:
+class Recorded:
     """Hands rows to the head as constants and keeps them for the gradient."""
 
     def __init__(self, hidden: Tensor | RowSource) -> None:
@@ -110,32 +119,49 @@ class _Recorded:
 
 
 class _WithGradient(torch.autograd.Function):
-    """Scalars whose gradients with respect to the rows were formed with them: sum over kinds of weight x row gradient."""
+    """Scalars whose gradients with respect to the rows were formed with them: sum over kinds of weight x row gradient.
+
+    That with respect to an expansion of the head, if there is one, was formed with the weights in it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, value: Tensor, weights: Tensor, *grads: Tensor) -> Tensor:
-        ctx.save_for_backward(weights, *grads)
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        expansion: Tensor | None,
+        value: Tensor,
+        weights: Tensor,
+        spread: Tensor | None,
+        *grads: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(weights, spread, *grads)
         return value
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        weights, *grads = ctx.saved_tensors  # kinds parts rows; rows h each
+        weights, spread, *grads = ctx.saved_tensors  # kinds parts rows; parts v e; rows h each
         total = torch.zeros_like(grads[0])
         for weight, grad in zip(weights, grads, strict=True):
             row = (outputs[0].to(weight.dtype) @ weight)[:, None]
             total = torch.where(row != 0, total + grad * row.to(grad.dtype), total)
-        return total, None, None, *(None for _ in grads)
+        wide = None if spread is None else torch.einsum("p,pve->ve", outputs[0].to(spread.dtype), spread)
+        return total, wide, None, None, None, *(None for _ in grads)
 
 
 def credit_of(
     readout: Readout, blocks: Blocks, objective: Objective, uniform: Float[Tensor, "b n k"] | None = None
 ) -> list[tuple[float, Float[Tensor, "b n k"]]]:
-    """(scale, m c) of every part, detached."""
+    """(scale, m c) of every part, detached; m is also 0 where the head has no row for the label."""
     decay = position_decay(blocks.valid.shape[-1], objective.gamma).to(readout.ce)
     with torch.no_grad():
         found = call(objective.rule.credit, readout.slots(blocks.valid, uniform, decay), objective.options)
         parts = found if isinstance(found, tuple) else ((1.0, found),)
-        return [(scale, c.to(readout.ce) * blocks.valid) for scale, c in parts]
+        return [(scale, c.to(readout.ce) * learnable(readout, blocks)) for scale, c in parts]
+
+
+def learnable(readout: Readout, blocks: Blocks) -> Bool[Tensor, "b n k"]:
+    """The valid slots whose label the head has a row for: those that have a loss."""
+    return blocks.valid if readout.outside is None else blocks.valid & ~readout.outside
 
 
 def reduce(
@@ -162,22 +188,18 @@ def block_loss(
     softcap: float | None = None,
     logits_rows: int = 256,
     cuts: Sequence[int] | None = None,
+    rows_of: Int[Tensor, " tokens"] | None = None,
 ) -> LossTerms:
     """The objective on the drafter's final hidden states of the predicted slots, given or computed when asked for.
 
     `weight` [v, h], `bias` [v] and `softcap` are the target's frozen LM head; they get no gradient. `teacher` are the
     target's final hidden states at the position before each label (PARD-2, LK), `uniform` one number of [0, 1) a slot
     (sampled AUF), `cuts` the wavefront's stage ends (see `plan_cuts`). Rows outside the credited support get a gradient of
-    exactly 0.0. Raises `ValueError` when an input is missing.
+    exactly 0.0. With `rows_of`, the head's row of each token or -1 (see `read_head`), a label without a row fails, has no
+    credit and is in no denominator. Raises `ValueError` when an input is missing.
     """
-    rule = objective.rule
-    for name, missing in (
-        ("teacher", objective.needs_teacher and teacher is None),
-        ("uniform", "uniform" in rule.needs and uniform is None),
-    ):
-        if missing:
-            raise ValueError(f"objective {objective.name!r} needs {name!r}")
-    kinds, source = rule.rows, _Recorded(hidden)
+    rule, source = objective.rule, Recorded(hidden)
+    objective.require(teacher, uniform)
     readout = read_head(
         source,
         blocks.labels,
@@ -189,36 +211,71 @@ def block_loss(
         uniform=uniform,
         teacher=teacher if objective.needs_teacher else None,
         temperature=objective.options.get("temperature", 1.0),
-        wants=kinds,
+        wants=rule.rows,
         ranks="rank" in rule.needs,
         softcap=softcap,
         logits_rows=logits_rows,
+        rows_of=rows_of,
     )
     parts = credit_of(readout, blocks, objective, uniform)
-    # The loss is a function of the rows' figures; what it multiplies each row's gradient with, autograd finds on [b, n, k].
-    with torch.enable_grad():
-        leaves = {kind: getattr(readout, kind).clone().requires_grad_() for kind in kinds}
-        figures = {"ce": readout.ce, "kl": readout.kl, "overlap": readout.overlap, **leaves}
-        rows = call(rule.loss, Rows(**figures, valid=blocks.valid), objective.options)
-        reduced = [reduce(rows, credit, objective.reduction) for _, credit in parts]
-        weights = [torch.autograd.grad(num, list(leaves.values()), retain_graph=True) for num, _ in reduced]
+    terms = finish(readout, torch.cat(source.given), blocks, objective, parts)
+    return terms._replace(survival=survival(readout, blocks, objective, uniform)) if objective.truncates else terms
+
+
+def finish(
+    readout: Readout,
+    rows: Float[Tensor, "rows h"],
+    blocks: Blocks,
+    objective: Objective,
+    parts: Sequence[tuple[float, Float[Tensor, "b n k"]]],
+    expansion: Float[Tensor, "v e"] | None = None,
+) -> LossTerms:
+    """The loss of rows that were read, with the gradients that were formed then, under the credits `parts`."""
+    nums, dens, weights = weigh(readout, blocks, objective, parts)
     num = _WithGradient.apply(
-        torch.cat(source.given),
-        torch.stack([num.detach() for num, _ in reduced]),
-        torch.stack([torch.stack(kind) for kind in zip(*weights, strict=True)]).flatten(2)[..., readout.order],
-        *(readout.grad[kind] for kind in kinds),  # type: ignore[index]
+        rows,
+        expansion,
+        nums,
+        weights.flatten(2)[..., readout.order],
+        readout.expansion_grad,
+        *(readout.grad[kind] for kind in objective.rule.rows),  # type: ignore[index]
     )
     return LossTerms(
         num,
-        torch.stack([den.detach() for _, den in reduced]),
+        dens,
         readout.ce.new_tensor([scale for scale, _ in parts]),
         sum((scale * credit for scale, credit in parts), torch.zeros_like(readout.ce)),
-        readout._replace(grad=None, order=None),
-        _survival(readout, blocks, objective, uniform) if objective.truncates else None,
+        readout._replace(grad=None, order=None, expansion_grad=None),
     )
 
 
-def _survival(readout: Readout, blocks: Blocks, objective: Objective, uniform: Tensor | None) -> Float[Tensor, " k"]:
+def weigh(
+    readout: Readout,
+    blocks: Blocks,
+    objective: Objective,
+    parts: Sequence[tuple[float, Float[Tensor, "b n k"]]],
+) -> tuple[Float[Tensor, " parts"], Float[Tensor, " parts"], Float[Tensor, "kinds parts b n k"]]:
+    """(num, den) of every part, and what each row's gradient is multiplied with: autograd finds it on [b, n, k].
+
+    The weights of a plain cross entropy are its credits, whatever the readout holds.
+    """
+    rule = objective.rule
+    with torch.enable_grad():
+        leaves = {kind: getattr(readout, kind).clone().requires_grad_() for kind in rule.rows}
+        figures = {"ce": readout.ce, "kl": readout.kl, "overlap": readout.overlap, **leaves}
+        rows = call(
+            rule.loss, Rows(**figures, valid=learnable(readout, blocks), outside=readout.outside), objective.options
+        )
+        reduced = [reduce(rows, credit, objective.reduction) for _, credit in parts]
+        weights = [torch.autograd.grad(num, list(leaves.values()), retain_graph=True) for num, _ in reduced]
+    return (
+        torch.stack([num.detach() for num, _ in reduced]),
+        torch.stack([den.detach() for _, den in reduced]),
+        torch.stack([torch.stack(kind) for kind in zip(*weights, strict=True)]),
+    )
+
+
+def survival(readout: Readout, blocks: Blocks, objective: Objective, uniform: Tensor | None) -> Float[Tensor, " k"]:
     goes_on = (objective.survives(readout.slots(blocks.valid, uniform)) | ~blocks.valid).cumprod(-1)
     real = blocks.valid.any(-1, keepdim=True)
     return (goes_on * real).sum((0, 1)) / real.sum().clamp(min=1)

@@ -22,31 +22,44 @@ def leading_run(hit: Bool[Tensor, "... k"], valid: Bool[Tensor, "... k"]) -> Int
 
 
 @torch.no_grad()
-def block_metrics(readout: Readout, blocks: Blocks, credit: Float[Tensor, "b n k"]) -> dict[str, tuple[float, float]]:
+def block_metrics(
+    readout: Readout, blocks: Blocks, credit: Float[Tensor, "b n k"], served: int | None = None
+) -> dict[str, tuple[float, float]]:
     """Diagnostics of the paper's section 4 over the blocks that have a valid slot.
 
     `r_active` is |S| / (B-1), `r_active_B` is |S| / B (the paper writes B), S the slots with credit; `a_support` the
     accuracy on S; `simulated_tau` the leading run plus one against the data, teacher-forced; `head_rows` the rows put
     through the LM head per block; `common_accuracy` the accuracy on all valid slots, only when all were evaluated;
-    `first_error_k` the share of blocks whose first failing slot is k (`first_error_0`: none failed).
+    `outside` the share of valid slots whose label is not in the draft vocabulary, where there is one (wrong in every
+    figure); `first_error_k` the share of blocks whose first failing slot is k (`first_error_0`: none failed); `credit_k`
+    the mean credit of slot k = 1..B-1 (0 where it is invalid). `simulated_tau` and `first_error_k` are left out when some
+    block was not read up to its first mistake. Only the first `served` predictions are looked at, since tau counts no
+    others.
     """
-    real = blocks.valid.any(-1)
-    n, k = float(real.sum()), blocks.valid.shape[-1]
+    rows = float(readout.evaluated.sum())
+    outside = torch.zeros_like(blocks.valid) if readout.outside is None else readout.outside
+    known = readout.evaluated | outside  # nothing needs to be read to know that a label is out of reach
+    valid, hit, known, outside, credit = (t[..., :served] for t in (blocks.valid, readout.hit, known, outside, credit))
+    real = valid.any(-1)
+    n, k = float(real.sum()), valid.shape[-1]
     support = credit > 0
     size = float(support.sum())
-    run = leading_run(readout.hit, blocks.valid)[real]
     out = {
         "r_active": (size, n * k),
         "r_active_B": (size, n * (k + 1)),
-        "a_support": (float((readout.hit & support).sum()), size),
-        "simulated_tau": (float(run.sum()) + n, n),
-        "head_rows": (float(readout.evaluated.sum()), n),
+        "a_support": (float((hit & support).sum()), size),
+        "head_rows": (rows, n),
     }
-    if bool((readout.evaluated | ~blocks.valid).all()):
-        out["common_accuracy"] = (float((readout.hit & blocks.valid).sum()), float(blocks.valid.sum()))
-    wrong = ~readout.hit & blocks.valid & readout.evaluated
-    failed = wrong.any(-1)[real]
-    first = torch.where(failed, wrong[real].float().argmax(-1) + 1, 0)
-    for slot, count in enumerate(first.bincount(minlength=k + 1).tolist()):
-        out[f"first_error_{slot}"] = (float(count), n)
+    if readout.outside is not None:
+        out["outside"] = (float(outside.sum()), float(valid.sum()))
+    if bool((known | ~valid).all()):
+        out["common_accuracy"] = (float((hit & valid).sum()), float(valid.sum()))
+    if not bool((exclusive_prefix(hit | ~valid) & valid & ~known).any()):
+        out["simulated_tau"] = (float(leading_run(hit, valid)[real].sum()) + n, n)
+        wrong = ~hit & valid & known
+        first = torch.where(wrong.any(-1)[real], wrong[real].float().argmax(-1) + 1, 0)
+        for slot, count in enumerate(first.bincount(minlength=k + 1).tolist()):
+            out[f"first_error_{slot}"] = (float(count), n)
+    for slot, total in enumerate(credit[real].sum(0).tolist(), 1):
+        out[f"credit_{slot}"] = (total, n)
     return out

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -31,6 +32,9 @@ class Rows(NamedTuple):
     overlap: Float[Tensor, "b n k"] | None
     """sum_v min(p, q): the chance that a token drawn from q is accepted. 1 - overlap is the total variation."""
     valid: Bool[Tensor, "b n k"]
+    """There is a label, and the head has a row for it."""
+    outside: Bool[Tensor, "b n k"] | None = None
+    """There is a label that the head has no row for: q = 0, and the slot has no loss. Only with a draft vocabulary."""
 
 
 def cross_entropy(rows: Rows) -> Tensor:
@@ -68,7 +72,8 @@ def streak(rows: Rows) -> Tensor:
 
     Differentiated through every factor. With the credit 1, a reduction divides by constants.
     """
-    return -torch.exp(-(rows.ce * rows.valid).cumsum(-1))
+    product = torch.exp(-(rows.ce * rows.valid).cumsum(-1))
+    return -product if rows.outside is None else -product * (~rows.outside).cumprod(-1)
 
 
 class Rule(NamedTuple):
@@ -79,7 +84,10 @@ class Rule(NamedTuple):
     loss: Callable[..., Tensor] = cross_entropy
     """rows -> l; may be differentiated through, and may look along a block."""
     survives: Callable[..., Tensor] | None = None
-    """Set when c is 0 behind the first valid slot where this is false: the head then reads blocks left to right."""
+    """Set when c is 0 behind the first valid slot where this is false: the head then reads blocks left to right.
+
+    With an option `eps` that holds only where eps > 0, and at 0, exact, every slot is read.
+    """
     rows: tuple[str, ...] = ("ce",)
     """The fields of `Rows` that the loss is a function of. `kl` and `overlap` need the target's distribution."""
     needs: frozenset[str] = frozenset()
@@ -90,13 +98,14 @@ class Rule(NamedTuple):
 
 BY_BLOCK = "by block size"
 LK_GAMMA = -1 / math.log(0.8)  # 0.8^(i-1), as the LK paper weighs its heads
+SMOOTH_GATE_HOLDS = functools.partial(credit.gate_holds, alpha=0.5)  # D-PACE's own default
 
 RULES: dict[str, Rule] = {
     "uniform": Rule(credit.uniform),
     "decay": Rule(credit.decay, gamma=BY_BLOCK),
     "first-k": Rule(credit.first_k, survives=credit.within_k),
     "auf": Rule(credit.auf, survives=credit.is_right),
-    "soft-auf": Rule(credit.soft_auf),
+    "soft-auf": Rule(credit.soft_auf, survives=credit.gate_holds),
     "sampled-auf": Rule(credit.sampled_auf, survives=credit.sample_agrees, needs=frozenset({"uniform"})),
     "first-error": Rule(credit.first_error, survives=credit.is_right),
     "griffin-exclusive": Rule(credit.griffin_exclusive, survives=credit.in_top_k, needs=frozenset({"rank"})),
@@ -104,18 +113,20 @@ RULES: dict[str, Rule] = {
     "griffin-windowed": Rule(credit.griffin_windowed, needs=frozenset({"rank"})),
     "l2r-focal": Rule(credit.l2r_focal, gamma=10.0),
     "l2r-focal-separate": Rule(credit.l2r_focal_separate, gamma=10.0),
-    "dpace": Rule(credit.dpace),
-    "dpace-cumulative": Rule(credit.dpace_cumulative),
+    "dpace": Rule(credit.dpace, survives=SMOOTH_GATE_HOLDS),
+    "dpace-cumulative": Rule(credit.dpace_cumulative, survives=SMOOTH_GATE_HOLDS),
     "dpace-continuation": Rule(credit.dpace_continuation),
-    "streak-credit": Rule(credit.streak_credit),
+    "streak-credit": Rule(credit.streak_credit, survives=credit.streak_holds),
     "streak": Rule(credit.uniform, streak, needs=frozenset({"rollouts"})),
     "pard2": Rule(credit.pard2, pard2, rows=("ce", "kl")),
     "lk-alpha": Rule(credit.decay, lk_alpha, rows=("overlap",), gamma=LK_GAMMA),
     "lk-lambda": Rule(credit.decay, lk_lambda, rows=("kl", "overlap"), gamma=LK_GAMMA),
 }
 
+BELOW_ONE = math.nextafter(1, 0)
 LIMITS: dict[str, tuple[float, float]] = {
     "alpha": (0, 1),
+    "eps": (0, BELOW_ONE),
     "temperature": (1e-3, math.inf),
     "k": (1, math.inf),
     "window": (1, math.inf),
@@ -212,7 +223,8 @@ def check_options(name: str, rule: Rule, given: Mapping[str, Any]) -> dict[str, 
             raise ValueError(f"objective {name!r}: {option} must be a number, got {value!r}")
         low, high = LIMITS.get(option, (-math.inf, math.inf))
         if option in LIMITS and not low <= value <= high:
-            bound = f"in [{low:g}, {high:g}]" if high < math.inf else f"at least {low:g}"
+            end = "1)" if high == BELOW_ONE else f"{high:g}]"
+            bound = f"in [{low:g}, {end}" if high < math.inf else f"at least {low:g}"
             raise ValueError(f"objective {name!r}: {option} must be {bound}, got {value!r}")
         if isinstance(options[option], int) and not isinstance(value, int):
             raise ValueError(f"objective {name!r}: {option} must be a whole number, got {value!r}")

@@ -40,6 +40,7 @@ class Readout(NamedTuple):
     hit: Bool[Tensor, "b n k"]
     """The argmax (lowest index on a tie) equals the label."""
     evaluated: Bool[Tensor, "b n k"]
+    """Was it put through the head? Labels that the head has no row for are not."""
     prob: Float[Tensor, "b n k"]
     """Probability of the label at the temperature that was asked for."""
     rank: Int[Tensor, "b n k"] | None = None
@@ -52,6 +53,10 @@ class Readout(NamedTuple):
     """Flat indices of the evaluated slots, in the order in which they were read."""
     grad: dict[str, Float[Tensor, "rows h"]] | None = None
     """d ce / d hidden of each row in that order, and of `kl` and `overlap` where asked for."""
+    expansion_grad: Float[Tensor, "parts v e"] | None = None
+    """d (sum of weighed figures) / d expansion, where an expansion and weights were given."""
+    outside: Bool[Tensor, "b n k"] | None = None
+    """Valid slots whose label the head has no row for: certain failures. None where it has a row for every token."""
 
     def slots(self, valid: Tensor, uniform: Tensor | None = None, decay: Tensor | None = None) -> Slots:
         """What a credit function sees of it."""
@@ -107,18 +112,31 @@ def read_head(
     wants: Collection[str] = ("ce",),
     ranks: bool = False,
     softcap: float | None = None,
+    expansion: Float[Tensor, "v e"] | None = None,
+    weigh: Float[Tensor, "kinds parts b n k"] | None = None,
     logits_rows: int = 256,
+    rows_of: Int[Tensor, " tokens"] | None = None,
 ) -> Readout:
     """Evaluate the head on the valid rows, stage by stage; a block that fails in a stage does not enter the next.
 
     `cuts` are the stage ends, ascending, the last one k; None is a single stage, the dense readout. `survives` says from
     the slots read so far which of them let their block go on; by default those whose argmax is the label. `wants` are the
     gradients to form, of `ce`, `kl`, `overlap`; empty for none. `teacher` [b, n, k, h] are the target's final hidden states
-    at the position before each label, put through the same head; `kl`, `overlap` and `teacher_prob` need them. At most
+    at the position before each label, put through the same head; `kl`, `overlap` and `teacher_prob` need them. With
+    `expansion` the rows are [hidden ; code], h + e wide, and the head is [weight ; expansion] (Domino's final branch). Its
+    gradient is a sum over rows, so the weight of every figure must be known: `weigh`, one plane for each of `wants`. At most
     `logits_rows` rows as wide as the vocabulary exist at a time. Rows are evaluated in stage-major order; results do not
     depend on the cuts up to the rounding of differently shaped matrix products.
+
+    `rows_of` is for a head over part of the vocabulary: the head's row of each token, -1 for none. `weight` and `bias` then
+    have v rows, and so has the target's distribution, renormalised over them. A label without a row fails for certain,
+    before anything is read: hit false, prob 0, rank v, no row spent on it, and it ends its block as any failure does.
     """
     shape, device, k = valid.shape, valid.device, valid.shape[-1]
+    outside = None
+    if rows_of is not None:
+        labels = rows_of[labels]
+        outside, labels = valid & (labels < 0), labels.clamp(min=0)
     flat_labels = labels.reshape(-1)
     flat_teacher = teacher.reshape(-1, teacher.shape[-1]) if teacher is not None else None
     found: dict[str, Tensor] = {}
@@ -126,22 +144,31 @@ def read_head(
     grads: dict[str, list[Tensor]] = {name: [] for name in wants}
     evaluated = torch.zeros(valid.numel(), dtype=torch.bool, device=device)
     alive = torch.ones(shape[:-1], dtype=torch.bool, device=device)
+    spread = None
+    if expansion is not None and weigh is not None:
+        spread = expansion.new_zeros(
+            weigh.shape[1], *expansion.shape, dtype=torch.promote_types(expansion.dtype, torch.float32)
+        )
     start = 0
 
     def readout() -> Readout:
         fields: dict[str, Any] = {name: values.view(shape) for name, values in found.items()}
-        return Readout(**fields, evaluated=evaluated.view(shape))
+        if outside is not None and ranks:
+            fields["rank"] = fields["rank"].masked_fill(outside, len(weight))
+        return Readout(**fields, evaluated=evaluated.view(shape), outside=outside)
 
     for stop in [k] if cuts is None else cuts:
-        todo = torch.zeros_like(valid)
-        todo[..., start:stop] = valid[..., start:stop] & alive[..., None]
+        asked = torch.zeros_like(valid)
+        asked[..., start:stop] = valid[..., start:stop] & alive[..., None]
+        todo = asked if outside is None else asked & ~outside
         index = todo.view(-1).nonzero().squeeze(1)
         rows = hidden[todo] if isinstance(hidden, torch.Tensor) else hidden.rows(todo)
         size = max(1, logits_rows // (1 if teacher is None else 5))
         for at, part in zip(index.split(size), rows.split(size), strict=True):
             aim = flat_teacher[at] if flat_teacher is not None else None
-            head = (weight, bias, softcap)
-            values, row_grads = _rows(part, flat_labels[at], *head, aim, temperature, wants, ranks)
+            told = weigh.flatten(2)[..., at] if weigh is not None else None
+            head = (weight, bias, softcap, expansion)
+            values, row_grads = _rows(part, flat_labels[at], *head, aim, temperature, wants, ranks, told, spread)
             for name, value in values.items():
                 if name not in found:
                     found[name] = value.new_zeros(valid.numel())
@@ -155,10 +182,11 @@ def read_head(
             break
         slots = readout().slots(valid, uniform)
         goes_on = slots.hit if survives is None else survives(slots)
-        alive &= (goes_on | ~todo).all(-1)  # type: ignore[operator]
+        alive &= (goes_on | ~asked).all(-1)  # type: ignore[operator]
         if not alive.any():
             break
-    return readout()._replace(order=torch.cat(read), grad={name: torch.cat(parts) for name, parts in grads.items()})
+    formed = {name: torch.cat(parts) for name, parts in grads.items()}
+    return readout()._replace(order=torch.cat(read), grad=formed, expansion_grad=spread)
 
 
 def _rows(
@@ -167,18 +195,34 @@ def _rows(
     weight: Tensor,
     bias: Tensor | None,
     softcap: float | None,
+    expansion: Tensor | None,
     teacher: Tensor | None,
     temperature: float,
     wants: Collection[str],
     ranks: bool,
+    weigh: Tensor | None,
+    spread: Tensor | None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(Figures, gradients) of a few rows: one product to the vocabulary, and one back for each kind of gradient."""
+    """(Figures, gradients) of a few rows: one product to the vocabulary, and one back for each kind of gradient.
+
+    `spread` [parts, v, e] is added to: the expansion's gradient, its rows weighed by `weigh` [kinds, parts, rows].
+    """
+    hidden, code = hidden.split([weight.shape[1], hidden.shape[1] - weight.shape[1]], 1)
     logits = head_logits(hidden, weight, bias, softcap)
     # d logits / d (hidden W^T): 1 - tanh^2 under a soft cap.
     slope = None if softcap is None else 1 - (logits / softcap).square_()
+    if expansion is not None:
+        logits = torch.addmm(logits, code.to(logits.dtype), expansion.t().to(logits.dtype), out=logits)
 
     def back(gradient: Tensor) -> Tensor:
-        return (gradient if slope is None else gradient * slope).to(weight.dtype) @ weight
+        to_hidden = (gradient if slope is None else gradient * slope).to(weight.dtype) @ weight
+        return to_hidden if expansion is None else torch.cat([to_hidden, gradient.to(expansion.dtype) @ expansion], 1)
+
+    def widen(kind: str, gradient: Tensor, factor: Tensor | float = 1.0) -> None:
+        """Add to the expansion's gradient what `factor` x `gradient`, a part of d kind / d logits, comes to."""
+        if spread is not None and weigh is not None:
+            for into, weights in zip(spread, weigh[list(wants).index(kind)], strict=True):
+                into.addmm_(gradient.t(), (weights[:, None] * factor * code).to(gradient.dtype))
 
     index = labels[:, None]
     top, best = logits.max(-1, keepdim=True)
@@ -201,7 +245,15 @@ def _rows(
         expected = back(soft) / total.to(weight.dtype)
         if "ce" in wants:
             said = weight[labels] if slope is None else weight[labels] * slope.gather(1, index).to(weight.dtype)
+            if expansion is not None:
+                said = torch.cat([said, expansion[labels]], 1)
             grads["ce"] = expected - said
+            widen("ce", soft, 1 / total)
+            if spread is not None and weigh is not None:
+                for into, weights in zip(spread, weigh[list(wants).index("ce")], strict=True):
+                    into.index_add_(0, labels, (-weights[:, None] * code).to(into.dtype))
+        if "kl" in wants:
+            widen("kl", soft, 1 / total)
     if teacher is not None:
         aim = head_logits(teacher, weight, bias, softcap).log_softmax(-1)
         p, q = aim.exp(), soft.div_(total)
@@ -210,10 +262,13 @@ def _rows(
         values["overlap"] = torch.minimum(p, q).sum(-1)
         if "kl" in wants:
             grads["kl"] = expected - back(p)
+            widen("kl", p, -1.0)
         if "overlap" in wants:
             # d overlap / d logits = q (1[q < p] - sum of q where q < p)
             low = q * (q < p)
-            grads["overlap"] = back(low - q * low.sum(-1, keepdim=True))
+            low -= q * low.sum(-1, keepdim=True)
+            grads["overlap"] = back(low)
+            widen("overlap", low)
     return values, {name: grad.to(hidden.dtype) for name, grad in grads.items()}
 
 

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from specauf.config import TrainConfig, UserError
+from specauf.config import TrainConfig
 from specauf.data.dataset import TokenDataset
 from specauf.data.features import FeatureCache
 from specauf.objective.blocks import counter_hash
+from specauf.strict import UserError
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from specauf.config import UserError, digest, dump
-from specauf.drafter.dflash import load_drafter, save_drafter
+from specauf.config import digest, dump
+from specauf.drafter.checkpoint import load_drafter, save_drafter
 from specauf.files import atomic_dir, atomic_write_text
+from specauf.strict import UserError
 
 if TYPE_CHECKING:
     from specauf.train.loop import Trainer
@@ -43,12 +44,18 @@ def _content(plugin: str | None) -> str:
 
 def provenance_of(trainer: Trainer) -> dict[str, Any]:
     """What a drafter's `config.json` remembers of its training, under `specauf`."""
-    config, objective = trainer.config, trainer.objective
+    config = trainer.config
+    said = [
+        {"objective": b.objective.name, "gamma": b.objective.gamma, "options": dict(b.objective.options)}
+        for b in trainer.branches
+    ]
+    if len(said) > 1:
+        said[0]["final"] = {**said[1], "support": trainer.branches[1].support}
+        said[0]["variant"] = config.objective.variant
+        said[0]["lambda_base"] = [config.objective.lambda_base_start, config.objective.lambda_base_decay_ratio]
     return {
-        "objective": objective.name,
-        "gamma": objective.gamma,
-        "reduction": objective.reduction,
-        "options": dict(objective.options),
+        **said[0],
+        "reduction": config.objective.reduction,
         "labels": config.objective.labels,
         "target": trainer.target.name,
         "target_fingerprint": trainer.target.fingerprint(),
@@ -103,7 +110,7 @@ def resume(trainer: Trainer, out: Path) -> bool:
         device = torch.device("cpu") if field == "step" else named[name].device
         trainer.optimizer.state[named[name]][field] = value.to(device)
     trainer.done, trainer.seconds = state["step"], state["seconds"]
-    trainer.max_steps, trainer.survival = state["max_steps"], state.get("survival", [])
+    trainer.max_steps, trainer.survival = state["max_steps"], state.get("survival", {})
     log = out / "log.jsonl"
     if log.is_file():
         lines = [line for line in log.read_text().splitlines() if line and json.loads(line)["step"] <= trainer.done]

@@ -7,34 +7,48 @@ its weights, its optimizer moments and one integer: a resumed run is bitwise the
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import logging
 import math
+import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from specauf.config import ConfigError, RunConfig
+from specauf.config import RunConfig
 from specauf.data.features import extras_of
-from specauf.data.rollouts import rollout_meta
 from specauf.drafter.dflash import DFlash, Pending
-from specauf.objective.blocks import Blocks, before_labels, block_inputs, build_blocks, sample_anchors, slot_uniform
-from specauf.objective.loss import LossTerms, Objective, block_loss
+from specauf.drafter.domino import Corrected, Domino
+from specauf.drafter.vocabulary import DraftHead, draft_head
+from specauf.objective.blocks import (
+    Blocks,
+    before_labels,
+    block_inputs,
+    build_blocks,
+    prefix_tokens,
+    sample_anchors,
+    slot_uniform,
+)
+from specauf.objective.branches import Shared, Side, lambda_base, two_branch_loss
+from specauf.objective.loss import LossTerms, block_loss
 from specauf.objective.metrics import block_metrics
-from specauf.objective.registry import rule_of
 from specauf.objective.wavefront import RowSource, plan_cuts, read_head
+from specauf.strict import ConfigError
 from specauf.target import Target
 from specauf.train import checkpoint
 from specauf.train.batches import Batch, Batches, Prefetcher
+from specauf.train.objectives import objectives_of
 from specauf.train.window import Window
 
 log = logging.getLogger(__name__)
 
+PER_SLOT = re.compile("(first_error|credit)_[0-9]+$")
 COMMON_BLOCKS = 16
 """Blocks on which common-token accuracy is measured where the wavefront does not evaluate every slot."""
 
@@ -47,49 +61,12 @@ def learning_rate(step: int, max_steps: int, base: float, warmup: float) -> floa
     return base * 0.5 * (1 + math.cos(math.pi * (step - ramp) / max(1, max_steps - ramp)))
 
 
-def objective_of(config: RunConfig) -> Objective:
-    """The tensor-level objective of a run's configuration. Raises `ConfigError` on whatever it cannot be."""
-    wanted = config.objective
-    if wanted.plugin is not None:
-        _import(wanted.plugin)
-    try:
-        own = isinstance(rule_of(wanted.name).gamma, float | None)
-        gamma = wanted.gamma if own else wanted.decay_for(config.drafter.block_size)
-        objective = Objective(wanted.name, gamma, wanted.reduction, wanted.options)  # type: ignore[arg-type]
-    except ValueError as error:
-        raise ConfigError(f"objective: {error}") from None
-    if "rollouts" in objective.rule.needs and rollout_meta(config.data.path) is None:
-        raise ConfigError(
-            f"objective {wanted.name!r} is trained on the target's own continuations: make them with `specauf rollout` and "
-            f"give their directory as data.path, which is {config.data.path!r}"
-        )
-    reads_target = objective.needs_teacher or wanted.labels == "target"
-    if reads_target and config.features.cache and not config.features.extras:
-        raise ConfigError(
-            f"objective {wanted.name!r} with labels={wanted.labels!r} reads what the target says, which the feature cache "
-            "holds only with features.extras=true (or set features.cache=false)"
-        )
-    return objective
+class View(NamedTuple):
+    """One branch's loss in a step, and where to read more of its rows for the log."""
 
-
-def stored_extras(config: RunConfig) -> tuple[str, ...]:
-    """What a feature cache must hold beyond the features, for this objective and these labels."""
-    teacher, target = objective_of(config).needs_teacher, config.objective.labels == "target"
-    return ("final",) * teacher + ("argmax",) * target
-
-
-def _import(plugin: str) -> None:
-    """Import a module by name, or a file by path, for what it registers."""
-    path = Path(plugin)
-    try:
-        if path.suffix == ".py":
-            spec = importlib.util.spec_from_file_location(path.stem, path)
-            assert spec is not None and spec.loader is not None
-            spec.loader.exec_module(importlib.util.module_from_spec(spec))
-        else:
-            importlib.import_module(plugin)
-    except (ImportError, OSError, SyntaxError, ValueError) as error:
-        raise ConfigError(f"objective.plugin: cannot import {plugin!r}: {error}") from None
+    terms: LossTerms
+    rows: RowSource
+    expansion: Tensor | None = None
 
 
 class Trainer:
@@ -99,16 +76,21 @@ class Trainer:
         self, config: RunConfig, drafter: DFlash, target: Target, batches: Batches, out: Path | None = None
     ) -> None:
         self.config, self.drafter, self.target, self.batches, self.out = config, drafter, target, batches, out
-        self.objective = objective_of(config)
+        self.branches = objectives_of(config)
         self.loader = Prefetcher(batches, drafter.fc.weight.device)
         self.done = 0
         self.max_steps = config.train.max_steps
         self.seconds = 0.0
-        self.survival: list[float] = []
-        """Running share of the blocks that survive each slot, from which the wavefront's stages are planned."""
+        self.survival: dict[str, list[float]] = {}
+        """Running share of the blocks that survive each slot of a branch, from which the wavefront's stages are planned."""
         self.optimizer = torch.optim.AdamW(
             drafter.parameters(), lr=config.train.lr, weight_decay=config.train.weight_decay, betas=(0.9, 0.999)
         )
+
+    @cached_property
+    def head(self) -> DraftHead:
+        """The part of the target's LM head that the drafter reads, from when its vocabulary is settled: the first step."""
+        return draft_head(self.drafter, self.target.head_weight, self.target.head_bias, self.target.softcap)
 
     def blocks_of(self, batch: Batch) -> Blocks:
         train = self.config.train
@@ -116,7 +98,7 @@ class Trainer:
             batch.loss_mask, batch.uid, train.num_anchors, seed=train.seed, epoch=batch.epoch
         )
         said = batch.argmax if self.config.objective.labels == "target" else None
-        return build_blocks(batch.input_ids, batch.loss_mask, anchors, keep, self.drafter.config.block_size, said)
+        return build_blocks(batch.input_ids, batch.loss_mask, anchors, keep, self.drafter.config.num_trained + 1, said)
 
     def batch(self, index: int) -> Batch:
         """A micro-batch on the drafter's device, with the target's part of it computed where no cache holds it."""
@@ -142,24 +124,41 @@ class Trainer:
             context = self.drafter.context(features.to(weight.dtype), positions)
             return self.drafter.pending(embeds.to(weight.dtype), blocks.anchors, context)
 
-    def loss(self, hidden: RowSource, batch: Batch, blocks: Blocks, cuts: list[int] | None = None) -> LossTerms:
-        """The objective, with what else it asks for."""
-        size, train = self.drafter.config.block_size, self.config.train
+    def loss(
+        self,
+        hidden: RowSource,
+        batch: Batch,
+        blocks: Blocks,
+        lam: float = 1.0,
+        cuts: Mapping[str, list[int]] | None = None,
+    ) -> tuple[LossTerms, dict[str, View]]:
+        """The loss and its branches, by the prefix of their figures in the log; Domino's served branch has none."""
+        size, train, cuts = self.drafter.config.num_trained + 1, self.config.train, cuts or {}
         teacher = uniform = None
-        if self.objective.needs_teacher:
+        if any(b.objective.needs_teacher for b in self.branches):
             assert batch.final is not None
             teacher = before_labels(batch.final, blocks.anchors, size)
-        if "uniform" in self.objective.rule.needs:
+        if any("uniform" in b.objective.rule.needs for b in self.branches):
             uniform = slot_uniform(batch.uid, blocks.anchors, size, seed=train.seed, epoch=batch.epoch)
-        head, bias, rows = self.target.head_weight, self.target.head_bias, self.config.objective.logits_rows
-        return block_loss(
-            *(hidden, blocks, self.objective, head, bias),
-            teacher=teacher,
-            uniform=uniform,
-            softcap=self.target.softcap,
-            logits_rows=rows,
-            cuts=cuts,
+        head, bias = self.head.weight, self.head.bias
+        how: dict[str, Any] = {
+            "teacher": teacher,
+            "uniform": uniform,
+            "softcap": self.head.softcap,
+            "logits_rows": self.config.objective.logits_rows,
+        }
+        if not isinstance(self.drafter, Domino):
+            how |= {"cuts": cuts.get(""), "rows_of": self.head.rows_of}
+            terms = block_loss(hidden, blocks, self.branches[0].objective, head, bias, **how)
+            return terms, {"": View(terms, hidden)}
+        rows, expansion = Shared(hidden, blocks.valid), self.drafter.expansion
+        said = self.target.embed(prefix_tokens(batch.input_ids, blocks.anchors, size - 1))
+        corrected = Corrected(self.drafter, rows, said)
+        stages: dict[Side, list[int]] = {s: cuts[p] for s, p in (("base", "base_"), ("final", "")) if p in cuts}  # type: ignore[misc]
+        found = two_branch_loss(
+            *(rows, corrected, blocks, *self.branches, lam, head, expansion, bias), cuts=stages, **how
         )
+        return found.terms, {"": View(found.final, corrected, expansion), "base_": View(found.base, rows)}
 
     def step(self) -> dict[str, Any]:
         """One optimizer step. Gradients are sums over the window divided by the window's denominator."""
@@ -174,20 +173,20 @@ class Trainer:
         window = Window(list(self.drafter.parameters()), train.accumulation)
         tokens = blocks_seen = 0
         # Planned once a step, from what is in the checkpoint: a resumed run cuts, and so rounds, as it would have.
-        cuts = plan_cuts(self.survival, train.batch_size * train.num_anchors) if self.survival else None
+        cuts = {name: plan_cuts(s, train.batch_size * train.num_anchors) for name, s in self.survival.items()}
+        objective = self.config.objective
+        lam = lambda_base(self.done, self.max_steps, objective.lambda_base_start, objective.lambda_base_decay_ratio)
         self.drafter.train()
         for micro in range(train.accumulation):
             batch = self.batch(self.done * train.accumulation + micro)
             blocks = self.blocks_of(batch)
             hidden = self.hidden(batch, blocks)
-            terms = self.loss(hidden, batch, blocks, cuts)
+            terms, views = self.loss(hidden, batch, blocks, lam, cuts)
             window.add(terms)
-            if terms.survival is not None:
-                now = terms.survival.tolist()
-                self.survival = [0.9 * a + 0.1 * b for a, b in zip(self.survival or now, now, strict=True)]
             tokens += int(batch.loss_mask.sum())
             blocks_seen += int(blocks.keep.sum())
-            self._collect(sums, terms, hidden, blocks, measure_common=self.done % train.common_every == 0)
+            for name, view in views.items():
+                self._collect(sums, name, view, blocks, measure_common=self.done % train.common_every == 0)
         loss = window.close()
         parameters = [p for p in window.parameters if p.grad is not None]
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, train.clip))
@@ -199,8 +198,9 @@ class Trainer:
         return {
             "step": self.done,
             "loss": loss,
-            "reduction": self.objective.reduction,
-            "labels": self.config.objective.labels,
+            "reduction": objective.reduction,
+            "labels": objective.labels,
+            **({"lambda_base": lam} if isinstance(self.drafter, Domino) else {}),
             "lr": rate,
             "grad_norm": norm,
             "clipped": norm > train.clip,
@@ -211,31 +211,42 @@ class Trainer:
             "blocks": blocks_seen,
             "tokens_per_second": tokens / seconds,
             "epoch": self.done * train.accumulation / self.batches.per_epoch,
-            "cuts": cuts,
-            **{k: v for k, v in figures.items() if not k.startswith("first_error")},
+            **{f"{name}cuts": stages for name, stages in cuts.items()},
+            **{k: v for k, v in figures.items() if not PER_SLOT.search(k)},
             "first_error": [figures.get(f"first_error_{k}", 0.0) for k in range(self.drafter.config.block_size)],
+            "credit": [figures.get(f"credit_{k}", 0.0) for k in range(1, self.drafter.config.block_size)],
         }
 
     def _collect(
-        self, sums: dict[str, list[float]], terms: LossTerms, hidden: RowSource, blocks: Blocks, measure_common: bool
+        self, sums: dict[str, list[float]], name: str, view: View, blocks: Blocks, measure_common: bool
     ) -> None:
-        found = block_metrics(terms.readout, blocks, terms.credit)
-        if "common_accuracy" not in found and measure_common:
-            # The wavefront left most slots unread: read a sample of blocks in full, for the log alone.
+        """Add a branch's figures to `sums`, over the predictions that are served; keep its survival for the next plan."""
+        terms, served = view.terms, self.drafter.config.num_predictions
+        if terms.survival is not None:
+            now = terms.survival.tolist()
+            self.survival[name] = [0.9 * a + 0.1 * b for a, b in zip(self.survival.get(name, now), now, strict=True)]
+        found = block_metrics(terms.readout, blocks, terms.credit, served)
+        if measure_common and not {"common_accuracy", "simulated_tau"} <= found.keys():
+            # Most slots were left unread: read a sample of blocks in full, for the log alone.
             take = blocks.valid.any(-1).view(-1).nonzero().squeeze(1)
             take = take[:: max(1, len(take) // COMMON_BLOCKS)][:COMMON_BLOCKS]
             valid = torch.zeros_like(blocks.valid)
             valid.view(-1, valid.shape[-1])[take] = blocks.valid.flatten(0, 1)[take]
             readout = read_head(
-                *(hidden, blocks.labels, valid, self.target.head_weight, self.target.head_bias),
-                softcap=self.target.softcap,
+                *(view.rows, blocks.labels, valid, self.head.weight, self.head.bias),
+                expansion=view.expansion,
+                softcap=self.head.softcap,
+                rows_of=self.head.rows_of,
                 logits_rows=self.config.objective.logits_rows,
                 wants=(),
             )
-            found["common_accuracy"] = (float((readout.hit & valid).sum()), float(valid.sum()))
-        for name, (total, count) in found.items():
-            sums[name][0] += total
-            sums[name][1] += count
+            found = block_metrics(readout, blocks._replace(valid=valid), terms.credit, served) | found
+        if name or len(self.branches) > 1:
+            found["loss"] = (float(terms.num[0].detach()), float(terms.den[0]))
+        for key, (total, count) in found.items():
+            key = f"{name or 'final_'}{key}" if key == "loss" else f"{name}{key}"
+            sums[key][0] += total
+            sums[key][1] += count
 
     def run(
         self,

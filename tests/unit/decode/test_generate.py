@@ -8,7 +8,7 @@ import pytest
 import torch
 from tests.conftest import make_geometry
 
-from specauf.config import SamplingConfig, UserError
+from specauf.config import SamplingConfig
 from specauf.decode.generate import Round, generate
 from specauf.decode.propose import DrafterProposer, PromptLookup, Proposer
 from specauf.decode.replay import (
@@ -21,6 +21,7 @@ from specauf.decode.replay import (
     walk,
 )
 from specauf.drafter.dflash import DFlash
+from specauf.strict import UserError
 from specauf.target import Target
 
 

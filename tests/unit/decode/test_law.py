@@ -5,6 +5,7 @@ Every sequence's probability is computed from the target in float64. The same te
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -19,12 +20,15 @@ from specauf.decode.generate import generate
 from specauf.decode.propose import DrafterProposer, PromptLookup, Proposer
 from specauf.decode.replay import record, replay, trajectory_features
 from specauf.decode.select import Selection
+from specauf.drafter.checkpoint import build_drafter
+from specauf.drafter.config import DominoHead
 from specauf.drafter.dflash import DFlash
+from specauf.drafter.domino import Domino
 from specauf.target import Target
 
 PROMPT = [1, 3, 0]
 TOKENS = 4  # the prefill's token, then a round of up to three with the bonus, then the next round
-SEEDS = {"drafter": 0, "lookup": 1}
+SEEDS = {"drafter": 0, "lookup": 1, "domino": 2, "pooled domino": 9}
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +39,13 @@ def tiny() -> Target:
 def proposer(tiny: Target, kind: str = "drafter") -> Proposer:
     if kind == "lookup":
         return PromptLookup(3)
-    return DrafterProposer(DFlash(make_geometry(tiny, block_size=3, layers=1, taps=1), seed=1), tiny)
+    geometry = make_geometry(tiny, block_size=3, layers=1, taps=1)
+    if kind == "drafter":
+        return DrafterProposer(DFlash(geometry, seed=1), tiny)
+    drafter = build_drafter(dataclasses.replace(geometry, domino=DominoHead(8, 4)), seed=1)
+    assert isinstance(drafter, Domino)
+    drafter.expansion.data.mul_(500)  # so that what is proposed depends on the tokens before it
+    return DrafterProposer(drafter, tiny, candidate_pool=2 if kind == "pooled domino" else 0)
 
 
 def law(tiny: Target, sampling: SamplingConfig, length: int = TOKENS) -> torch.Tensor:
@@ -111,7 +121,7 @@ def p_value(counts: torch.Tensor, chance: torch.Tensor) -> float:
     return float(stats.chisquare(observed, wanted, sum_check=False).pvalue)
 
 
-@pytest.mark.parametrize("kind", ["drafter", "lookup"])
+@pytest.mark.parametrize("kind", SEEDS)
 def test_a_hundred_thousand_batched_samples_have_the_targets_law(tiny: Target, kind: str) -> None:
     sampling = SamplingConfig(temperature=1.0, seed=SEEDS[kind])
     counts = sample(tiny, proposer(tiny, kind), 100_000, sampling, batch=5000)
@@ -140,9 +150,10 @@ def test_warped_sampling_has_the_warped_targets_law_live_and_recorded(tiny: Targ
     assert p_value(sample(tiny, None, 10_000, sampling, batch=5000), chance) > 1e-3
 
 
-def test_replay_over_sampled_trajectories_has_live_decodings_acceptance(tiny: Target) -> None:
+@pytest.mark.parametrize("kind", ["drafter", "domino"])
+def test_replay_over_sampled_trajectories_has_live_decodings_acceptance(tiny: Target, kind: str) -> None:
     sampling, count = SamplingConfig(temperature=1.0, seed=7), 3000
-    how = proposer(tiny)
+    how = proposer(tiny, kind)
     prompts = [(str(i), PROMPT) for i in range(count)]
     tiny_eos = record(tiny, prompts, limit=8, block_size=3, sampling=sampling, batch_size=count)
     features = trajectory_features(tiny, tiny_eos, how.layer_ids, batch_size=count)

@@ -13,6 +13,7 @@ from tests.unit.decode.test_law import law, p_value, proposer, sample, tiny  # n
 
 from specauf.config import SamplingConfig
 from specauf.decode import generate, select, verify
+from specauf.decode.propose import Proposer
 from specauf.decode.select import Selection
 from specauf.decode.verify import ACCEPT, uniform
 from specauf.target import Target
@@ -20,14 +21,19 @@ from specauf.target import Target
 KINDS: dict[str, tuple[dict[str, Any], Selection | None]] = {
     "selected": ({"seed": 11}, Selection(3, 1.5)),
     "drawn": ({"seed": 12, "proposal": "sampled"}, None),
+    "drawn by domino": ({"seed": 13, "proposal": "sampled"}, None),
 }
+
+
+def drafter(tiny: Target, kind: str) -> Proposer:  # noqa: F811
+    return proposer(tiny, "domino" if "domino" in kind else "drafter")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_hundred_thousand_batched_samples_have_the_targets_law(tiny: Target, kind: str) -> None:  # noqa: F811
     options, selection = KINDS[kind]
     sampling = SamplingConfig(temperature=1.0, **options)
-    counts = sample(tiny, proposer(tiny), 100_000, sampling, batch=5000, selection=selection)
+    counts = sample(tiny, drafter(tiny, kind), 100_000, sampling, batch=5000, selection=selection)
     assert p_value(counts, law(tiny, sampling)) > 1e-3
 
 
@@ -35,7 +41,7 @@ def test_a_hundred_thousand_batched_samples_have_the_targets_law(tiny: Target, k
 def test_samples_at_batch_1_have_the_targets_law(tiny: Target, kind: str) -> None:  # noqa: F811
     options, selection = KINDS[kind]
     sampling = SamplingConfig(temperature=1.0, **options)
-    counts = sample(tiny, proposer(tiny), 200, sampling, batch=1, length=3, selection=selection)
+    counts = sample(tiny, drafter(tiny, kind), 200, sampling, batch=1, length=3, selection=selection)
     assert p_value(counts, law(tiny, sampling, 3)) > 1e-3
 
 
@@ -43,7 +49,7 @@ def test_samples_at_batch_1_have_the_targets_law(tiny: Target, kind: str) -> Non
 def test_warped_sampling_has_the_warped_targets_law(tiny: Target, kind: str) -> None:  # noqa: F811
     options, selection = KINDS[kind]
     sampling = SamplingConfig(temperature=1.3, top_k=4, top_p=0.9, repetition_penalty=1.5, **options)
-    counts = sample(tiny, proposer(tiny), 5000, sampling, batch=5000, length=3, selection=selection)
+    counts = sample(tiny, drafter(tiny, kind), 5000, sampling, batch=5000, length=3, selection=selection)
     assert p_value(counts, law(tiny, sampling, 3)) > 1e-3
 
 

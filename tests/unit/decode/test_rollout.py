@@ -13,7 +13,7 @@ import pytest
 import torch
 from tests.conftest import CHATML, make_target
 
-from specauf.config import DataConfig, SamplingConfig, UserError, digest
+from specauf.config import DataConfig, SamplingConfig, digest
 from specauf.data.chat import prompt_ids
 from specauf.data.dataset import HELDOUT, META, TOKENS, Prepared, TokenDataset, prepare, training_order
 from specauf.data.rollouts import RolloutConfig, rollout_meta
@@ -21,6 +21,7 @@ from specauf.data.sources import Ledger
 from specauf.decode.generate import generate
 from specauf.decode.propose import PromptLookup
 from specauf.decode.rollout import PARTS, SHORT, TEXT, Roller, rollout
+from specauf.strict import UserError
 from specauf.target import Target
 
 DATA = DataConfig(max_length=120, heldout=0.2)

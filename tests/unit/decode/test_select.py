@@ -7,13 +7,14 @@ import torch
 from tests.conftest import make_geometry
 from transformers import DynamicCache, LlamaConfig
 
-from specauf.config import ConfigError, SamplingConfig, UserError
+from specauf.config import SamplingConfig
 from specauf.decode.generate import Generation, generate
 from specauf.decode.propose import DrafterProposer, PromptLookup
 from specauf.decode.replay import record
 from specauf.decode.select import Selection, build_tree, choose, compact, expected_best_of, sample_candidates
 from specauf.decode.verify import uniform
 from specauf.drafter.dflash import DFlash
+from specauf.strict import ConfigError, UserError
 from specauf.target import Target
 
 LIMIT, BLOCK = 24, 5

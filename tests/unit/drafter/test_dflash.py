@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.conftest import make_geometry
 
-from specauf.config import ConfigError, UserError
+from specauf.drafter.checkpoint import load_drafter, save_drafter
 from specauf.drafter.config import DFlashConfig, spread_layer_ids
-from specauf.drafter.dflash import DFlash, load_drafter, save_drafter
+from specauf.drafter.dflash import DFlash
+from specauf.strict import ConfigError, UserError
 from specauf.target import Target
 
 

@@ -32,6 +32,11 @@ def top_k(z: Tensor, y: int, k: int) -> bool:
     return y in order[:k]
 
 
+def of_label(p: Tensor, y: int) -> float:
+    """-1 is a label that is not in the vocabulary."""
+    return float(p[y]) if y >= 0 else 0.0
+
+
 def credits(
     name: str, block: dict[str, Any], gamma: float | None, o: dict[str, Any]
 ) -> list[list[tuple[float, float]]]:
@@ -43,7 +48,7 @@ def credits(
     w = [1.0 if gamma is None else math.exp(-i / gamma) for i in range(n)]
     wrong = [i for i in live if argmax(z[i]) != y[i]]
     j = wrong[0] if wrong else None
-    p = [float((z[i] / o.get("temperature", 1.0)).softmax(0)[y[i]]) for i in range(n)]
+    p = [of_label((z[i] / o.get("temperature", 1.0)).softmax(0), y[i]) for i in range(n)]
     a = o.get("alpha", 0.5 if name.startswith("dpace") else 0.0)
     smooth = [(1 - a) * x + a for x in p]
 
@@ -53,6 +58,8 @@ def credits(
     def future(values: list[float], i: int) -> float:
         return 1 + sum(math.prod(values[m] for m in live if i < m <= k) for k in live if k > i)
 
+    end = next((i for i in live if product(smooth, i + 1) < o.get("eps", 0.0)), n)
+    live = [i for i in live if i <= end]  # what is behind the cut exists for nobody
     out: list[list[tuple[float, float]]] = []
     for i in range(n):
         top = o.get("k", 3)
@@ -88,9 +95,10 @@ def credits(
         elif name == "dpace-continuation":
             c = future(smooth, i)
         elif name == "pard2":
-            c = product([float(block["target"][m].softmax(0)[y[m]]) for m in range(n)], i)
+            c = product([of_label(block["target"][m].softmax(0), y[m]) for m in range(n)], i)
         else:
             raise KeyError(name)
+        c = c if i <= end else 0.0
         out.append([(1.0, c * w[i] if decayed else c)])
     return out
 
@@ -99,7 +107,8 @@ def row_loss(name: str, block: dict[str, Any], i: int, o: dict[str, Any], lam: f
     z, y = block["logits"], block["labels"]
     ce = F.cross_entropy(z[i], torch.tensor(y[i]))
     if name == "streak":
-        return -math.prod((z[m].softmax(0)[y[m]] for m in range(i + 1) if block["valid"][m]), start=z.new_ones(()))
+        chance = [z[m].softmax(0)[y[m]] if y[m] >= 0 else z.new_zeros(()) for m in range(len(y))]
+        return -math.prod((chance[m] for m in range(i + 1) if block["valid"][m]), start=z.new_ones(()))
     if name not in ("pard2", "lk-alpha", "lk-lambda"):
         return ce
     p, q = block["target"][i].softmax(0), z[i].softmax(0)
@@ -126,15 +135,17 @@ def loss(
     teacher: Tensor,
     uniform: Tensor,
     softcap: float | None = None,
+    rows_of: list[int] | None = None,
 ) -> Tensor:
-    """Equation 1 with its reduction, every part with its own denominator."""
+    """Equation 1 with its reduction, every part with its own denominator. `rows_of` as in `block_loss`."""
     b, n, k, _ = hidden.shape
+    labels = blocks.labels if rows_of is None else torch.tensor(rows_of)[blocks.labels]
     parts: dict[int, dict[str, Any]] = {}
     for s in range(b):
         for m in range(n):
             block = {
                 "logits": head(hidden[s, m], weight, bias, softcap),
-                "labels": blocks.labels[s, m].tolist(),
+                "labels": labels[s, m].tolist(),
                 "valid": blocks.valid[s, m].tolist(),
                 "target": head(teacher[s, m], weight, bias, softcap),
                 "uniform": uniform[s, m].tolist(),
@@ -145,7 +156,7 @@ def loss(
                 rows = [
                     (found[i][part][1], row_loss(name.removesuffix("-decay"), block, i, options))
                     for i in range(k)
-                    if block["valid"][i]
+                    if block["valid"][i] and block["labels"][i] >= 0
                 ]
                 into["scale"] = found[0][part][0]
                 num = sum((c * value for c, value in rows), hidden.new_zeros(()))

@@ -11,9 +11,10 @@ import pytest
 import torch
 import yaml
 
-from specauf.config import ConfigError, RunConfig, from_dict
+from specauf.config import RunConfig
 from specauf.objective import RULES, Objective, Slots, auf
-from specauf.train.loop import objective_of
+from specauf.strict import ConfigError, from_dict
+from specauf.train.objectives import objectives_of
 from tests.unit.objective.test_loss import Case
 
 PAGE = (Path(__file__).parents[3] / "docs" / "adding-an-objective.md").read_text(encoding="utf-8")
@@ -39,7 +40,8 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def plugin(file: str, name: str, **options: Any) -> Objective:
-    return objective_of(from_dict(RunConfig, {"objective": {"plugin": file, "name": name, "options": options}}))
+    config = from_dict(RunConfig, {"objective": {"plugin": file, "name": name, "options": options}})
+    return objectives_of(config)[0].objective
 
 
 def test_the_page_runs_from_top_to_bottom() -> None:
@@ -59,7 +61,7 @@ def test_the_recipe_of_the_page_resolves_to_the_plugin(workdir: Path) -> None:
     config = from_dict(RunConfig, yaml.safe_load(YAML[0]))
     assert "half-auf" not in RULES
     for _ in range(2):  # a run asks more than once, and the file is imported each time
-        objective = objective_of(config)
+        objective = objectives_of(config)[0].objective
     assert objective.options == {"rest": 0.25} and not objective.truncates
     hit = torch.tensor([[True, True, False, True], [True, False, False, True], [True, True, True, True]])
     valid = torch.tensor([[True, True, True, True], [True, False, True, True], [True, True, True, True]])

@@ -10,14 +10,16 @@ import pytest
 import torch
 from tests.conftest import make_dataset, make_geometry
 
-from specauf.config import OBJECTIVES, ConfigError, FeaturesConfig, RunConfig, UserError, from_dict
+from specauf.config import OBJECTIVES, FeaturesConfig, RunConfig
 from specauf.data.dataset import TokenDataset
 from specauf.data.features import build_features
 from specauf.drafter.dflash import DFlash
+from specauf.strict import ConfigError, UserError, from_dict
 from specauf.target import Target
 from specauf.train import checkpoint
 from specauf.train.batches import Batches
-from specauf.train.loop import Trainer, calibrate, learning_rate, objective_of, stored_extras
+from specauf.train.loop import Trainer, calibrate, learning_rate
+from specauf.train.objectives import objectives_of, stored_extras
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +131,11 @@ def test_every_step_logs_what_a_reader_needs(target: Target, dataset: TokenDatas
     assert row["head_rows"] < 4
     full = make(target, dataset, objective="decay").step()
     assert full["r_active"] > row["r_active"]
+    assert len(row["credit"]) == len(full["credit"]) == 4 and row["credit"][0] == 1, (
+        "a kept block's first slot is valid"
+    )
+    assert sum(row["credit"]) == pytest.approx(4 * row["r_active"]), "AUF's credit is 0 or 1"
+    assert full["credit"] == sorted(full["credit"], reverse=True)
 
 
 @pytest.mark.parametrize("name", [*sorted({*OBJECTIVES} - {"streak"}), "auf-decay", "dpace-decay"])
@@ -142,8 +149,8 @@ def test_every_objective_trains_and_is_remembered(
     if name != "griffin-inclusive":  # a young drafter is in its dead zone: no label is among its three best
         assert all(row["grad_norm"] > 0 for row in rows)
     extra = json.loads((tmp_path / "checkpoint" / "config.json").read_text())["specauf"]
-    assert extra["objective"] == name and extra["options"] == trainer.objective.options
-    assert extra["gamma"] == trainer.objective.gamma
+    assert extra["objective"] == name and extra["options"] == trainer.branches[0].objective.options
+    assert extra["gamma"] == trainer.branches[0].objective.gamma
 
 
 def test_target_labels_are_what_the_target_says(target: Target, dataset: TokenDataset) -> None:
@@ -175,7 +182,7 @@ def test_target_labels_are_what_the_target_says(target: Target, dataset: TokenDa
 )
 def test_an_objective_that_cannot_be_is_refused_before_anything_is_loaded(section: dict, told: str) -> None:  # type: ignore[type-arg]
     with pytest.raises(ConfigError, match=re.escape(told)):
-        objective_of(from_dict(RunConfig, section))
+        objectives_of(from_dict(RunConfig, section))
 
 
 def test_calibration_leaves_no_trace(target: Target, dataset: TokenDataset) -> None:

@@ -1,0 +1,100 @@
+"""A drafter that knows part of the target's vocabulary: which tokens, how they are stored, and the head that is left.
+
+The drafter's head is the target's, of the kept tokens alone, one row each in the order of their ids. A drafter keeps them
+as speculators does: `t2d` says of each of the target's tokens whether it is kept, and row r stands for token r + d2t[r].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from specauf.objective.wavefront import head_logits
+from specauf.strict import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
+
+    from specauf.drafter.dflash import DFlash
+
+
+class DraftHead(NamedTuple):
+    """The LM head that a drafter's hidden states go through: the target's, or the rows of it that the drafter keeps."""
+
+    weight: Float[Tensor, "rows h"]
+    bias: Float[Tensor, " rows"] | None
+    softcap: float | None
+    tokens: Int[Tensor, " rows"] | None = None
+    """The token of each row, ascending; None when row and token are one."""
+    rows_of: Int[Tensor, " tokens"] | None = None
+    """The row of each of the target's tokens, -1 for those that are not kept."""
+
+    def read(self, hidden: Float[Tensor, "... h"]) -> Float[Tensor, "... rows"]:
+        """Logits of the rows."""
+        return head_logits(hidden, self.weight, self.bias, self.softcap)
+
+    def spread(self, logits: Float[Tensor, "... rows"]) -> Float[Tensor, "... tokens"]:
+        """The rows' logits over the target's whole vocabulary: -inf for tokens that are not kept."""
+        if self.tokens is None or self.rows_of is None:
+            return logits
+        wide = logits.new_full((*logits.shape[:-1], len(self.rows_of)), -torch.inf)
+        wide[..., self.tokens] = logits
+        return wide
+
+
+def draft_head(
+    drafter: DFlash, weight: Float[Tensor, "tokens h"], bias: Float[Tensor, " tokens"] | None, softcap: float | None
+) -> DraftHead:
+    """`drafter`'s part of the target's head. A part is a copy, to be made once. Raises as `kept_tokens` does."""
+    tokens = kept_tokens(drafter)
+    if tokens is None:
+        return DraftHead(weight, bias, softcap)
+    tokens = tokens.to(weight.device)
+    rows_of = torch.full((drafter.config.vocab_size,), -1, device=weight.device)
+    rows_of[tokens] = torch.arange(len(tokens), device=weight.device)
+    return DraftHead(weight[tokens], None if bias is None else bias[tokens], softcap, tokens, rows_of)
+
+
+def kept_tokens(drafter: DFlash) -> Int[Tensor, " rows"] | None:
+    """The tokens of the drafter's vocabulary, ascending; None when it is the target's.
+
+    Raises `UserError` when they have not been decided, or when the two ways in which they are stored contradict each other.
+    """
+    if drafter.config.draft_vocab_size is None:
+        return None
+    if not drafter.t2d.any():
+        raise UserError("this drafter's vocabulary has not been decided: a run does so when it is opened")
+    tokens = torch.arange(len(drafter.d2t), device=drafter.d2t.device) + drafter.d2t
+    if not torch.equal(drafter.t2d.nonzero().squeeze(1), tokens):
+        raise UserError("this drafter's `t2d` and `d2t` name different tokens, or not in ascending order")
+    return tokens
+
+
+def keep_tokens(drafter: DFlash, tokens: Int[Tensor, " rows"]) -> None:
+    """Make `tokens`, ascending, the vocabulary of a drafter that has a reduced one."""
+    drafter.t2d.zero_()
+    drafter.t2d[tokens] = True
+    drafter.d2t.copy_(tokens - torch.arange(len(tokens), device=tokens.device))
+    kept_tokens(drafter)
+
+
+def most_frequent(
+    labels: Int[Tensor, " labels"], size: int, vocab_size: int, always: Collection[int] = ()
+) -> Int[Tensor, " rows"]:
+    """The `size` most frequent of `labels`, ascending; ties, and room left over, go to the lowest ids.
+
+    Tokens `always` to be kept (those that end a text) come first. Raises `ConfigError` when they alone are too many.
+    """
+    if len(always) > size:
+        raise ConfigError(f"a draft vocabulary of {size} has no room for the {len(always)} tokens that end a text")
+    counts = torch.bincount(labels.long(), minlength=vocab_size)
+    counts[list(always)] = torch.iinfo(counts.dtype).max
+    return counts.sort(descending=True, stable=True).indices[:size].sort().values
+
+
+def coverage(labels: Int[Tensor, " labels"], kept: Bool[Tensor, " tokens"]) -> float:
+    """Share of `labels` that are in the vocabulary `t2d` says: what no drafter with it can be right about is the rest."""
+    return float(kept[labels.long()].double().mean()) if len(labels) else 1.0

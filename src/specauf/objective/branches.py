@@ -1,0 +1,207 @@
+"""Domino's loss: two branches over the same slots, each with an objective, a support and a denominator of its own.
+
+    L = lambda_base L_base + (1 - lambda_base) L_final
+
+The base branch is the LM head on the drafter's hidden state z. The final branch adds a correction of low rank: its rows are
+[z ; e] and its head is [W ; W2], W2 trained. A branch's credit may be read off itself or off the other branch. Under teacher
+forcing what the final branch says is what it would say in decoding up to its first mismatch (the prefix is the data's so
+far), so its support is read left to right and exact; behind a hole in the labels the prefix holds tokens nobody supervised.
+
+W2's gradient is a sum over rows that already carries their credits. A credit that is known beforehand (a position prior, or
+the other branch's support) takes one pass over the final branch; one that is read off the final branch itself takes a pass
+without gradient first, staged like any wavefront, and a second one over the rows that turned out to count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+
+from specauf.objective.blocks import Blocks
+from specauf.objective.credit import Slots
+from specauf.objective.loss import LossTerms, Objective, Recorded, credit_of, finish, survival, weigh
+from specauf.objective.registry import cross_entropy
+from specauf.objective.wavefront import Readout, RowSource, default_cuts, read_head
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+    from torch import Tensor
+
+Side = Literal["base", "final"]
+SIDES: tuple[Side, Side] = ("base", "final")
+
+
+class Branch(NamedTuple):
+    """What one branch is trained on."""
+
+    objective: Objective
+    support: Side
+    """The branch whose predictions the credit is read off; without meaning for a position prior."""
+
+    @property
+    def prior(self) -> bool:
+        """Is the credit known before anything is read?"""
+        return self.objective.name.removesuffix("-decay") in PRIORS
+
+
+PRIORS = ("uniform", "decay", "first-k")
+
+VARIANTS: dict[str, tuple[str, str, Side]] = {
+    "decay-only": ("decay", "decay", "final"),
+    "b-auf": ("auf", "uniform", "final"),
+    "b-auf-d": ("auf-decay", "decay", "final"),
+    "s-auf": ("auf", "auf", "base"),
+    "s-auf-d": ("auf-decay", "auf-decay", "base"),
+    "f-auf": ("auf", "auf", "final"),
+    "f-auf-d": ("auf-decay", "auf-decay", "final"),
+}
+"""Table 3 of the paper: objective of the base branch, of the final branch, and where the latter's support is read. The
+base branch's is always its own. Without decay B-AUF's final branch is uniform, so it differs from decay-only in two ways.
+"""
+
+
+def lambda_base(step: int, max_steps: int, start: float = 1.0, ratio: float = 1.0) -> float:
+    """The base branch's share after `step` completed steps: linear from `start` to 0 over `ratio` of the steps.
+
+    At ratio 0.5 the second half of a run trains the final branch alone, and an objective on the base branch is without
+    effect there.
+    """
+    return min(max(start * (1 - min(step / max(1, int(max_steps * ratio)), 1.0)), 0.0), 1.0)
+
+
+class Shared:
+    """Rows of another source, each computed once however often it is asked for."""
+
+    def __init__(self, source: RowSource, like: Bool[Tensor, "b n k"]) -> None:
+        self.source, self.at = source, torch.full(like.shape, -1, device=like.device)
+        self.found: list[Tensor] = []
+        self.count = 0
+
+    def rows(self, todo: Bool[Tensor, "b n k"]) -> Float[Tensor, "rows h"]:
+        new = todo & (self.at < 0)
+        size = int(new.sum())
+        if size or not self.found:
+            self.at[new] = torch.arange(self.count, self.count + size, device=new.device)
+            self.found.append(self.source.rows(new))
+            self.count += size
+        return torch.cat(self.found)[self.at[todo]]
+
+
+class TwoBranchTerms(NamedTuple):
+    terms: LossTerms
+    """The parts of both branches, scaled by lambda_base and 1 - lambda_base; credit and readout are the final branch's."""
+    base: LossTerms
+    final: LossTerms
+
+
+def two_branch_loss(
+    hidden: RowSource,
+    corrected: RowSource,
+    blocks: Blocks,
+    base: Branch,
+    final: Branch,
+    lam: float,
+    weight: Float[Tensor, "v h"],
+    expansion: Float[Tensor, "v e"],
+    bias: Float[Tensor, " v"] | None = None,
+    *,
+    teacher: Float[Tensor, "b n k h"] | None = None,
+    uniform: Float[Tensor, "b n k"] | None = None,
+    softcap: float | None = None,
+    logits_rows: int = 256,
+    cuts: Mapping[Side, Sequence[int]] | None = None,
+) -> TwoBranchTerms:
+    """`hidden` gives the rows z, `corrected` the rows [z ; e], where e is zero for predictions that are not corrected.
+
+    The other arguments are those of `block_loss`; `cuts` are the stage ends of each branch. Raises `ValueError` when an
+    objective's input is missing, or when both branches read one of them at different temperatures.
+    """
+    branches: dict[Side, Branch] = {"base": base, "final": final}
+    sources: dict[Side, RowSource] = {"base": hidden, "final": corrected}
+
+    def read(side: Side, valid: Tensor, teacher: Tensor | None, **how: Any) -> tuple[Readout, Tensor]:
+        source = Recorded(sources[side])
+        readout = read_head(
+            *(source, blocks.labels, valid, weight, bias),
+            expansion=expansion if side == "final" else None,
+            teacher=teacher,
+            softcap=softcap,
+            logits_rows=logits_rows,
+            **how,
+        )
+        return readout, torch.cat(source.given)
+
+    gates: dict[Side, tuple[Readout, Tensor]] = {}
+    for side in SIDES:
+        readers = [b for b in branches.values() if b.support == side and not b.prior]
+        if readers:
+            how = _reading([b.objective for b in readers], blocks, (cuts or {}).get(side), uniform)
+            needed = teacher if any(b.objective.needs_teacher for b in readers) else None
+            own = side == "base" and base in readers  # its gradient can be formed on the way: its head is not trained
+            gates[side] = read(side, blocks.valid, needed, wants=base.objective.rule.rows if own else (), **how)
+
+    found: dict[Side, LossTerms] = {}
+    for side in SIDES:
+        branch = branches[side]
+        branch.objective.require(teacher, uniform)
+        needed = teacher if branch.objective.needs_teacher else None
+        parts = credit_of(_gate(gates, branch, blocks, weight), blocks, branch.objective, uniform)
+        plain = branch.objective.rule.loss is cross_entropy
+        counted = blocks.valid & torch.stack([c != 0 for _, c in parts]).any(0) if plain else blocks.valid
+        kinds = branch.objective.rule.rows
+        if side in gates and gates[side][0].grad:
+            readout, rows = gates[side]
+        elif side == "base":
+            readout, rows = read(side, counted, needed, wants=kinds)
+        else:
+            if not plain and side not in gates:
+                gates[side] = read(side, blocks.valid, needed, wants=())
+            figures = gates[side][0] if side in gates else _unread(blocks, weight)
+            weights = weigh(figures, blocks, branch.objective, parts)[2]
+            readout, rows = read(side, counted, needed, wants=kinds, weigh=weights)
+        terms = finish(readout, rows, blocks, branch.objective, parts, expansion if side == "final" else None)
+        if side in gates:  # it read more than what counts, or left to right
+            terms = terms._replace(readout=gates[side][0]._replace(grad=None, order=None))
+            if branch.support == side and branch.objective.truncates:
+                terms = terms._replace(survival=survival(terms.readout, blocks, branch.objective, uniform))
+        found[side] = terms
+    share: dict[Side, float] = {"base": lam, "final": 1 - lam}
+    mixed = found["final"]._replace(
+        num=torch.cat([found[side].num for side in SIDES]),
+        den=torch.cat([found[side].den for side in SIDES]),
+        scale=torch.cat([share[side] * found[side].scale for side in SIDES]),
+    )
+    return TwoBranchTerms(mixed, found["base"], found["final"])
+
+
+def _reading(
+    objectives: Sequence[Objective], blocks: Blocks, cuts: Sequence[int] | None, uniform: Tensor | None
+) -> dict[str, Any]:
+    """How a branch is read for the credits of all `objectives`: left to right when every one of them ends somewhere."""
+    temperatures = {o.options.get("temperature", 1.0) for o in objectives}
+    if len(temperatures) > 1:
+        raise ValueError(f"two objectives read one branch at different temperatures, {sorted(temperatures)}")
+    truncates = all(o.truncates for o in objectives)
+
+    def survives(slots: Slots) -> Tensor:
+        return torch.stack([o.survives(slots) for o in objectives]).any(0)
+
+    return {
+        "cuts": (cuts or default_cuts(blocks.valid.shape[-1])) if truncates else None,
+        "survives": survives if truncates else None,
+        "uniform": uniform,
+        "temperature": temperatures.pop(),
+        "ranks": any("rank" in o.rule.needs for o in objectives),
+    }
+
+
+def _gate(gates: Mapping[Side, tuple[Readout, Tensor]], branch: Branch, blocks: Blocks, weight: Tensor) -> Readout:
+    return _unread(blocks, weight) if branch.prior else gates[branch.support][0]
+
+
+def _unread(blocks: Blocks, weight: Tensor) -> Readout:
+    nothing = torch.zeros_like(blocks.valid)
+    zeros = nothing.to(torch.promote_types(weight.dtype, torch.float32))
+    return Readout(zeros, nothing, nothing, zeros)

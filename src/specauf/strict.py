@@ -1,0 +1,100 @@
+"""Dataclasses from plain mappings, strictly, and the errors that a user can mend.
+
+A key that does not exist is an error that names its nearest neighbour; a value of another type is refused, never cast.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import json
+import math
+import types
+import typing
+from dataclasses import fields, is_dataclass
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
+
+
+class UserError(Exception):
+    """Something the user can mend. The CLI prints the message alone and exits with 2."""
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be run as written."""
+
+
+def nearest(name: str, choices: typing.Iterable[str]) -> str:
+    """`; did you mean 'x'?`, or a full stop when nothing is near."""
+    match = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.4)
+    return f"; did you mean {match[0]!r}?" if match else "."
+
+
+def choose(name: str, choices: typing.Sequence[str], what: str) -> str:
+    """Return `name` if it is one of `choices`, else raise `ConfigError` with the valid ones and the nearest."""
+    if name not in choices:
+        raise ConfigError(f"unknown {what} {name!r}{nearest(name, choices)} Valid: {', '.join(choices)}")
+    return name
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    """`value` from YAML as `kind`, or a `ConfigError` that names `where`."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if is_dataclass(kind):
+        return from_dict(typing.cast(type, kind), value, where)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in args:
+            return None
+        return _convert(next(a for a in args if a is not type(None)), value, where)
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(
+                f"{where}: {value!r} is not one of {', '.join(map(repr, args))}{nearest(str(value), args)}"
+            )
+        return value
+    if origin is dict:
+        if not isinstance(value, dict) or not all(isinstance(v, (int, float, str)) for v in value.values()):
+            raise ConfigError(f"{where}: expected a mapping of names to numbers or words, got {value!r}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{where}: expected a list, got {value!r}")
+        return tuple(_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError, OverflowError):  # YAML 1.1 reads 6e-4 as a string
+            if math.isfinite(number := float(value)):
+                return number
+    if kind in (int, bool, str) and type(value) is kind:
+        return value
+    raise ConfigError(f"{where}: expected {getattr(kind, '__name__', kind)}, got {value!r}")
+
+
+def from_dict(cls: type[T], data: Any, where: str = "config") -> T:
+    """Build the dataclass `cls` from a mapping, strictly. Raises `ConfigError` on an unknown key or a wrong type."""
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where}: expected a mapping, got {data!r}")
+    hints = typing.get_type_hints(cls)
+    known = [f.name for f in fields(typing.cast(Any, cls))]
+    for key in data:
+        if key not in known:
+            raise ConfigError(f"{where}: unknown key {key!r}{nearest(str(key), known)} Valid: {', '.join(known)}")
+    values = {key: _convert(hints[key], value, f"{where}.{key}") for key, value in data.items()}
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain JSON and YAML types, every field present."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return plain

@@ -1,0 +1,84 @@
+"""From a run's configuration to what it is trained on, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from specauf.config import RunConfig
+from specauf.data.rollouts import rollout_meta
+from specauf.objective.branches import VARIANTS, Branch
+from specauf.objective.loss import Objective
+from specauf.objective.registry import rule_of
+from specauf.strict import ConfigError
+
+
+def objectives_of(config: RunConfig) -> tuple[Branch, ...]:
+    """What a run is trained on: one objective, or one for each of Domino's branches and where its support is read.
+
+    Raises `ConfigError` on whatever it cannot be.
+    """
+    wanted = config.objective
+    if wanted.plugin is not None:
+        _import(wanted.plugin)
+    if config.drafter.kind == "domino":
+        base, final, side = VARIANTS.get(
+            wanted.variant or "", (wanted.name, wanted.final or wanted.name, wanted.support)
+        )
+        shared = wanted.final is None  # then the options are those of both
+        found = (
+            Branch(_objective(config, base, wanted.options), "base"),
+            Branch(_objective(config, final, wanted.options if shared else wanted.final_options), side),
+        )
+    else:
+        for name in ("variant", "final"):
+            if getattr(wanted, name) is not None:
+                raise ConfigError(f"objective.{name} is for a drafter with two branches: set drafter.kind=domino")
+        found = (Branch(_objective(config, wanted.name, wanted.options), "base"),)
+    for objective, _ in found:
+        if "rollouts" in objective.rule.needs and rollout_meta(config.data.path) is None:
+            raise ConfigError(
+                f"objective {objective.name!r} is trained on the target's own continuations: make them with `specauf "
+                f"rollout` and give their directory as data.path, which is {config.data.path!r}"
+            )
+        reads_target = objective.needs_teacher or wanted.labels == "target"
+        if reads_target and config.features.cache and not config.features.extras:
+            raise ConfigError(
+                f"objective {objective.name!r} with labels={wanted.labels!r} reads what the target says, which the feature "
+                "cache holds only with features.extras=true (or set features.cache=false)"
+            )
+    return found
+
+
+def _objective(config: RunConfig, name: str, options: Mapping[str, Any]) -> Objective:
+    wanted = config.objective
+    try:
+        default = rule_of(name).gamma
+        gamma = None if default is None else wanted.gamma
+        if isinstance(default, str):
+            gamma = wanted.decay_for(config.drafter.block_size)
+        return Objective(name, gamma, wanted.reduction, options)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ConfigError(f"objective: {error}") from None
+
+
+def stored_extras(config: RunConfig) -> tuple[str, ...]:
+    """What a feature cache must hold beyond the features, for these objectives and these labels."""
+    teacher = any(branch.objective.needs_teacher for branch in objectives_of(config))
+    return ("final",) * teacher + ("argmax",) * (config.objective.labels == "target")
+
+
+def _import(plugin: str) -> None:
+    """Import a module by name, or a file by path, for what it registers."""
+    path = Path(plugin)
+    try:
+        if path.suffix == ".py":
+            spec = importlib.util.spec_from_file_location(path.stem, path)
+            assert spec is not None and spec.loader is not None
+            spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        else:
+            importlib.import_module(plugin)
+    except (ImportError, OSError, SyntaxError, ValueError) as error:
+        raise ConfigError(f"objective.plugin: cannot import {plugin!r}: {error}") from None

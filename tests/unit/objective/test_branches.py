@@ -1,0 +1,243 @@
+"""Domino's two-branch loss against dense logits in float64: loss, gradients, who gets any, and what is read."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from specauf.drafter.checkpoint import build_drafter
+from specauf.drafter.config import DominoHead
+from specauf.drafter.domino import Corrected, Domino
+from specauf.objective import Blocks, Objective
+from specauf.objective.branches import VARIANTS, Branch, Shared, TwoBranchTerms, lambda_base, two_branch_loss
+from specauf.objective.credit import position_decay
+from tests.conftest import make_geometry, make_target
+
+VOCAB, WIDTH, N = 61, 32, 5
+HEAD = ("prefix_gru.weight_ih_l0", "prefix_gru.weight_hh_l0", "embed_proj.0.weight", "embed_proj.2.weight")
+
+
+class Rows:
+    """Hidden states that are all there; counts what is asked for."""
+
+    def __init__(self, z: Tensor) -> None:
+        self.z, self.asked = z, 0
+
+    def rows(self, todo: Tensor) -> Tensor:
+        self.asked += int(todo.sum())
+        return self.z[todo]
+
+
+class Scene(NamedTuple):
+    drafter: Domino
+    z: Tensor
+    said: Tensor
+    blocks: Blocks
+    weight: Tensor
+
+
+def scene(seed: int, right: float = 0.7, holes: float = 0.2, blocks: int = 9) -> Scene:
+    """Labels agree with the final branch's argmax with probability `right`, else with nothing in particular."""
+    target = make_target()
+    geometry = dataclasses.replace(make_geometry(target), domino=DominoHead(7, 6, 1, True))
+    drafter = build_drafter(geometry, seed).double()
+    assert isinstance(drafter, Domino)
+    drafter.expansion.data.mul_(100)
+    g = torch.Generator().manual_seed(seed)
+    weight = torch.randn(VOCAB, WIDTH, generator=g, dtype=torch.float64)
+    z = torch.randn(1, blocks, N, WIDTH, generator=g, dtype=torch.float64).requires_grad_()
+    said = torch.randn(1, blocks, N, WIDTH, generator=g, dtype=torch.float64)
+    base, final = dense(drafter, z, said, weight)
+    best = torch.where(torch.rand(1, blocks, N, generator=g) < 0.5, base.argmax(-1), final.argmax(-1))
+    labels = torch.where(
+        torch.rand(1, blocks, N, generator=g) < right, best, torch.randint(VOCAB, (1, blocks, N), generator=g)
+    )
+    valid = torch.rand(1, blocks, N, generator=g) >= holes
+    valid[0, 0] = False  # a block with nothing in it
+    keep = valid.any(-1)
+    return Scene(drafter, z, said, Blocks(keep.long() * 0, keep, labels.masked_fill(~valid, 0), valid), weight)
+
+
+def dense(drafter: Domino, z: Tensor, said: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    base = z @ weight.T
+    corrected = torch.arange(N) >= drafter.pure
+    code = drafter.code(z, drafter.prefix(said)) * corrected[:, None]
+    return base, base + code @ drafter.expansion.T
+
+
+def support(logits: Tensor, blocks: Blocks) -> Tensor:
+    """1 up to the first wrong valid slot, block by block and slot by slot."""
+    out = torch.zeros(blocks.valid.shape, dtype=torch.float64)
+    for j, (block, labels, valid) in enumerate(zip(logits[0], blocks.labels[0], blocks.valid[0], strict=True)):
+        for i in range(N):
+            if valid[i]:
+                out[0, j, i] = 1
+                if int(block[i].argmax()) != int(labels[i]):
+                    break
+    return out
+
+
+def reference(s: Scene, variant: str, lam: float, gamma: float) -> Tensor:
+    """Section 5.2 of the paper, read literally."""
+    base, final = dense(s.drafter, s.z, s.said, s.weight)
+    decay = position_decay(N, gamma)
+    masks = {"common": s.blocks.valid.double(), "base": support(base, s.blocks), "final": support(final, s.blocks)}
+    of_base, of_final, decayed = {
+        "decay-only": ("common", "common", True),
+        "b-auf": ("base", "common", False),
+        "b-auf-d": ("base", "common", True),
+        "s-auf": ("base", "base", False),
+        "s-auf-d": ("base", "base", True),
+        "f-auf": ("base", "final", False),
+        "f-auf-d": ("base", "final", True),
+    }[variant]
+    total = torch.zeros((), dtype=torch.float64)
+    for share, logits, name in ((lam, base, of_base), (1 - lam, final, of_final)):
+        credit = masks[name] * (decay if decayed else 1)
+        ce = F.cross_entropy(logits.flatten(0, 2), s.blocks.labels.flatten(), reduction="none").view_as(credit)
+        total = total + share * (credit * ce).sum() / credit.sum()
+    return total
+
+
+def branches(variant: str, gamma: float) -> tuple[Branch, Branch]:
+    base, final, side = VARIANTS[variant]
+
+    def objective(name: str) -> Objective:
+        return Objective(name, gamma if "decay" in name else None)
+
+    return Branch(objective(base), "base"), Branch(objective(final), side)
+
+
+def ours(s: Scene, pair: tuple[Branch, Branch], lam: float, **how: object) -> TwoBranchTerms:
+    rows = Shared(Rows(s.z), s.blocks.valid)
+    corrected = Corrected(s.drafter, rows, s.said)
+    return two_branch_loss(rows, corrected, s.blocks, *pair, lam, s.weight, s.drafter.expansion, logits_rows=4, **how)  # type: ignore[arg-type]
+
+
+def gradients(loss: Tensor, s: Scene) -> dict[str, Tensor]:
+    wanted = {"z": s.z, **{n: p for n, p in s.drafter.named_parameters() if n in HEAD}}
+    found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(wanted.items(), found, strict=True)}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("lam", [1.0, 0.35, 0.0])
+def test_loss_and_gradients_are_the_references(variant: str, lam: float) -> None:
+    for seed in range(3):
+        s = scene(seed)
+        found, want = ours(s, branches(variant, 3.0), lam).terms.loss, reference(s, variant, lam, 3.0)
+        torch.testing.assert_close(found, want, rtol=1e-12, atol=0)
+        for (name, a), b in zip(gradients(found, s).items(), gradients(want, s).values(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@given(st.integers(0, 10**6), st.sampled_from([0.0, 0.5, 0.95, 1.0]), st.sampled_from([0.0, 0.4]))
+def test_staged_supports_are_the_dense_ones_whatever_the_cuts(seed: int, right: float, holes: float) -> None:
+    s = scene(seed % 1000, right, holes, blocks=4)
+    pair = branches("f-auf", 3.0)
+    want = reference(s, "f-auf", 0.5, 3.0)
+    for cuts in ([5], [1, 2, 3, 4, 5], [2, 5]):
+        found = ours(s, pair, 0.5, cuts={"base": cuts, "final": cuts})
+        torch.testing.assert_close(found.terms.loss, want, rtol=1e-12, atol=0)
+        torch.testing.assert_close(found.final.credit, support(dense(s.drafter, s.z, s.said, s.weight)[1], s.blocks))
+
+
+def test_who_learns_from_what() -> None:
+    """lambda 1 leaves the head alone; lambda 0 leaves the base branch's objective without effect; between, both count."""
+    s = scene(5)
+    for variant in VARIANTS:
+        for lam in (1.0, 0.5, 0.0):
+            found = gradients(ours(s, branches(variant, 3.0), lam).terms.loss, s)
+            assert bool(found["z"].any())
+            for name in HEAD:
+                assert bool(found[name].any()) == (lam < 1), (variant, lam, name)
+    auf, decay = (
+        gradients(ours(s, (Branch(Objective(name), "base"), Branch(Objective("uniform"), "final")), 0.0).terms.loss, s)
+        for name in ("auf", "uniform")
+    )
+    assert all(torch.equal(auf[name], decay[name]) for name in auf)
+
+
+def test_only_what_counts_is_read() -> None:
+    s = scene(7, right=0.5, holes=0.0)
+    one = [1, 2, 3, 4, 5]
+    own = int(support(dense(s.drafter, s.z, s.said, s.weight)[1], s.blocks).sum())
+    base = int(support(dense(s.drafter, s.z, s.said, s.weight)[0], s.blocks).sum())
+    found = ours(s, branches("f-auf", 3.0), 0.5, cuts={"base": one, "final": one})
+    assert int(found.final.readout.evaluated.sum()) == own and int(found.base.readout.evaluated.sum()) == base
+    found = ours(s, branches("s-auf", 3.0), 0.5, cuts={"base": one, "final": one})
+    assert int(found.final.readout.evaluated.sum()) == base
+    plain = Rows(s.z)
+    shared = Shared(plain, s.blocks.valid)
+    shared.rows(s.blocks.valid)
+    assert torch.equal(shared.rows(s.blocks.valid), s.z[s.blocks.valid]) and plain.asked == int(s.blocks.valid.sum())
+
+
+def test_any_pair_of_objectives_from_either_branch() -> None:
+    """D-PACE on the base branch read off the final one, focal with a part of its own on the final branch."""
+    s = scene(2)
+    base, final = dense(s.drafter, s.z, s.said, s.weight)
+    pair = (
+        Branch(Objective("griffin-exclusive", options={"k": 2}), "final"),
+        Branch(Objective("l2r-focal-separate"), "base"),
+    )
+    found = ours(s, pair, 0.4)
+    valid, labels = s.blocks.valid, s.blocks.labels
+    ce = {
+        n: F.cross_entropy(z.flatten(0, 2), labels.flatten(), reduction="none").view_as(valid)
+        for n, z in (("base", base), ("final", final))
+    }
+    top = (final.argsort(-1, descending=True)[..., :2] == labels[..., None]).any(-1) | ~valid
+    kept = (torch.cat([torch.ones_like(top[..., :1]), top[..., :-1]], -1).cumprod(-1) * valid).double()
+    wrong = support(base, s.blocks) * (base.argmax(-1) != labels)
+    decay = position_decay(N, 10.0) * valid
+    want = 0.4 * (kept * ce["base"]).sum() / kept.sum()
+    want = want + 0.6 * (
+        (decay * ce["final"]).sum() / decay.sum() + 0.3 * (wrong * ce["final"]).sum() / wrong.sum().clamp(min=1)
+    )
+    torch.testing.assert_close(found.terms.loss, want, rtol=1e-12, atol=0)
+    for a, b in zip(gradients(found.terms.loss, s).values(), gradients(want, s).values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
+
+
+def test_a_loss_of_the_targets_distribution_on_the_final_branch() -> None:
+    s = scene(3)
+    teacher = torch.randn_like(s.z)
+    pair = (Branch(Objective("decay", 3.0), "base"), Branch(Objective("pard2"), "final"))
+    found = ours(s, pair, 0.3, teacher=teacher)
+    base, final = dense(s.drafter, s.z, s.said, s.weight)
+    p, valid = (teacher @ s.weight.T).softmax(-1), s.blocks.valid
+    gold = torch.where(valid, p.gather(-1, s.blocks.labels[..., None]).squeeze(-1), 1.0)
+    credit = torch.cat([torch.ones_like(gold[..., :1]), gold[..., :-1]], -1).cumprod(-1) * valid
+    ce = [
+        F.cross_entropy(z.flatten(0, 2), s.blocks.labels.flatten(), reduction="none").view_as(gold)
+        for z in (base, final)
+    ]
+    kl = (p * (p.log() - final.log_softmax(-1))).sum(-1)
+    decay = position_decay(N, 3.0) * valid
+    want = 0.3 * (decay * ce[0]).sum() / decay.sum() + 0.7 * (credit * (0.1 * ce[1] + kl)).sum() / credit.sum()
+    torch.testing.assert_close(found.terms.loss, want, rtol=1e-12, atol=0)
+    for a, b in zip(gradients(found.terms.loss, s).values(), gradients(want, s).values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
+
+
+def test_what_is_missing_or_contradictory_is_said() -> None:
+    s = scene(1)
+    with pytest.raises(ValueError, match="needs 'teacher'"):
+        ours(s, (Branch(Objective("auf"), "base"), Branch(Objective("pard2"), "final")), 0.5)
+    hot, cold = (Branch(Objective("soft-auf", options={"temperature": t}), "base") for t in (2.0, 0.5))
+    with pytest.raises(ValueError, match="different temperatures"):
+        ours(s, (hot, cold), 0.5)
+
+
+def test_lambda_falls_linearly_over_its_share_of_the_steps() -> None:
+    assert [lambda_base(t, 10) for t in (0, 5, 10, 12)] == [1.0, 0.5, 0.0, 0.0]
+    assert [lambda_base(t, 10, ratio=0.5) for t in (0, 2, 5, 9)] == [1.0, 0.6, 0.0, 0.0]
+    assert lambda_base(0, 10, start=0.6) == 0.6
