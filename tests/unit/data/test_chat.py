@@ -8,7 +8,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from specauf.config import UserError
 from specauf.data import chat
 from specauf.data.chat import (
     Rendered,
@@ -22,6 +21,7 @@ from specauf.data.chat import (
     tokenizer_hash,
 )
 from specauf.data.sources import Message
+from specauf.strict import UserError
 
 Make = Callable[..., Any]
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from specauf.config import DataConfig, UserError
+from specauf.config import DataConfig
 from specauf.data import dataset
 from specauf.data.dataset import HELDOUT, META, TOKENS, Prepared, TokenDataset, prepare
+from specauf.strict import UserError
 
 CONFIG = DataConfig(max_length=64, heldout=0.2)
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from tests.conftest import make_dataset, make_target
 
-from specauf.config import FeaturesConfig, UserError
+from specauf.config import FeaturesConfig
 from specauf.data import features
 from specauf.data.dataset import TokenDataset
 from specauf.data.features import build_features, estimate_gb
+from specauf.strict import UserError
 from specauf.target import Target
 
 

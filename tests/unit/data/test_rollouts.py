@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 from tests.conftest import make_dataset
 
-from specauf.config import DataConfig, UserError
+from specauf.config import DataConfig
 from specauf.data.chat import template_hash, tokenizer_hash
 from specauf.data.dataset import Prompt, write_heldout
 from specauf.data.rollouts import SETTINGS, open_rollouts, rollout_meta
 from specauf.data.sources import Ledger
+from specauf.strict import UserError
 
 SAMPLES = {"a": 2, "b": 1, "c": 3}
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from specauf.config import UserError
 from specauf.data import sources
 from specauf.data.sources import Conversation, Ledger, Message, normalise, read_conversations, read_records, split
+from specauf.strict import UserError
 
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

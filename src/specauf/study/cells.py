@@ -1,0 +1,105 @@
+"""A cell's directory: who works in it, how far it is, and whether it is still the cell that the recipe describes.
+
+Several processes may run one study. A claim is a lock that the system gives back when its holder ends, however it ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from specauf.config import RunConfig
+from specauf.strict import ConfigError, UserError, from_dict, to_dict
+from specauf.study.recipe import Cell
+
+NOT_IDENTITY = (("out",), ("eval",), ("train", "save_every"), ("train", "eval_every"))
+"""What may change about a cell that is trained or in training: none of it changes a weight."""
+
+
+@contextlib.contextmanager
+def claim(directory: Path) -> Iterator[bool]:
+    """Whether `directory` (made if need be) is this process's until the block ends; False when another has it."""
+    with _lock_file(directory) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True  # closing the file gives the lock back
+
+
+@contextlib.contextmanager
+def turn(directory: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+    """Wait until `directory` is nobody else's, and hold it until the block ends. `on_wait` is called if it has to."""
+    with _lock_file(directory) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            on_wait()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _lock_file(directory: Path) -> Iterator[Any]:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = (directory / "lock").open("a")
+    except OSError as error:
+        raise UserError(f"{directory} cannot be written: {error}") from None
+    with file:
+        yield file
+
+
+def progress(out: Path) -> tuple[int, int | None]:
+    """(Steps in the last checkpoint, the horizon), (0, None) when there is none."""
+    path = out / "checkpoint" / "state.json"
+    if not path.is_file():
+        return 0, None
+    state = json.loads(path.read_text())
+    return int(state["step"]), state["max_steps"]
+
+
+def finished(out: Path) -> bool:
+    """Whether training reached its horizon and its last checkpoint is there."""
+    done, horizon = progress(out)
+    return horizon is not None and done >= horizon
+
+
+def check_unchanged(cell: Cell) -> None:
+    """Raise `ConfigError` with the keys that differ when the cell on disk was trained from another recipe."""
+    path = cell.out / "config.yaml"
+    if not path.is_file():
+        return
+    # Read as a recipe, so that a field which did not exist then has its default.
+    before = to_dict(from_dict(RunConfig, yaml.safe_load(path.read_text(encoding="utf-8")), str(path)))
+    now = to_dict(cell.config)
+    for *parents, last in NOT_IDENTITY:
+        for tree in (before, now):
+            node = tree
+            for parent in parents:
+                node = node[parent]
+            node.pop(last)
+    changed = [f"{key}: {old!r} then, {new!r} now" for key, old, new in _differences(before, now)]
+    if changed:
+        raise ConfigError(
+            f"{cell.out} was trained from another recipe ({'; '.join(changed)}). Change the recipe back, give the changed "
+            "method another name, or delete that directory to train it again"
+        )
+
+
+def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    found = []
+    for key in dict.fromkeys([*a, *b]):
+        old, new = a.get(key), b.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append((prefix + key, old, new))
+    return found

@@ -1,0 +1,198 @@
+"""The paper's claims, each as a function of a study's results: reproduced here, not, undecided, or not run.
+
+A comparison counts with the verdict it has in the table, with one exception: a difference of two single training runs counts
+only when it is larger than the noise floor, the spread of seeds, and not at all while that is unknown. Its interval speaks of
+those two runs; a claim speaks of the methods.
+
+Methods are found by name: `decay`, `auf`, `auf-decay` on DFlash; `decay-only`, `b-auf`, `b-auf-d`, `s-auf`, ... on Domino.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
+
+from scipy import stats
+
+Results = Mapping[str, Any]
+MACRO = "macro"
+TEMPERATURES = ("0", "1")
+DOMINO = ("b-auf", "b-auf-d", "s-auf", "s-auf-d", "f-auf", "f-auf-d")
+"""The paper's Table 3: AUF on the base branch alone, on both by the base's support, on each by its own; with decay."""
+REACH = 0.3
+"""r_active below which decay inside AUF has too few slots to act on: that it is inert there says nothing."""
+TAIL = 0.2
+"""Share of the training, at its end, whose mean is called the end."""
+
+
+class Found(NamedTuple):
+    """What the numbers say of a claim."""
+
+    verdict: str
+    because: str
+    evidence: Sequence[int] = ()
+    """Indices into the results' comparisons."""
+
+
+def claims(results: Results) -> list[dict[str, Any]]:
+    """The `claims` of a study's results."""
+    rows = []
+    for name, source, decide in CLAIMS:
+        found = decide(results)
+        told = {"verdict": found.verdict, "because": found.because, "evidence": list(found.evidence)}
+        rows.append({"claim": name, "source": source, **told})
+    return rows
+
+
+def everywhere(results: Results, temperature: str) -> Found:
+    """AUF above decay on every benchmark."""
+    indices = [find(results, "auf", "decay", temperature, task) for task in results["tasks"]]
+    return _decide(results, indices, {"better"}, {"worse", "equivalent"}, "AUF against decay")
+
+
+def inert(results: Results) -> Found:
+    """AUF with and without decay are equivalent, where there is room for a difference."""
+    indices = [find(results, "auf-decay", "auf", t, MACRO) for t in _temperatures(results, "auf-decay", "auf")]
+    found = _decide(results, indices, {"equivalent"}, {"better", "worse"}, "AUF + decay against AUF, macro average")
+    if found.verdict == "not run":
+        return found
+    reach = [value for _, value in _at_end(results, "auf", "r_active")]
+    if not reach:
+        return found._replace(verdict="undecided", because=f"{found.because}, but r_active was not logged")
+    if fmean(reach) < REACH:
+        why = f"r_active ends at {fmean(reach):.2f}, below {REACH:g}: the support is too short for a decay to matter"
+        return found._replace(verdict="undecided", because=f"{why} ({found.because})")
+    return found._replace(because=f"{found.because}; r_active ends at {fmean(reach):.2f}")
+
+
+def inversion(results: Results) -> Found:
+    """Decay is more accurate on all slots alike, and accepted less."""
+    index = find(results, "auf", "decay", "0", MACRO)
+    ends = {name: dict(_at_end(results, name, "common_accuracy")) for name in ("decay", "auf")}
+    seeds = sorted(ends["decay"].keys() & ends["auf"].keys())
+    if index is None or not seeds:
+        return Found("not run", "decay and AUF are not both trained, measured and logged")
+    differences = [ends["decay"][seed] - ends["auf"][seed] for seed in seeds]
+    sure = _half_width(differences)
+    mean = fmean(differences)
+    verdict = standing(results["comparisons"][index])
+    interval = f" ± {100 * sure:.1f}" if math.isfinite(sure) else ""
+    because = (
+        f"decay's common-token accuracy ends {100 * mean:+.1f}{interval} points from AUF's ({_count(len(seeds), 'seed')}), "
+        f"and {_told(results, index)}"
+    )
+    if verdict in ("worse", "equivalent") or (mean < 0 and sure < -mean):
+        return Found("not reproduced", because, [index])
+    shown = verdict == "better" and mean > 0 and sure < mean
+    return Found("reproduced" if shown else "undecided", because, [index])
+
+
+def transfer(results: Results) -> Found:
+    """Every AUF variant of Domino above its decay-only."""
+    temperatures = _temperatures(results, "b-auf", "decay-only")
+    indices = [find(results, name, "decay-only", t, MACRO) for t in temperatures for name in DOMINO]
+    return _decide(results, indices, {"better"}, {"worse", "equivalent"}, "Domino's AUF variants against decay-only")
+
+
+def base_branch(results: Results) -> Found:
+    """AUF on the base branch is what helps: it beats decay-only, and AUF on the final branch too adds nothing to it."""
+    gain = [find(results, name, "decay-only", "0", MACRO) for name in ("b-auf", "b-auf-d")]
+    found = _decide(results, gain, {"better"}, {"worse", "equivalent"}, "AUF on the base branch against decay-only")
+    pairs = [(f"b-auf{d}", f"{other}-auf{d}") for d in ("", "-d") for other in ("s", "f")]
+    indices = [find(results, a, b, "0", MACRO) for a, b in pairs]
+    beside = _decide(results, indices, {"better", "equivalent"}, {"worse"}, "against AUF on both branches")
+    if "not run" in (found.verdict, beside.verdict):
+        return found if found.verdict == "not run" else beside
+    order = ("not reproduced", "undecided", "reproduced")
+    verdict = min(found.verdict, beside.verdict, key=order.index)
+    return Found(verdict, f"{found.because}; {beside.because}", [*found.evidence, *beside.evidence])
+
+
+CLAIMS: tuple[tuple[str, str, Callable[[Results], Found]], ...] = (
+    ("AUF > decay on every benchmark at T=0", "paper, Table 2", lambda results: everywhere(results, "0")),
+    ("AUF > decay on every benchmark at T=1", "paper, Table 2", lambda results: everywhere(results, "1")),
+    ("decay is inert inside AUF", "paper, section 5.1 and Table 2", inert),
+    ("decay is more accurate on the common mask and decodes worse", "paper, section 5.1 and Figure 4", inversion),
+    ("support selection transfers to Domino: every AUF variant > decay-only", "paper, Table 4", transfer),
+    ("Domino's base branch carries the gain", "paper, section 5.2 and Table 4", base_branch),
+)
+
+
+def find(results: Results, a: str, b: str, temperature: str, task: str) -> int | None:
+    """The comparison of a with b over all rounds, of the part with the most seeds, the first of those; None if none is."""
+    wanted = {"a": a, "b": b, "temperature": temperature, "task": task}
+    rows = [
+        i
+        for i, row in enumerate(results["comparisons"])
+        if not row["before_loop"] and all(row[key] == value for key, value in wanted.items())
+    ]
+    return max(rows, key=lambda i: (results["comparisons"][i]["seeds"], -i), default=None)
+
+
+def standing(row: Mapping[str, Any]) -> str:
+    """The comparison's verdict as a claim may use it: that of single runs only beyond the noise floor."""
+    if row["seeds"] > 1 or row["verdict"] == "undecided":
+        return str(row["verdict"])
+    noise = row["noise_floor"]
+    if noise is None:
+        return "undecided"
+    if row["verdict"] == "equivalent":  # what two runs share, their methods need not
+        return "undecided"
+    return str(row["verdict"]) if abs(row["difference"]) > noise else "undecided"
+
+
+def _decide(results: Results, indices: Iterable[int | None], good: set[str], bad: set[str], what: str) -> Found:
+    """Reproduced when every comparison is good, not when one is bad, undecided between; not run when one is missing."""
+    found = list(indices)
+    known = [i for i in found if i is not None]
+    if not found or len(known) < len(found):
+        return Found("not run", f"{what}: {len(known)} of {len(found)} comparisons are measured", known)
+    verdicts = [standing(results["comparisons"][i]) for i in known]
+    told = ", ".join(
+        f"{verdicts.count(v)} {v}" for v in ("better", "equivalent", "worse", "undecided") if v in verdicts
+    )
+    rows = [results["comparisons"][i] for i in known]
+    low, high = (pick(row["difference"] for row in rows) for pick in (min, max))
+    spread = f"{low:+.3f}" if len(rows) == 1 else f"{low:+.3f} to {high:+.3f}"
+    because = f"{what}: {told} (differences {spread} tau)"
+    if any(row["seeds"] == 1 and row["verdict"] != standing(row) for row in rows):
+        because += "; single training runs within the noise floor decide nothing"
+    if any(v in bad for v in verdicts):
+        return Found("not reproduced", because, known)
+    return Found("reproduced" if all(v in good for v in verdicts) else "undecided", because, known)
+
+
+def _told(results: Results, index: int) -> str:
+    row = results["comparisons"][index]
+    return f"AUF's macro-average tau is {row['difference']:+.3f} from decay's ({standing(row)})"
+
+
+def _temperatures(results: Results, a: str, b: str) -> list[str]:
+    """Those at which a part that has both methods is measured; T=0 where none is, so that something is missing."""
+    parts = [part for part in results["parts"] if {a, b} <= set(part["methods"])]
+    return [t for t in TEMPERATURES if any(t in part["temperatures"] for part in parts)] or ["0"]
+
+
+def _at_end(results: Results, method: str, figure: str) -> list[tuple[str, float]]:
+    """(Seed, mean over the last `TAIL` of training) of every seed that ran to its end and logged the figure."""
+    states = {m["name"]: {str(c["seed"]): c["state"] for c in m["cells"]} for m in results["methods"]}
+    found = []
+    for seed, log in results["training"].get(method, {}).items():
+        last = log[-1]["step"]
+        values = [row[figure] for row in log if figure in row and row["step"] > (1 - TAIL) * last]
+        if values and states.get(method, {}).get(seed) == "done":
+            found.append((seed, fmean(values)))
+    return found
+
+
+def _half_width(values: Sequence[float]) -> float:
+    """Of the 95 % interval of the mean by Student's t; infinite for one value."""
+    if len(values) < 2:
+        return math.inf
+    return float(stats.t.ppf(0.975, len(values) - 1) * stdev(values) / math.sqrt(len(values)))
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"

@@ -1,0 +1,169 @@
+"""The measuring stage: every finished cell, and prompt lookup, replayed over the recordings; a sample decoded for real."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from specauf.bench.runner import check_live
+from specauf.config import digest
+from specauf.decode.propose import DrafterProposer, PromptLookup
+from specauf.decode.replay import replay, trajectory_features
+from specauf.drafter.checkpoint import load_drafter
+from specauf.files import atomic_write_text
+from specauf.study.cells import claim
+from specauf.study.recipe import Recording, Study
+from specauf.study.recordings import chosen, describe, open_recorded
+from specauf.study.records import Place, Subject, add_records, cell_subject, load_records, lookup_subjects, records
+from specauf.study.training import Console
+from specauf.target import Target
+
+CHUNK = 16
+"""Trajectories whose features are in memory at once, for all cells; what a kill can cost."""
+
+Missing = dict[tuple[Subject, Place], set[int]]
+"""Numbers of the trajectories to replay."""
+
+
+@dataclass(frozen=True)
+class Want:
+    """What a part needs of a subject."""
+
+    subject: Subject
+    limit: int
+    prompts: int | None
+
+
+def measure_all(
+    study: Study, target: Target, parts: Sequence[str], recordings: Sequence[Recording], console: Console
+) -> tuple[list[str], list[str]]:
+    """(What is left to another process, what is not recorded yet), after measuring the rest."""
+    left, unrecorded = [], []
+    for wanted in recordings:
+        for task in study.base.eval.tasks:
+            about = describe(study, task, wanted.temperature)
+            told = f"{task} at T={wanted.temperature:g}"
+            if about is None:
+                unrecorded.append(told)
+                continue
+            wants = _wants(study, parts, wanted.temperature)
+            if not _missing(study, task, about, wants):
+                continue
+            with claim(study.out / "measured" / f".{task}-t{wanted.temperature:g}") as mine:
+                if not mine:
+                    left.append(told)
+                elif todo := _missing(study, task, about, wants):
+                    _measure(study, target, task, about, todo, console)
+    return left, unrecorded
+
+
+def _wants(study: Study, parts: Iterable[str], temperature: float) -> list[Want]:
+    found: dict[Want, None] = {}
+    for key in parts:
+        part = study.parts[key]
+        if temperature not in part.temperatures:
+            continue
+        cells = [cell_subject(study, method, seed) for seed in part.seeds for method in part.methods]
+        for subject in (*cells, *lookup_subjects(study, key)):
+            if subject is not None:
+                found[Want(subject, part.max_new_tokens, part.prompts)] = None
+    return list(found)
+
+
+def _missing(study: Study, task: str, about: Mapping[str, Any], wants: Iterable[Want]) -> Missing:
+    missing: Missing = defaultdict(set)
+    for want in wants:
+        place = Place(task, about["recording"]["temperature"], want.limit, about["key"])
+        have = load_records(study, want.subject, place)
+        missing[want.subject, place] |= set(chosen(about["clusters"], want.prompts)) - have.keys()
+    return {key: numbers for key, numbers in missing.items() if numbers}
+
+
+def _proposer(subject: Subject, target: Target) -> DrafterProposer | PromptLookup:
+    if subject.checkpoint is None:
+        return PromptLookup(subject.block_size)
+    return DrafterProposer(load_drafter(subject.checkpoint, target.device), target)
+
+
+def _measure(
+    study: Study, target: Target, task: str, about: Mapping[str, Any], todo: Missing, console: Console
+) -> None:
+    recording = Recording(**about["recording"])
+    trajectories = open_recorded(study, target, task, recording).trajectories
+    proposers = {subject: _proposer(subject, target) for subject, _ in todo}
+    label = f"replaying {len(proposers)} drafters on {about['label']}, T={recording.temperature:g}"
+    with console.progress(label, sum(len(numbers) for numbers in todo.values())) as advance:
+        for start in range(0, len(trajectories), CHUNK):
+            chunk = range(start, min(start + CHUNK, len(trajectories)))
+            features: dict[tuple[int, ...], list[Any]] = {}
+            for (subject, place), numbers in todo.items():
+                now = [i for i in chunk if i in numbers]
+                if not now:
+                    continue
+                proposer = proposers[subject]
+                layers = tuple(proposer.layer_ids)
+                if layers and layers not in features:
+                    features[layers] = trajectory_features(target, [trajectories[i] for i in chunk], layers)
+                some = [trajectories[i] for i in now]
+                tapped = [features[layers][i - start] for i in now] if layers else None
+                rounds = replay(proposer, some, tapped, place.limit)
+                found = records(rounds, some, place.limit, subject.block_size)
+                add_records(study, subject, place, dict(zip(now, found, strict=True)))
+                advance(len(now), subject.name)
+
+
+def check_live_all(study: Study, target: Target, part: str, console: Console) -> list[str]:
+    """Decode the first prompts of every task for real with each method of a part, at T=0. Returns what is left to others."""
+    left: list[str] = []
+    seed = study.parts[part].seeds[0]
+    cells = [cell_subject(study, method, seed) for method in study.parts[part].methods]
+    for subject in (*cells, *lookup_subjects(study, part)):
+        for task in study.base.eval.tasks if study.live.prompts and subject else ():
+            assert subject is not None
+            about = describe(study, task, 0.0)
+            if about is None or read_live(study, subject, task, about):
+                continue
+            with claim(study.out / "measured" / subject.name) as mine:
+                if mine:
+                    _check_live(study, target, subject, task, about, console)
+                else:
+                    left.append(f"{subject.name} live on {task}")
+    return left
+
+
+def read_live(study: Study, subject: Subject, task: str, about: Mapping[str, Any]) -> dict[str, Any] | None:
+    """`prompts`, `rounds`, `problems` and `near_ties` of a live check of this drafter; None when there was none."""
+    path = _live_path(study, subject, task)
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return found if found.get("key") == _live_key(study, subject, about) else None
+
+
+def _live_path(study: Study, subject: Subject, task: str) -> Path:
+    return study.out / "measured" / subject.name / f"live-{task}.json"
+
+
+def _live_key(study: Study, subject: Subject, about: Mapping[str, Any]) -> str:
+    return digest([about["key"], subject.weights, study.live.prompts, study.live.tokens])
+
+
+def _check_live(
+    study: Study, target: Target, subject: Subject, task: str, about: Mapping[str, Any], console: Console
+) -> None:
+    recorded = open_recorded(study, target, task, Recording(**about["recording"])).trajectories
+    some = [recorded[i] for i in chosen(about["clusters"], study.live.prompts)]
+    with console.progress(f"decoding for real: {subject.name}, {about['label']}", len(some)) as advance:
+        check = check_live(
+            target, _proposer(subject, target), some, study.live.tokens, on_done=lambda n: advance(n, "")
+        )
+    found = {
+        "key": _live_key(study, subject, about),
+        "prompts": len(some),
+        "rounds": sum(len(g.rounds) for g in check.generations),
+        "problems": check.problems,
+        "near_ties": check.near_ties,
+    }
+    atomic_write_text(_live_path(study, subject, task), json.dumps(found) + "\n")

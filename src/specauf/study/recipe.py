@@ -1,0 +1,318 @@
+"""A study's recipe: one base run, methods as overrides of it, parts that compare them. Imports no torch.
+
+A *cell* is a method and a seed: one training run, made once however many parts name it. Everything that cells must share to
+be comparable (target, evaluation, seed of the anchors and the data order) is refused in a method's overrides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from specauf.config import RunConfig, UniqueKeys, digest, override
+from specauf.strict import ConfigError, choose, from_dict, nearest, require, to_dict
+
+LOOKUP = "prompt-lookup"
+"""Measured in every part, at every block size there, without being asked for."""
+NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+"""Of methods and parts: they become directories, and keys of overrides, which a dot would split."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the study's tables: what it changes in the base run."""
+
+    label: str
+    set: tuple[str, ...] = ()
+    """`section.key=value`, as in --set."""
+    start_from: str | None = None
+    """Another method: the cell of the same seed is trained first, and its weights are this one's first."""
+    minutes_as: str | None = None
+    """Another method: as many steps as fit in its training time, by a calibration of both."""
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        require(bool(self.label), "a method needs a label")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One comparison: methods against a baseline, on the same prompts."""
+
+    title: str
+    methods: tuple[str, ...]
+    baseline: str
+    seeds: tuple[int, ...] = (0,)
+    """Of train.seed."""
+    prompts: int | None = None
+    """Conversations per task; all of them when not given."""
+    temperatures: tuple[float, ...] = (0.0,)
+    max_new_tokens: int = 256
+    budget: str = ""
+    """What the part may cost, said before it is run."""
+
+    def __post_init__(self) -> None:
+        for name in ("methods", "seeds", "temperatures"):
+            values = getattr(self, name)
+            require(bool(values), f"{name} is empty")
+            require(len(set(values)) == len(values), f"{name} names something twice")
+        require(self.baseline in self.methods, f"the baseline {self.baseline!r} is not one of its methods")
+        require(all(seed >= 0 for seed in self.seeds), "seeds are 0, 1, 2, ...")
+        require(all(t >= 0 for t in self.temperatures), "temperatures are >= 0")
+        require(self.prompts is None or self.prompts >= 1, f"prompts must be at least 1, got {self.prompts}")
+        require(self.max_new_tokens >= 2, f"max_new_tokens must be at least 2, got {self.max_new_tokens}")
+
+
+@dataclass(frozen=True)
+class Live:
+    """How much of the primary part is decoded for real, at T=0, to be compared with replay."""
+
+    prompts: int = 2
+    """Per task."""
+    tokens: int = 64
+
+    def __post_init__(self) -> None:
+        require(self.prompts >= 0 and self.tokens >= 2, "live: prompts is >= 0 and tokens >= 2")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run."""
+
+    method: str
+    seed: int
+    config: RunConfig
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-s{self.seed}"
+
+    @property
+    def out(self) -> Path:
+        return Path(self.config.out)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A temperature's trajectories: as long and as many as any part of the study wants them."""
+
+    temperature: float
+    prompts: int | None
+    max_new_tokens: int
+    block_size: int
+
+
+@dataclass(frozen=True)
+class Study:
+    title: str
+    out: Path
+    base: RunConfig
+    methods: Mapping[str, Method]
+    parts: Mapping[str, Part]
+    """The first is the primary one."""
+    live: Live = field(default_factory=Live)
+
+    def config(self, method: str, seed: int) -> RunConfig:
+        """The run of a cell. `train.max_steps` is the recipe's, also where the time budget of another method rules."""
+        found = self.methods[method]
+        config = override(self.base, [*found.set, f"train.seed={seed}"])
+        drafter = config.drafter
+        if found.start_from is not None:
+            source = self.cell_dir(found.start_from, seed) / "checkpoint"
+            drafter = dataclasses.replace(drafter, init_from=str(source))
+        return dataclasses.replace(config, out=str(self.cell_dir(method, seed)), drafter=drafter)
+
+    def cell_dir(self, method: str, seed: int) -> Path:
+        return self.out / "cells" / f"{method}-s{seed}"
+
+    def cells(self, parts: Iterable[str] | None = None) -> list[Cell]:
+        """In the order of training: part by part, and in a part seed by seed, so that early results can be compared.
+
+        What a cell starts from comes before it.
+        """
+        wanted: dict[tuple[str, int], None] = {}
+        for key in parts or self.parts:
+            for seed in self.parts[key].seeds:
+                for method in self.parts[key].methods:
+                    for name in (*reversed(self.ancestors(method)), method):
+                        wanted.setdefault((name, seed))
+        return [Cell(method, seed, self.config(method, seed)) for method, seed in wanted]
+
+    def ancestors(self, method: str) -> list[str]:
+        """What it starts from, and what that starts from."""
+        found: list[str] = []
+        at = self.methods[method].start_from
+        while at is not None:
+            if at == method or at in found:
+                raise ConfigError(f"methods.{method}: start_from leads back to itself")
+            found.append(at)
+            at = self.methods[at].start_from
+        return found
+
+    def block_size(self, method: str) -> int:
+        return self._block_sizes[method]
+
+    @functools.cached_property
+    def _block_sizes(self) -> dict[str, int]:
+        return {name: override(self.base, m.set).drafter.block_size for name, m in self.methods.items()}
+
+    def block_sizes(self, part: str | None = None) -> list[int]:
+        """Of the methods of a part, or of the study."""
+        keys = self.parts if part is None else [part]
+        return sorted({self.block_size(m) for key in keys for m in self.parts[key].methods})
+
+    def lookup(self, block_size: int) -> str:
+        """The name of prompt lookup at a block size; plain at the base run's own."""
+        return LOOKUP if block_size == self.base.drafter.block_size else f"{LOOKUP}-b{block_size}"
+
+    def recordings(self, parts: Iterable[str] | None = None) -> list[Recording]:
+        """One a temperature, of the parts named; its size does not depend on which parts those are."""
+        found = []
+        for t in dict.fromkeys(t for key in parts or self.parts for t in self.parts[key].temperatures):
+            users = [part for part in self.parts.values() if t in part.temperatures]
+            counts = [part.prompts for part in users]
+            prompts = None if None in counts else max(c for c in counts if c is not None)
+            longest = max(part.max_new_tokens for part in users)
+            found.append(Recording(t, prompts, longest, max(self.block_sizes())))
+        return found
+
+
+SECTIONS = ("title", "out", "base", "methods", "parts", "live")
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Study:
+    """Read a study's recipe, strictly. Raises `ConfigError` naming the file and the key, or the override."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"no such study: {path}. Those that ship with specauf are recipes/study_*.yaml")
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeys)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from None
+    for item in overrides if isinstance(data, dict) else ():
+        _override(data, item)
+    return study_of(data, str(path))
+
+
+def study_of(data: Any, where: str) -> Study:
+    """A study from the content of its recipe; `where` is how errors call it."""
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where}: expected a mapping with {', '.join(SECTIONS)}")
+    for key in data:
+        if key not in SECTIONS:
+            raise ConfigError(f"{where}: unknown key {key!r}{nearest(str(key), SECTIONS)} Valid: {', '.join(SECTIONS)}")
+    for key in ("title", "out"):
+        require(isinstance(data.get(key), str), f"{where}: {key} is missing, or no text")
+    base = data.get("base")
+    require(not (isinstance(base, dict) and "out" in base), f"{where}: base.out is not allowed; `out` is beside `base`")
+    methods = _named(Method, data, "methods", where)
+    require(LOOKUP not in methods, f"{where}: methods.{LOOKUP} is in every part already; leave it out")
+    study = Study(
+        title=data["title"],
+        out=Path(data["out"]).expanduser(),
+        base=from_dict(RunConfig, base, f"{where}: base"),
+        methods=methods,
+        parts=_named(Part, data, "parts", where),
+        live=from_dict(Live, data.get("live"), f"{where}: live"),
+    )
+    _check(study, where)
+    return study
+
+
+def _named(kind: type[Any], data: dict[str, Any], section: str, where: str) -> dict[str, Any]:
+    entries = data.get(section)
+    require(isinstance(entries, dict) and bool(entries), f"{where}: {section} is missing, or no mapping of names")
+    assert isinstance(entries, dict)
+    found = {}
+    for name, value in entries.items():
+        require(
+            isinstance(name, str) and NAME.fullmatch(name) is not None,
+            f"{where}: {section}: {name!r} cannot be a name: small letters, digits, - and _ (quote a number)",
+        )
+        require(isinstance(value, dict), f"{where}: {section}.{name}: expected a mapping, got {value!r}")
+        for needed in (f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING):
+            require(needed in value, f"{where}: {section}.{name}: {needed} is missing")
+        found[name] = from_dict(kind, value, f"{where}: {section}.{name}")
+    return found
+
+
+def _check(study: Study, where: str) -> None:
+    """What no part may be without, and what methods may not differ in."""
+    for key, part in study.parts.items():
+        for name in part.methods:
+            known(name, study.methods, "method", f"{where}: parts.{key}.methods")
+    seen: dict[str, str] = {}
+    for name, method in study.methods.items():
+        at = f"{where}: methods.{name}"
+        for other in ("start_from", "minutes_as"):
+            if (named := getattr(method, other)) is not None:
+                known(named, study.methods, "method", f"{at}.{other}")
+        try:
+            study.ancestors(name)
+            require(
+                method.minutes_as is None or study.methods[method.minutes_as].minutes_as is None,
+                f"methods.{name}: minutes_as names a method whose own time is borrowed",
+            )
+            config = override(study.base, method.set)
+        except ConfigError as error:
+            raise ConfigError(f"{at}: {error}") from None
+        _check_shared(study.base, config, at)
+        content = digest(to_dict(config) | {"from": method.start_from, "as": method.minutes_as})
+        if content in seen:
+            raise ConfigError(f"{at} is the same run as methods.{seen[content]}: name one of them in both parts")
+        seen[content] = name
+
+
+def _check_shared(base: RunConfig, config: RunConfig, at: str) -> None:
+    for section in ("out", "target", "eval"):
+        same = getattr(base, section) == getattr(config, section)
+        require(same, f"{at}: `set` changes {section}, which all methods share")
+    require(config.train.seed == base.train.seed, f"{at}: `set` changes train.seed; seeds belong to the parts")
+    same = config.data.enable_thinking == base.data.enable_thinking
+    require(same, f"{at}: `set` changes data.enable_thinking, which all methods share")
+    require(config.train.minutes is None, f"{at}: train.minutes is not for studies; give max_steps, or minutes_as")
+    require(config.train.max_steps is not None, f"{at}: train.max_steps is not set, in `base` or here")
+
+
+def known_parts(study: Study, names: Sequence[str]) -> list[str]:
+    """The parts named, in the recipe's order; all of them when none is. Raises `ConfigError` on an unknown one."""
+    for name in names:
+        known(name, study.parts, "part")
+    return [key for key in study.parts if key in names or not names]
+
+
+def known(name: str, choices: Iterable[str], what: str, where: str = "") -> str:
+    """`name` if it is one of `choices`, else `ConfigError` with the nearest."""
+    try:
+        return choose(name, list(choices), what)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}" if where else str(error)) from None
+
+
+def _override(data: dict[str, Any], item: str) -> None:
+    """Apply `section.key=value` to a recipe's content. Methods and parts have to be there already."""
+    key, separator, value = item.partition("=")
+    require(bool(separator), f"override {item!r}: write it as section.key=value")
+    *parents, last = key.split(".")
+    node: Any = data
+    for depth, parent in enumerate(parents):
+        if depth == 0:
+            known(parent, SECTIONS, "section", f"override {item!r}")
+        if depth == 1 and parents[0] in ("methods", "parts"):
+            known(parent, node, parents[0].removesuffix("s"), f"override {item!r}")
+        node = node.setdefault(parent, {}) if isinstance(node, dict) else None
+        require(isinstance(node, dict), f"override {item!r}: {'.'.join(parents[: depth + 1])!r} is no section")
+    require(bool(parents) or last in SECTIONS, f"override {item!r}: unknown key {last!r}{nearest(last, SECTIONS)}")
+    whole = not parents and last in ("base", "methods", "parts", "live")
+    require(not whole, f"override {item!r}: {key!r} is a section; set its keys")
+    try:
+        node[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {item!r}: {error}") from None

@@ -1,0 +1,126 @@
+"""The recording stage: the target's own trajectories of every task, once a temperature, shared by all cells.
+
+A recording is as long and has as many prompts as any part asks for; a part that asks for less reads the beginning of it.
+Beside each stands a small file that says what it holds, so that the report needs neither the target nor any text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from specauf.bench.runner import Recorded, recorded
+from specauf.bench.tasks import BenchPrompt, describe_task, load_task, render_prompts
+from specauf.config import EvalConfig, digest
+from specauf.decode.acceptance import repeated_share
+from specauf.files import atomic_write_text
+from specauf.run import data_dir
+from specauf.strict import to_dict
+from specauf.study.cells import claim
+from specauf.study.recipe import Recording, Study
+from specauf.study.training import Console
+from specauf.target import Target
+
+
+def describe(study: Study, task: str, temperature: float) -> dict[str, Any] | None:
+    """What is recorded of a task at a temperature; None when nothing is.
+
+    Keys: `key` (digest of the tokens), `recording` (the fields of `Recording`), `made_of` (digest of target, prompts and
+    sampling), `label`, `clusters` (conversation number of each trajectory), `repeated_share`.
+    """
+    path = _path(study, task, temperature)
+    found: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
+    return found
+
+
+def chosen(clusters: Sequence[int], conversations: int | None) -> list[int]:
+    """Numbers of the trajectories of the first so many conversations (all: None)."""
+    first = set(sorted(set(clusters))[:conversations])
+    return [i for i, cluster in enumerate(clusters) if cluster in first]
+
+
+def record_all(study: Study, target: Target, recordings: Sequence[Recording], console: Console) -> list[str]:
+    """Record whatever is neither there nor in another process's hands. Returns what is left to others."""
+    left = []
+    for wanted in recordings:
+        for task in study.base.eval.tasks:
+            prompts = _prompts(study, task)
+            if _covers(describe(study, task, wanted.temperature), study, target, prompts, wanted):
+                continue
+            with claim(_path(study, task, wanted.temperature).with_suffix("")) as mine:
+                if not mine:
+                    left.append(f"{task} at T={wanted.temperature:g}")
+                elif not _covers(describe(study, task, wanted.temperature), study, target, prompts, wanted):
+                    _record(study, target, task, prompts, wanted, console)
+    return left
+
+
+def open_recorded(study: Study, target: Target, task: str, recording: Recording) -> Recorded:
+    """The trajectories of a recording that `describe` knows."""
+    return _open(study, target, task, _prompts(study, task), recording, None)
+
+
+def _record(
+    study: Study, target: Target, task: str, prompts: list[BenchPrompt], wanted: Recording, console: Console
+) -> None:
+    count = len(prompts[: wanted.prompts])
+    label = describe_task(task, tasks_dir=study.base.eval.tasks_dir).label
+    with console.progress(f"recording the target on {label}, T={wanted.temperature:g}", count) as advance:
+        made = _open(study, target, task, prompts, wanted, lambda n: advance(n, ""))
+    about = {
+        "key": digest([[t.id, t.prompt, t.tokens] for t in made.trajectories]),
+        "recording": dataclasses.asdict(wanted),
+        "made_of": _made_of(study, target, prompts, wanted),
+        "label": made.label,
+        "clusters": made.clusters,
+        "repeated_share": repeated_share(made.texts()),
+    }
+    atomic_write_text(_path(study, task, wanted.temperature), json.dumps(about) + "\n")
+
+
+def _open(
+    study: Study,
+    target: Target,
+    task: str,
+    prompts: list[BenchPrompt],
+    wanted: Recording,
+    on_progress: Callable[[int], None] | None,
+) -> Recorded:
+    rendered = render_prompts(target, prompts[: wanted.prompts], study.base.data.enable_thinking)
+    where = study.out / "trajectories"
+    label = describe_task(task, tasks_dir=study.base.eval.tasks_dir).label
+    return recorded(target, label, rendered, _settings(study, wanted), wanted.block_size, where, on_progress)
+
+
+def _settings(study: Study, wanted: Recording) -> EvalConfig:
+    sampling = dataclasses.replace(study.base.eval.sampling, temperature=wanted.temperature)
+    return dataclasses.replace(study.base.eval, sampling=sampling, max_new_tokens=wanted.max_new_tokens)
+
+
+def _covers(
+    about: dict[str, Any] | None, study: Study, target: Target, prompts: list[BenchPrompt], wanted: Recording
+) -> bool:
+    """Whether what is recorded has everything that is wanted, and is of the same target, prompts and sampling."""
+    if about is None or about["made_of"] != _made_of(study, target, prompts, wanted):
+        return False
+    have = Recording(**about["recording"])
+    count = len(prompts)
+    enough = min(have.prompts or count, count) >= min(wanted.prompts or count, count)
+    return enough and have.max_new_tokens >= wanted.max_new_tokens and have.block_size >= wanted.block_size
+
+
+def _made_of(study: Study, target: Target, prompts: list[BenchPrompt], wanted: Recording) -> str:
+    sampling = to_dict(_settings(study, wanted).sampling)
+    thinking = study.base.data.enable_thinking
+    return digest([target.fingerprint(), [list(p) for p in prompts], sampling, thinking])
+
+
+def _prompts(study: Study, task: str) -> list[BenchPrompt]:
+    return load_task(task, tasks_dir=study.base.eval.tasks_dir, data_dir=data_dir(study.base))
+
+
+def _path(study: Study, task: str, temperature: float) -> Path:
+    return study.out / "recorded" / f"{task}-t{temperature:g}.json"

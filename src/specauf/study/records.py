@@ -1,0 +1,114 @@
+"""What is kept of a replay: one record a trajectory, from which every number of the report is a sum.
+
+A record says how many rounds accepted 0, 1, ... tokens, with and without those that start after the text began to loop. A part
+that wants more prompts later adds records; nothing is replayed twice.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from specauf.decode.acceptance import before_loop
+from specauf.decode.generate import Round
+from specauf.decode.replay import Trajectory
+from specauf.files import atomic_write_text
+from specauf.run import weights_hash
+from specauf.study.cells import finished
+from specauf.study.recipe import Study
+
+Records = dict[int, dict[str, Any]]
+"""By the trajectory's number: `accepted` and `before_loop` (rounds that accepted 0..B-1 tokens), `cut`, `tokens`."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: a finished cell, or prompt lookup at a block size."""
+
+    name: str
+    """Of its directory under `measured`."""
+    block_size: int
+    weights: str
+    """Digest of the drafter, so that numbers of another one are not taken for its own."""
+    checkpoint: Path | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """On what a subject is measured."""
+
+    task: str
+    temperature: float
+    limit: int
+    recording: str
+    """Digest of the trajectories."""
+
+    def path(self, study: Study, subject: Subject) -> Path:
+        return study.out / "measured" / subject.name / f"{self.task}-t{self.temperature:g}-n{self.limit}.json"
+
+
+def cell_subject(study: Study, method: str, seed: int) -> Subject | None:
+    """A cell as something to measure; None while it is not finished."""
+    where = study.cell_dir(method, seed)
+    if not finished(where):
+        return None
+    checkpoint = where / "checkpoint"
+    stamp = (checkpoint / "model.safetensors").stat().st_mtime_ns
+    return Subject(where.name, study.block_size(method), _weights(checkpoint, stamp), checkpoint)
+
+
+def lookup_subjects(study: Study, part: str) -> list[Subject]:
+    return [Subject(study.lookup(size), size, f"lookup-{size}") for size in study.block_sizes(part)]
+
+
+@functools.cache
+def _weights(checkpoint: Path, stamp: int) -> str:
+    return weights_hash(checkpoint)
+
+
+def records(
+    rounds: Sequence[Sequence[Round]], trajectories: Sequence[Trajectory], limit: int, block_size: int
+) -> list[dict[str, Any]]:
+    """One record a trajectory."""
+    texts = [t.tokens[:limit] for t in trajectories]
+    early = before_loop(rounds, texts)
+    return [
+        {
+            "accepted": _histogram(row, block_size),
+            "before_loop": _histogram(some, block_size),
+            "cut": sum(r.cut for r in row),
+            "tokens": len(text),
+        }
+        for row, some, text in zip(rounds, early, texts, strict=True)
+    ]
+
+
+def _histogram(rounds: Sequence[Round], block_size: int) -> list[int]:
+    counts = [0] * block_size
+    for r in rounds:
+        counts[r.accepted] += 1
+    return counts
+
+
+def load_records(study: Study, subject: Subject, place: Place) -> Records:
+    """What is measured of this subject on this recording; empty when it was another one's."""
+    path = place.path(study, subject)
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    if (found.get("recording"), found.get("weights")) != (place.recording, subject.weights):
+        return {}
+    return {int(number): record for number, record in found["records"].items()}
+
+
+def add_records(study: Study, subject: Subject, place: Place, found: Mapping[int, dict[str, Any]]) -> None:
+    """Lay `found` over what is there. The caller holds the claim of the task and temperature."""
+    known = load_records(study, subject, place) | dict(found)
+    content = {
+        "recording": place.recording,
+        "weights": subject.weights,
+        "records": {str(number): known[number] for number in sorted(known)},
+    }
+    atomic_write_text(place.path(study, subject), json.dumps(content, separators=(",", ":")) + "\n")

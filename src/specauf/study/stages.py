@@ -1,0 +1,51 @@
+"""`specauf study`: train, record, measure, report, each of which goes on where it was stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from specauf.files import atomic_write_text
+from specauf.study import results
+from specauf.study.measuring import check_live_all, measure_all
+from specauf.study.recipe import Study, known_parts
+from specauf.study.recordings import record_all
+from specauf.study.training import Console, Corpus, train_cells
+from specauf.target import Target
+
+STAGES = ("train", "record", "measure", "report")
+
+
+def run_study(
+    study: Study, stages: Sequence[str], parts: Sequence[str], target: Target, console: Console
+) -> Path | None:
+    """The stages named (all of them when none is), of the parts named. Returns the report's page when it was written."""
+    primary, keys = next(iter(study.parts)), known_parts(study, parts)
+    wanted = [stage for stage in STAGES if stage in stages or not stages]
+    console.say(f"{study.title}: {study.out}; target {target.name}, fingerprint {target.fingerprint()}")
+    corpus, recordings = Corpus(study, target, console), study.recordings(keys)
+    if "train" in wanted:
+        cells = study.cells(keys)
+        left = train_cells(study, target, corpus, cells, console)
+        done = len(cells) - len(left)
+        console.say(f"{done} of {len(cells)} cells are trained" + (f"; left: {', '.join(left)}" if left else ""))
+    if "record" in wanted:
+        corpus.prepared(study.base)  # the task of held-out prompts comes from it
+        left = record_all(study, target, recordings, console)
+        console.say("the target is recorded" + _left("recordings", left))
+    if "measure" in wanted:
+        left, unrecorded = measure_all(study, target, keys, recordings, console)
+        if primary in keys:
+            left += check_live_all(study, target, primary, console)
+        console.say("finished cells are measured" + _left("measurements", left))
+        if unrecorded:
+            console.say(f"not recorded yet, so not measured: {', '.join(unrecorded)}")
+    if "report" not in wanted:
+        return None
+    found = results.collect(study, target, corpus.prepared(study.base))
+    atomic_write_text(study.out / "results.json", results.dumped(found))
+    return results.write(study, found)
+
+
+def _left(what: str, names: Sequence[str]) -> str:
+    return f"; another process has these {what}: {', '.join(names)}" if names else ""

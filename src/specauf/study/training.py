@@ -1,0 +1,184 @@
+"""The training stage: data and features once, then every cell that nobody else is training."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from specauf.config import RunConfig, digest
+from specauf.data.dataset import Prepared
+from specauf.data.features import FeatureCache
+from specauf.data.rollouts import rollout_meta
+from specauf.files import atomic_write_text
+from specauf.run import (
+    draft_vocabulary,
+    feature_cache,
+    heldout_evaluator,
+    new_drafter,
+    open_run,
+    prepare_data,
+    step_note,
+)
+from specauf.strict import UserError, to_dict
+from specauf.study.cells import check_unchanged, claim, finished, turn
+from specauf.study.recipe import Cell, Study
+from specauf.target import Target
+from specauf.train.batches import Batches
+from specauf.train.loop import Trainer, calibrate
+from specauf.train.objectives import stored_extras
+
+CALIBRATION = "calibration.json"
+
+
+class Console(Protocol):
+    """How a study talks; the CLI prints, tests listen."""
+
+    def say(self, text: str) -> None: ...
+
+    def progress(self, label: str, total: float) -> AbstractContextManager[Callable[[float, str], None]]:
+        """Yields advance(amount, note)."""
+
+
+@dataclass
+class Corpus:
+    """Prepared data and feature caches, opened once a process and written once a machine."""
+
+    study: Study
+    target: Target
+    console: Console
+    _prepared: dict[str, Prepared] = field(default_factory=dict)
+    _features: dict[str, FeatureCache | None] = field(default_factory=dict)
+
+    def prepared(self, config: RunConfig) -> Prepared:
+        key = digest(to_dict(config.data))
+        if key not in self._prepared:
+            with self._turn():
+                self._prepared[key] = prepare_data(config, self.target)
+            if not self._prepared[key].reused:
+                for line in self._prepared[key].ledger.lines():
+                    self.console.say("  " + line)
+        return self._prepared[key]
+
+    def features(self, config: RunConfig) -> FeatureCache | None:
+        """The cache that the run asks for; cells with the same data and taps share one."""
+        if not config.features.cache:
+            return None
+        prepared, drafter = self.prepared(config), config.drafter
+        key = digest([to_dict(config.data), to_dict(config.features), drafter.target_layer_ids, drafter.num_taps])
+        if key not in self._features:
+            with self._turn(), self.console.progress("features", float(len(prepared.train.ids))) as advance:
+                self._features[key] = feature_cache(config, self.target, prepared, on_progress=lambda n: advance(n, ""))
+        return self._features[key]
+
+    def _turn(self) -> AbstractContextManager[None]:
+        """Two processes would write the same shards; the second finds them instead."""
+        told = "another process is preparing the data: waiting for it"
+        return turn(self.study.out / "data", lambda: self.console.say(told))
+
+
+def train_cells(study: Study, target: Target, corpus: Corpus, cells: Sequence[Cell], console: Console) -> list[str]:
+    """Train whatever is neither finished nor somebody else's. Returns the names of the cells that are not trained.
+
+    A cell whose data is not made yet, or whose source is not trained yet, is left out, and it is said why. Goes over the
+    list again as long as it trained something, since meanwhile another process may have died.
+    """
+    waiting = {cell.name: why for cell in cells if (why := _awaits(study, cell))}
+    for cell in cells:  # all of them first: a changed recipe is said before an hour is spent
+        check_unchanged(cell)
+        if cell.name not in waiting:
+            stored_extras(cell.config)  # and an objective that cannot be
+    for name, why in waiting.items():
+        console.say(f"{name} waits: {why}")
+    left: list[str] = []
+    working = True
+    while working:
+        working, left = False, []
+        for cell in cells:
+            if finished(cell.out):
+                continue
+            source = study.methods[cell.method].start_from
+            sourceless = source is not None and not finished(study.cell_dir(source, cell.seed))
+            if cell.name in waiting or sourceless:
+                left.append(cell.name)
+                continue
+            with claim(cell.out) as mine:
+                if not mine:
+                    left.append(cell.name)
+                elif not finished(cell.out):  # it may have been when we looked
+                    _train(study, target, corpus, cell, console)
+                    working = True
+    return left
+
+
+def _awaits(study: Study, cell: Cell) -> str | None:
+    """What is missing of the data that a method has for itself, which is made by hand and perhaps later."""
+    path = cell.config.data.path
+    if path == study.base.data.path or finished(cell.out) or Path(path).expanduser().is_file():
+        return None
+    try:
+        return None if rollout_meta(path) else f"its data.path {path} is not there"
+    except UserError as error:
+        return str(error)
+
+
+def _train(study: Study, target: Target, corpus: Corpus, cell: Cell, console: Console) -> None:
+    config = cell.config
+    horizon = steps_of(study, target, corpus, cell, console)
+    prepared = corpus.prepared(config)
+    run = open_run(config, target, prepared, corpus.features(config))
+    if not run.trainer.done:
+        run.trainer.max_steps = horizon
+        (cell.out / "log.jsonl").unlink(missing_ok=True)  # of a process that died before its first checkpoint
+    evaluate = None
+    if config.train.eval_every:  # the held-out recordings are the study's: every cell replays the same
+        evaluate = heldout_evaluator(dataclasses.replace(config, out=str(study.out)), target, prepared)
+    with console.progress(
+        f"training {cell.name}, {run.trainer.max_steps} steps", run.trainer.max_steps or 0
+    ) as advance:
+        advance(run.trainer.done, "")
+        run.trainer.run(
+            on_step=lambda row: advance(1, step_note(row)),
+            evaluate=evaluate,
+        )
+
+
+def steps_of(study: Study, target: Target, corpus: Corpus, cell: Cell, console: Console) -> int:
+    """The cell's horizon: the recipe's, or as many steps as another method's training time has room for.
+
+    The two are calibrated with alternating steps, at initial weights, once; `calibration.json` keeps what was found. A
+    truncating objective's step grows with tau, so the seconds that both cells really took belong beside the result.
+    """
+    method = study.methods[cell.method]
+    if method.minutes_as is None:
+        assert cell.config.train.max_steps is not None
+        return cell.config.train.max_steps
+    with turn(study.out / "calibration", lambda: console.say("another process is calibrating: waiting for it")):
+        path = study.out / CALIBRATION
+        known: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+        if cell.method not in known:
+            console.say(f"calibrating {cell.method} against {method.minutes_as}: alternating steps, undone afterwards")
+            other = study.config(method.minutes_as, cell.seed)
+            trainers = [_bare_trainer(target, corpus, config) for config in (cell.config, other)]
+            mine, theirs = calibrate(trainers, steps=10)
+            steps = other.train.max_steps or 0
+            known[cell.method] = {
+                "as": method.minutes_as,
+                "seconds_per_step": mine,
+                "seconds_per_step_of_other": theirs,
+                "steps_of_other": steps,
+                "max_steps": max(1, round(steps * theirs / mine)),
+            }
+            atomic_write_text(path, json.dumps(known, indent=2) + "\n")
+    return int(known[cell.method]["max_steps"])
+
+
+def _bare_trainer(target: Target, corpus: Corpus, config: RunConfig) -> Trainer:
+    """A trainer that writes nothing."""
+    data, drafter = corpus.prepared(config).train, new_drafter(config, target)
+    draft_vocabulary(drafter, target, data)
+    return Trainer(config, drafter, target, Batches(data, corpus.features(config), config.train, stored_extras(config)))

@@ -1,0 +1,194 @@
+"""The paper's claims on results made by hand: every verdict for the right reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from specauf.study.claims import CLAIMS, DOMINO, claims, find, standing
+from specauf.study.training_log import read_log, summary, thinned
+
+TASKS = ("gsm8k", "alpaca")
+NAMES = ("T=0", "T=1", "inert", "inversion", "transfer", "base")
+
+
+def comparison(a: str, b: str, temperature: str, task: str, verdict: str, **changes: Any) -> dict[str, Any]:
+    sizes = {"better": 0.1, "worse": -0.1, "equivalent": 0.001, "undecided": 0.01}
+    row = {"part": "a", "temperature": temperature, "task": task, "a": a, "b": b, "before_loop": False}
+    return row | {"difference": sizes[verdict], "verdict": verdict, "seeds": 3, "noise_floor": None} | changes
+
+
+def study(**verdicts: str) -> dict[str, Any]:
+    """Results in which every claim reproduces, but for the verdicts given: `auf_decay_1_alpaca="worse"`."""
+    rows = []
+    for t in ("0", "1"):
+        rows += [comparison("auf", "decay", t, task, "better") for task in (*TASKS, "macro")]
+        rows += [comparison("auf-decay", "auf", t, task, "equivalent") for task in (*TASKS, "macro")]
+        rows += [comparison(name, "decay-only", t, "macro", "better") for name in DOMINO]
+        rows += [
+            comparison(f"b-auf{d}", f"{other}-auf{d}", t, "macro", "equivalent") for d in ("", "-d") for other in "sf"
+        ]
+    for key, verdict in verdicts.items():
+        a, b, t, task = key.split("__")
+        found = [
+            i
+            for i, r in enumerate(rows)
+            if (r["a"], r["b"], r["temperature"], r["task"]) == (dash(a), dash(b), t, task)
+        ]
+        assert len(found) == 1, key
+        rows[found[0]] = comparison(dash(a), dash(b), t, task, verdict)
+    accuracy = {"decay": 0.30, "auf": 0.20, "auf-decay": 0.2}
+    return {
+        "tasks": {task: {} for task in TASKS},
+        "parts": [
+            {"methods": ["decay", "auf", "auf-decay", "prompt-lookup"], "temperatures": ["0", "1"]},
+            {"methods": ["decay-only", *DOMINO], "temperatures": ["0", "1"]},
+        ],
+        "methods": [{"name": n, "cells": [{"seed": s, "state": "done"} for s in range(3)]} for n in accuracy],
+        "training": {
+            name: {
+                str(seed): [{"step": s, "r_active": 0.4, "common_accuracy": value + 0.001 * seed} for s in range(1, 11)]
+                for seed in range(3)
+            }
+            for name, value in accuracy.items()
+        },
+        "comparisons": rows,
+    }
+
+
+def dash(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def verdicts(results: dict[str, Any]) -> dict[str, str]:
+    return {name: row["verdict"] for name, row in zip(NAMES, claims(results), strict=True)}
+
+
+def only(**changed: str) -> dict[str, str]:
+    return dict.fromkeys(NAMES, "reproduced") | changed
+
+
+def test_all_of_them_reproduce_and_say_why() -> None:
+    results = study()
+    assert verdicts(results) == only()
+    rows = claims(results)
+    assert [row["claim"] for row in rows] == [name for name, *_ in CLAIMS]
+    assert rows[0]["because"] == "AUF against decay: 2 better (differences +0.100 to +0.100 tau)"
+    assert [results["comparisons"][i]["task"] for i in rows[0]["evidence"]] == list(TASKS)
+    assert "ends +10.0 ± 0.0 points from AUF's (3 seeds)" in rows[3]["because"]
+
+
+@pytest.mark.parametrize(
+    ("key", "verdict", "changed"),
+    [
+        ("auf__decay__0__alpaca", "undecided", {"T=0": "undecided"}),
+        ("auf__decay__0__alpaca", "equivalent", {"T=0": "not reproduced"}),
+        ("auf__decay__1__gsm8k", "worse", {"T=1": "not reproduced"}),
+        ("auf_decay__auf__1__macro", "undecided", {"inert": "undecided"}),
+        ("auf_decay__auf__0__macro", "better", {"inert": "not reproduced"}),
+        ("auf__decay__0__macro", "undecided", {"inversion": "undecided"}),
+        ("auf__decay__0__macro", "worse", {"inversion": "not reproduced"}),
+        ("f_auf__decay_only__1__macro", "undecided", {"transfer": "undecided"}),
+        ("s_auf_d__decay_only__0__macro", "equivalent", {"transfer": "not reproduced"}),
+        ("b_auf__f_auf__0__macro", "worse", {"base": "not reproduced"}),
+        ("b_auf__f_auf__0__macro", "undecided", {"base": "undecided"}),
+        ("b_auf__decay_only__0__macro", "undecided", {"transfer": "undecided", "base": "undecided"}),
+    ],
+)
+def test_one_verdict_decides_its_claims_alone(key: str, verdict: str, changed: dict[str, str]) -> None:
+    assert verdicts(study(**{key: verdict})) == only(**changed)
+
+
+def test_missing_comparisons_are_not_run() -> None:
+    results = study()
+    results["comparisons"] = [r for r in results["comparisons"] if r["temperature"] == "0" and r["a"] != "f-auf"]
+    told = {"T=1": "not run", "inert": "not run", "transfer": "not run"}
+    assert verdicts(results) == only(**told)
+    results["comparisons"] = []
+    assert set(verdicts(results).values()) == {"not run"}
+
+
+def test_a_part_that_asks_for_one_temperature_is_judged_by_it() -> None:
+    results = study()
+    results["comparisons"] = [r for r in results["comparisons"] if r["temperature"] == "0"]
+    for part in results["parts"]:
+        part["temperatures"] = ["0"]
+    assert verdicts(results) == only(**{"T=1": "not run"})
+
+
+def test_decay_cannot_be_called_inert_on_a_short_support() -> None:
+    results = study()
+    for rows in results["training"]["auf"].values():
+        for row in rows:
+            row["r_active"] = 0.29 if row["step"] > 8 else 0.9  # the end counts
+    assert verdicts(results) == only(inert="undecided")
+    assert "r_active ends at 0.29" in claims(results)[2]["because"]
+
+
+def test_the_inversion_needs_all_seeds_to_agree() -> None:
+    results = study()
+    for row in results["training"]["decay"]["2"]:
+        row["common_accuracy"] = 0.15
+    assert verdicts(results) == only(inversion="undecided")
+    results = study()
+    for rows in results["training"]["decay"].values():
+        for row in rows:
+            row["common_accuracy"] = 0.1
+    assert verdicts(results) == only(inversion="not reproduced")
+    results = study()
+    for method in results["methods"]:
+        method["cells"][1]["state"] = method["cells"][2]["state"] = "training"
+    assert verdicts(results)["inversion"] == "undecided", "one finished seed shows no spread"
+
+
+def test_single_runs_count_beyond_the_noise_floor_alone() -> None:
+    def told(verdict: str, floor: float | None, difference: float = 0.1) -> str:
+        return standing(comparison("a", "b", "0", "macro", verdict, seeds=1, noise_floor=floor, difference=difference))
+
+    assert told("better", 0.05) == "better" and told("worse", 0.05, -0.1) == "worse"
+    assert told("better", 0.15) == told("better", None) == told("equivalent", 0.001, 0.0) == "undecided"
+    results = study()
+    for row in results["comparisons"]:
+        row["seeds"], row["noise_floor"] = 1, 0.2
+    found = claims(results)
+    assert {row["verdict"] for row in found} == {"undecided"}
+    assert "within the noise floor decide nothing" in found[0]["because"]
+
+
+def test_the_part_with_most_seeds_speaks() -> None:
+    results = study()
+    results["comparisons"].insert(0, comparison("auf", "decay", "0", "gsm8k", "worse", part="c", seeds=1))
+    index = find(results, "auf", "decay", "0", "gsm8k")
+    assert index is not None and results["comparisons"][index]["part"] == "a"
+    assert find(results, "auf", "nothing", "0", "gsm8k") is None
+
+
+def log_row(step: int, **more: Any) -> dict[str, Any]:
+    row = {
+        "step": step,
+        "loss": float(step),
+        "seconds": 1.0 + (step == 1),
+        "tokens": 10,
+        "blocks": 4,
+        "epoch": step / 5,
+    }
+    return row | {"clipped": step == 1, "head_rows": 2.0} | more
+
+
+def test_logs_are_thinned_to_means_of_windows() -> None:
+    log = [log_row(s, **({"replay_tau": 1.5} if s == 3 else {})) for s in range(1, 11)]
+    rows = thinned(log, 5)
+    assert [(r["step"], r["loss"]) for r in rows] == [(2, 1.5), (4, 3.5), (6, 5.5), (8, 7.5), (10, 9.5)]
+    assert [r.get("replay_tau") for r in rows] == [None, 1.5, None, None, None]
+    with_credit = thinned([log_row(s, credit=[1.0, s / 10]) for s in (1, 3)], 1)
+    assert with_credit[0]["credit"] == [1.0, pytest.approx(0.2)]
+    assert thinned([]) == [] and len(thinned(log, 200)) == 10
+
+
+def test_a_summary_counts_what_training_saw(tmp_path: Any) -> None:
+    found = summary([log_row(s) for s in range(1, 6)])
+    assert (found["steps"], found["seconds_per_step"], found["train_seconds"]) == (5, 1.0, 6.0)
+    assert (found["tokens_seen"], found["blocks_seen"], found["epochs"], found["clipped_share"]) == (50, 20, 1.0, 0.2)
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert read_log(tmp_path) == [{"step": 1}, {"step": 2}] and summary([]) == {"steps": 0}
