@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
+from matplotlib.figure import Figure
 
-from specauf.config import UserError, nearest
 from specauf.files import atomic_file, atomic_write_text
 from specauf.report import plots, tables
 from specauf.report.words import CAPTIONS, COMPARED, GLOSSARY, LEGEND, PROSE, SELECTION, clean
+from specauf.strict import UserError, nearest
 
 SHAPES: dict[str, type] = {
     "title": str, "created": str, "command": str, "provenance": dict, "settings": dict, "ledger": dict, "methods": list,
@@ -46,14 +48,29 @@ def read(path: str | Path) -> dict[str, Any]:
     return results
 
 
-def check(results: Any, where: str = "results") -> None:
-    """Raise `UserError` naming `where` and the key unless `results` has the shape that the report reads."""
+def is_study(results: dict[str, Any]) -> bool:
+    return results.get("kind") == "study"
+
+
+def demander(where: str, command: str) -> Callable[[bool, str, str], None]:
+    """A function (holds, key, expected) that raises `UserError` when `holds` is false; `command` writes the file again."""
 
     def demand(holds: bool, key: str, expected: str) -> None:
         if not holds:
-            raise UserError(f"{where}: {key} must be {expected}. Write the file again with `specauf eval`")
+            raise UserError(f"{where}: {key} must be {expected}. Write the file again with `{command}`")
 
+    return demand
+
+
+def check(results: Any, where: str = "results", command: str = "specauf eval") -> None:
+    """Raise `UserError` naming `where` and the key unless `results` has the shape that the report reads."""
+    demand = demander(where, command)
     demand(isinstance(results, dict), "the whole", "an object")
+    if is_study(results):
+        from specauf.report import study_index  # which reads results with this module
+
+        study_index.check(results, where)
+        return
     for key in NEEDED:
         demand(key in results, repr(key), f"there (the least is {', '.join(NEEDED)})")
     for key, kind in SHAPES.items():
@@ -97,20 +114,42 @@ def write(results: dict[str, Any], out: Path) -> Path:
     `out` cannot be written.
     """
     check(results)
-    out = Path(out)
+    if is_study(results):
+        from specauf.report import study_page  # which writes with this module
+
+        return study_page.write(results, out)
+
+    def page(figures: dict[str, dict[str, str]]) -> tuple[str, str]:
+        return tables.markdown(results, tuple(figures)), render(results, figures)
+
+    drawings = {name: (lambda narrow, draw=draw: draw(results, narrow)) for name, draw in plots.FIGURES.items()}
+    return write_files(results, Path(out), drawings, page)
+
+
+def write_files(
+    results: dict[str, Any],
+    out: Path,
+    drawings: Mapping[str, Callable[[bool], Figure | None]],
+    texts: Callable[[dict[str, dict[str, str]]], tuple[str, str]],
+) -> Path:
+    """Draw every figure wide and narrow, then write what `texts` makes of their SVGs: Markdown and HTML, in that order.
+
+    `drawings` maps a file name without suffix to a function of `narrow`; where it has nothing to draw there is no file.
+    """
     try:
         inline: dict[str, dict[str, str]] = {}
-        for name, draw in plots.FIGURES.items():
-            wide, narrow = draw(results, False), draw(results, True)
+        for name, draw in drawings.items():
+            wide, narrow = draw(False), draw(True)
             if wide is None or narrow is None:
                 continue
             inline[name] = {"wide": plots.to_svg(wide, name), "narrow": plots.to_svg(narrow, f"{name}-narrow")}
             atomic_write_text(out / "figures" / f"{name}.svg", inline[name]["wide"])
             with atomic_file(out / "figures" / f"{name}.png") as temporary:
                 temporary.write_bytes(plots.to_png(wide))
+        markdown, html = texts(inline)
         atomic_write_text(out / "results.json", json.dumps(_finite(results), indent=2, allow_nan=False) + "\n")
-        atomic_write_text(out / "report.md", tables.markdown(results, tuple(inline)))
-        atomic_write_text(out / "index.html", render(results, inline))
+        atomic_write_text(out / "report.md", markdown)
+        atomic_write_text(out / "index.html", html)
     except OSError as error:
         raise UserError(f"the report cannot be written to {out}: {error}") from None
     return out / "index.html"
@@ -118,9 +157,7 @@ def write(results: dict[str, Any], out: Path) -> Path:
 
 def render(results: dict[str, Any], figures: dict[str, dict[str, str]]) -> str:
     """The page. `figures` maps a name of `plots.FIGURES` to its SVG texts `wide` and `narrow`."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters |= {"interval": _interval, "svg": _inline, "terms": _terms}
-    template = environment.from_string(resources.files(__package__).joinpath("page.html.j2").read_text("utf-8"))
+    template = environment(CAPTIONS).from_string(source("page.html.j2"))
     look, tasks = plots.styles(results), results["evaluation"]
     ledger = results.get("ledger") or {}
     return template.render(
@@ -160,6 +197,23 @@ def render(results: dict[str, Any], figures: dict[str, dict[str, str]]) -> str:
     )
 
 
+def environment(captions: Mapping[str, str]) -> Environment:
+    """Jinja with the filters of the templates beside this file. `captions` name the figures for readers that speak."""
+    found = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    found.filters |= {
+        "interval": _interval,
+        "svg": lambda svg, kind, name: _inline(svg, kind, captions[name]),
+        "terms": _terms,
+    }
+    return found
+
+
+def source(name: str) -> str:
+    """The text of a template beside this file."""
+    assert __package__
+    return resources.files(__package__).joinpath(name).read_text("utf-8")
+
+
 def _sample(results: dict[str, Any], sample: dict[str, Any]) -> dict[str, Any]:
     name = [tables.task_label(results, sample.get("task") or ""), clean(sample.get("id") or "")]
     runs: list[tuple[str, bool]] = []
@@ -193,14 +247,14 @@ def _terms(text: str) -> Markup:
     return Markup(re.sub(r"\b(\w)_(\([^)]*\)|\w+)", r"\1<sub>\2</sub>", str(escape(text))))
 
 
-def _inline(svg: str, kind: str, name: str) -> Markup:
+def _inline(svg: str, kind: str, label: str) -> Markup:
     """A figure's SVG as an element of the page: named for readers that speak, as wide as it may be, rules left out."""
     body = re.sub(r"<style>.*?</style>", "", svg[svg.index(">") + 1 :], count=1, flags=re.S)
     size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
     assert size is not None  # matplotlib writes one
     limit = math.ceil(float(size[1]) * 4 / 3)  # points to CSS pixels
     head = '<svg class="{}" role="img" aria-label="{}" viewBox="{}" style="max-width: {}px">'
-    return Markup(head).format(kind, CAPTIONS[name], size[0][9:-1], limit) + Markup(body)
+    return Markup(head).format(kind, label, size[0][9:-1], limit) + Markup(body)
 
 
 def _finite(value: Any) -> Any:

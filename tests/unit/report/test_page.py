@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from matplotlib.image import imread
 
-from specauf.config import UserError
 from specauf.report import page
+from specauf.strict import UserError
 
 Results = dict[str, Any]
 VOID = {"meta", "br", "link", "img", "input", "hr"}

@@ -1,0 +1,143 @@
+"""What a study found, in sentences made from its numbers: each claim with its verdict, then what has not been run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from specauf.report import study_index as index
+from specauf.report.study_index import MACRO
+from specauf.report.study_words import ABSENT, COMPARED, OUTCOMES, VERDICTS
+from specauf.report.tables import Results
+from specauf.report.words import clean, count, fixed, real, series
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A claim as the page tells it. `kind` is a word that a style sheet may name; `evidence` a sentence or nothing."""
+
+    kind: str
+    verdict: str
+    claim: str
+    source: str
+    because: str
+    evidence: str
+
+
+def headline(results: Results) -> list[str]:
+    """How many claims hold, then what the free competitor does on the average."""
+    claims = results.get("claims") or []
+    tally = Counter(_verdict(c) for c in claims)
+    said = ("reproduced here", "not reproduced", "undecided", "not run yet")
+    counts = [
+        f"{tally[v]} {'are' if tally[v] != 1 else 'is'} {words}"
+        for v, words in zip(VERDICTS, said, strict=True)
+        if tally[v]
+    ]
+    first = (
+        f"Of {len(claims)} claim{'s' if len(claims) != 1 else ''} put to the test, {series(counts)}." if claims else ""
+    )
+    return [line for line in (first or "No claim has been put to the test yet.", lookup_line(results)) if line]
+
+
+def lookup_line(results: Results) -> str:
+    """The best drafter's average beside prompt lookup's in the first part that measured both, by point estimate."""
+    for part in results["parts"]:
+        for temperature in index.temperatures(results, part):
+            taus = {
+                n: real(index.score(results, part, temperature, n, MACRO).get("tau")) for n in index.rows(results, part)
+            }
+            free = [(v, n) for n, v in taus.items() if v is not None and index.is_lookup(results, n)]
+            rivals = [(v, n) for n, v in taus.items() if v is not None and not index.is_lookup(results, n)]
+            if free and rivals:
+                (tau, name), (other, lookup) = max(rivals), max(free)
+                best, free_label = index.label(results, name), index.label(results, lookup)
+                return (
+                    f"On the average of all benchmarks at T = {clean(temperature)}, {best} emits {fixed(tau)} tokens a round, "
+                    f"the most of the drafters of “{index.part_label(part)}”; {free_label}, which has no parameters, "
+                    f"emits {fixed(other)}."
+                )
+    return ""
+
+
+def findings(results: Results) -> list[Finding]:
+    """Every claim, in the order of the results: what did not reproduce stands where it stands."""
+    found = []
+    for claim in results.get("claims") or []:
+        verdict = _verdict(claim)
+        found.append(
+            Finding(
+                kind="".join(ch if ch.isalpha() else "-" for ch in verdict) if verdict in VERDICTS else "other",
+                verdict=VERDICTS.get(verdict, clean(verdict)),
+                claim=clean(claim["claim"]),
+                source=clean(claim.get("source") or ""),
+                because=clean(claim.get("because") or ""),
+                evidence=evidence(results, claim),
+            )
+        )
+    return found
+
+
+def evidence(results: Results, claim: dict[str, Any]) -> str:
+    """`12 comparisons: 10 better, 2 undecided`, of those the claim rests on; indices of nothing are passed over."""
+    compared = results.get("comparisons") or []
+    used = [compared[i] for i in claim.get("evidence") or [] if 0 <= i < len(compared)]
+    tally = Counter(clean(c.get("verdict") or "no verdict") for c in used)
+    words = [*OUTCOMES, *sorted(set(tally) - set(OUTCOMES))]
+    counts = ", ".join(f"{tally[w]} {w}" for w in words if tally[w])
+    return f"{count(len(used))} comparison{'s' if len(used) > 1 else ''}: {counts}" if used else ""
+
+
+def missing(results: Results) -> list[str]:
+    """A sentence for every part with something to do: cells to train, then places to measure; one sentence if none has."""
+    lines = []
+    for part in results["parts"]:
+        absent = index.missing_cells(results, part)
+        cells = [_cells(index.label(results, n), seeds, part) for n, seeds in absent.items()]
+        gaps: dict[str, list[str]] = {}
+        for name, temperature, tasks in index.unmeasured(results, part):
+            every = len(tasks) > len(index.tasks(results))
+            where = "" if every else f" on {series([index.task_label(results, t) for t in tasks])}"
+            gaps.setdefault(f"T = {clean(temperature)}{where}", []).append(index.label(results, name))
+        told = [f"{ABSENT}: {series(cells)}"] if cells else []
+        told += [f"not measured yet at {where}: {series(names)}" for where, names in gaps.items()]
+        if not index.rows(results, part) or not (part.get("methods") or gaps or absent):
+            told = [f"{ABSENT}: it names no method"]
+        if told:
+            lines.append(f"In “{index.part_label(part)}”, {'; '.join(told)}.")
+    if not results["parts"]:
+        return ["Nothing has been run yet: the study has no part."]
+    return lines or ["Nothing is missing: every cell of every part has been trained and measured."]
+
+
+def part_facts(results: Results, part: dict[str, Any]) -> str:
+    """Seeds, prompts and length of a part in one line, and its budget as stated before it was run."""
+    seeds = part.get("seeds") or []
+    prompts = part.get("prompts")
+    told = [index.seeds_of([str(s) for s in seeds]) or "no seed"]
+    told.append("all prompts" if prompts is None else f"{count(prompts)} conversations a benchmark")
+    told += [f"{count(part['max_new_tokens'])} new tokens"] if part.get("max_new_tokens") else []
+    told += [f"baseline {index.label(results, part['baseline'])}"] if part.get("baseline") else []
+    line = ", ".join(told)
+    budget = clean(part.get("budget") or "").strip().rstrip(".")
+    return f"{line[0].upper()}{line[1:]}. " + (
+        f"Budget, stated before running: {budget}." if budget else "No budget was stated."
+    )
+
+
+def rule(results: Results) -> str:
+    """How verdicts are reached, with the study's own margin."""
+    margin = real(results.get("margin"))
+    return COMPARED.format(margin="the margin" if margin is None else f"{margin:g}")
+
+
+def _verdict(claim: dict[str, Any]) -> str:
+    return str(claim.get("verdict") or "not run")
+
+
+def _cells(name: str, seeds: list[str], part: dict[str, Any]) -> str:
+    """`AUF`, or with its seeds when others of it have run or the part has several."""
+    several = len(part.get("seeds") or []) > 1
+    told = index.seeds_of(seeds) if several else ""
+    return f"{name} ({told})" if told else name

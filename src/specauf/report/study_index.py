@@ -1,0 +1,238 @@
+"""How the report finds its way in a study's results dict: checked shapes, labels, scores by key, what has not run.
+
+A part names methods, seeds and temperatures; whether they were measured is another matter. Every function here takes
+the part's own list for the truth, so that what is missing stays a row and is said to be missing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from specauf.report import page
+from specauf.report.tables import Results
+from specauf.report.words import clean, real, series
+
+MACRO = "macro"
+"""The name of the average over benchmarks, in place of a task's."""
+LOOKUP = "prompt-lookup"
+FAMILIES = ("MATH", "CODE", "CHAT")
+SHARED = ("title", "created", "command", "provenance", "settings", "ledger", "checks", "methods")
+"""Keys that mean in a study what they mean in a run's results."""
+RECORDS = {
+    "methods": ("name",), "parts": ("key",), "scores": ("part", "temperature", "method", "task"),
+    "comparisons": ("part", "temperature", "task", "a", "b"), "claims": ("claim",),
+}  # fmt: skip
+LISTS: dict[str, dict[str, type]] = {
+    "methods": {"cells": dict}, "parts": {"methods": str, "temperatures": str, "seeds": int, "missing": str},
+    "scores": {"alpha": object, "survival": object, "seeds": int}, "claims": {"evidence": int}, "comparisons": {},
+}  # fmt: skip
+
+
+def check(results: Results, where: str = "results") -> None:
+    """Raise `UserError` naming `where` and the key unless `results` has the shape that a study's report reads."""
+    demand = page.demander(where, "specauf study")
+    demand("parts" in results, "'parts'", "there")
+    page.check({k: results[k] for k in SHARED if k in results} | {"evaluation": {}}, where, "specauf study")
+    for key, fields in RECORDS.items():
+        records = results.get(key)
+        demand(isinstance(records, list) or (records is None and key != "parts"), repr(key), "a list")
+        for i, record in enumerate(records or []):
+            demand(isinstance(record, dict), f"{key}[{i}]", "an object")
+            for field in fields:
+                demand(isinstance(record.get(field), str), f"{key}[{i}].{field}", "a string")
+            for field, kind in LISTS[key].items():
+                values = record.get(field)
+                whole = values is None or (isinstance(values, list) and all(isinstance(v, kind) for v in values))
+                demand(whole, f"{key}[{i}].{field}", f"a list of {NAMES[kind]}")
+    keys = [part["key"] for part in results["parts"]]
+    demand(len(set(keys)) == len(keys), "'parts'", "a list of different keys")
+    for key in ("tasks", "training"):
+        held = results.get(key) or {}
+        demand(isinstance(held, dict) and all(isinstance(v, dict) for v in held.values()), repr(key), "of objects")
+    for name, seeds in (results.get("training") or {}).items():
+        for seed, log in seeds.items():
+            whole = isinstance(log, list) and all(isinstance(row, dict) for row in log)
+            demand(whole, f"training.{name}.{seed}", "a list of objects")
+    for i, score in enumerate(results.get("scores") or []):
+        demand(isinstance(score.get("seed_taus") or {}, dict), f"scores[{i}].seed_taus", "an object")
+    for name, task in (results.get("tasks") or {}).items():
+        demand(isinstance(task.get("repeated_share") or {}, dict), f"tasks.{name}.repeated_share", "an object")
+
+
+NAMES = {dict: "objects", str: "strings", int: "whole numbers", object: "values"}
+
+
+def method(results: Results, name: str) -> dict[str, Any]:
+    """The record of a method; one with nothing but a name when a part speaks of a method that is not listed."""
+    found: dict[str, Any] = next((m for m in results["methods"] if m["name"] == name), {"name": name})
+    return found
+
+
+def is_lookup(results: Results, name: str) -> bool:
+    return method(results, name).get("kind") == "lookup" or name == LOOKUP
+
+
+def label(results: Results, name: str) -> str:
+    return clean(method(results, name).get("label") or ("Prompt lookup" if name == LOOKUP else name))
+
+
+def part_label(part: dict[str, Any]) -> str:
+    return clean(part.get("title") or f"Part {part['key']}")
+
+
+def task_label(results: Results, task: str) -> str:
+    return "average" if task == MACRO else clean((results.get("tasks") or {}).get(task, {}).get("label") or task)
+
+
+def families(results: Results) -> list[tuple[str, list[str]]]:
+    """Tasks under their family: MATH, CODE, CHAT as in the paper, then any other; a task known by a score alone is kept."""
+    tasks = dict(results.get("tasks") or {})
+    for score in results.get("scores") or []:
+        if score["task"] != MACRO:
+            tasks.setdefault(score["task"], {})
+    groups: dict[str, list[str]] = {family: [] for family in FAMILIES}
+    for name, facts in tasks.items():
+        groups.setdefault(clean(facts.get("family") or "OTHER"), []).append(name)
+    return [(family, names) for family, names in groups.items() if names]
+
+
+def tasks(results: Results) -> list[str]:
+    return [name for _, names in families(results) for name in names]
+
+
+def rows(results: Results, part: dict[str, Any]) -> list[str]:
+    """Methods of a part in its order, whatever was scored under it unnamed, then prompt lookup, scored or not."""
+    scored = [s["method"] for s in results.get("scores") or [] if s["part"] == part["key"]]
+    named = list(dict.fromkeys([*(part.get("methods") or []), *scored]))
+    lookups = [name for name in named if is_lookup(results, name)]
+    known = [m["name"] for m in results["methods"] if is_lookup(results, m["name"])]
+    return [name for name in named if name not in lookups] + (lookups or known or [LOOKUP])
+
+
+def temperatures(results: Results, part: dict[str, Any]) -> list[str]:
+    """Temperatures as the scores write them, "0" and "1"."""
+    scored = [s["temperature"] for s in results.get("scores") or [] if s["part"] == part["key"]]
+    return list(dict.fromkeys([*(part.get("temperatures") or []), *scored]))
+
+
+def score(results: Results, part: dict[str, Any], temperature: str, name: str, task: str) -> dict[str, Any]:
+    """The score of one method at one place, empty when it has not been measured."""
+    for found in results.get("scores") or []:
+        here = found["method"] == name and found["task"] == task and found["temperature"] == temperature
+        if here and found["part"] == part["key"]:
+            score: dict[str, Any] = found
+            return score
+    return {}
+
+
+def comparisons(results: Results, part: dict[str, Any], before_loop: bool = False) -> list[dict[str, Any]]:
+    return [
+        c
+        for c in results.get("comparisons") or []
+        if c["part"] == part["key"] and bool(c.get("before_loop")) == before_loop
+    ]
+
+
+def noise_floor(results: Results, part: dict[str, Any], temperature: str, name: str, task: str) -> float | None:
+    """How far two runs that differ in nothing but the seed may lie apart, as the comparisons at this place have it.
+
+    Those of the method itself go first; any other of the same part, temperature and task has the same floor at hand.
+    """
+    here = [c for c in comparisons(results, part) if c["temperature"] == temperature and c["task"] == task]
+    ranked = sorted(here, key=lambda c: name not in (c["a"], c["b"]))
+    return next((floor for c in ranked if (floor := real(c.get("noise_floor"))) is not None), None)
+
+
+def alpha(results: Results, part: dict[str, Any], temperature: str, name: str) -> list[float | None]:
+    """alpha_1, alpha_2, ... over all benchmarks: as measured, or else from the benchmarks' mean survival."""
+    whole = score(results, part, temperature, name, MACRO)
+    if whole.get("alpha"):
+        return [real(a) for a in whole["alpha"]]
+    curves = [
+        [real(s) for s in score(results, part, temperature, name, t).get("survival") or []] for t in tasks(results)
+    ]
+    depth = min(map(len, curves), default=0)
+    means = [1.0]
+    for column in [[curve[k] for curve in curves] for k in range(depth)]:
+        if None in column:
+            break
+        means.append(sum(s for s in column if s is not None) / len(column))
+    return [after / before if before else None for before, after in pairwise(means)]
+
+
+def drafters(results: Results, part: dict[str, Any]) -> list[str]:
+    return [name for name in rows(results, part) if not is_lookup(results, name)]
+
+
+def table_of(results: Results, part: dict[str, Any]) -> int | None:
+    """2 or 4 when the part's drafters are those of the paper's table of that number, else None."""
+    records = [method(results, name) for name in drafters(results, part)]
+    objectives = [(m.get("objective") or {}).get("name") for m in records]
+    if records and all(m.get("kind") == "domino" for m in records):
+        return 4
+    dflash = bool(records) and all(m.get("kind") == "dflash" for m in records)
+    return 2 if dflash and sorted(map(str, objectives)) == ["auf", "auf-decay", "decay"] else None
+
+
+def paper_parts(results: Results) -> dict[int, dict[str, Any]]:
+    """The first part for each of the paper's two tables, where there is one."""
+    found: dict[int, dict[str, Any]] = {}
+    for part in results["parts"]:
+        number = table_of(results, part)
+        if number is not None:
+            found.setdefault(number, part)
+    return found
+
+
+def slugs(results: Results) -> dict[str, str]:
+    """Part key -> what it is called in file names and ids: plain letters, all different."""
+    found: dict[str, str] = {}
+    for i, part in enumerate(results["parts"]):
+        plain = re.sub(r"[^a-z0-9]+", "-", part["key"].lower()).strip("-")[:24]
+        found[part["key"]] = plain if plain and plain not in found.values() else f"{plain or 'part'}-{i + 1}"
+    return found
+
+
+def missing_cells(results: Results, part: dict[str, Any]) -> dict[str, list[str]]:
+    """Method -> seeds of this part that have not finished training: those that it lists, and those without a cell."""
+    absent: dict[str, set[str]] = {}
+    for cell in part.get("missing") or []:
+        name, _, seed = cell.rpartition("-s")
+        absent.setdefault(name or cell, set()).add(seed if name else "")
+    for name in drafters(results, part):
+        done = {str(c.get("seed")) for c in method(results, name).get("cells") or [] if c.get("state") == "done"}
+        absent.setdefault(name, set()).update(str(s) for s in part.get("seeds") or [] if str(s) not in done)
+    order = {name: i for i, name in enumerate(drafters(results, part))}
+    return {
+        name: sorted(absent[name], key=_number)
+        for name in sorted(absent, key=lambda n: order.get(n, len(order)))
+        if absent[name]
+    }
+
+
+def unmeasured(results: Results, part: dict[str, Any]) -> list[tuple[str, str, list[str]]]:
+    """(method, temperature, tasks) without a tau, of methods that a seed has been trained of."""
+    seeds, gaps = set(map(str, part.get("seeds") or [])), []
+    absent = missing_cells(results, part)
+    for name in rows(results, part):
+        if seeds and seeds <= set(absent.get(name, [])):
+            continue
+        for temperature in temperatures(results, part):
+            places = [*tasks(results), MACRO]
+            gap = [t for t in places if real(score(results, part, temperature, name, t).get("tau")) is None]
+            if gap:
+                gaps.append((name, temperature, gap))
+    return gaps
+
+
+def seeds_of(values: Sequence[str]) -> str:
+    """`seed 0`, `seeds 0 and 1`, or nothing when none is named."""
+    kept = [clean(v) for v in values if v]
+    return f"seed{'s' if len(kept) > 1 else ''} {series(kept)}" if kept else ""
+
+
+def _number(text: str) -> tuple[int, str]:
+    return (int(text), "") if text.isdigit() else (1 << 30, text)

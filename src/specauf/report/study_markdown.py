@@ -1,0 +1,111 @@
+"""A study's report as Markdown: the same findings, tables and figures as the page, in the same order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from specauf.report import study_findings, study_tables, tables
+from specauf.report import study_index as index
+from specauf.report.study_figures import Drawing
+from specauf.report.study_tables import BEST, BEST_DRAFTER, Cell, Grid
+from specauf.report.study_words import BUDGETS, MEASURED, PROSE, TERMS
+from specauf.report.tables import Results, Rows
+from specauf.report.words import clean, escape
+
+ITALIC = "in italics"
+
+
+def markdown(results: Results, shown: Sequence[Drawing]) -> str:
+    """The whole report. `shown` are the drawings that have files in figures/."""
+    ledger = results.get("ledger") or {}
+    blocks = [
+        f"# {escape(results['title'])}",
+        escape(" · ".join(tables.meta(results))),
+        "\n\n".join(f"**{escape(line)}**" for line in study_findings.headline(results)),
+        section("Findings", findings(results)),
+        section("What is missing", bullets(study_findings.missing(results))),
+    ]
+    for part in results["parts"]:
+        own = [drawing for drawing in shown if drawing.part == part["key"]]
+        grids = []
+        for field in study_tables.FIELDS:
+            if field == "tau" or study_tables.has_field(results, part, field):
+                made = study_tables.emitted(results, part, field)
+                grids += [f"**{escape(made.caption)}**", grid(made), notes(made)]
+        compared = rows(study_tables.comparison_rows(results, part))
+        details = rows(study_tables.detail_rows(results, part))
+        blocks.append(
+            section(
+                index.part_label(part),
+                escape(study_findings.part_facts(results, part)),
+                *grids,
+                "\n\n".join(["**Comparisons**", escape(study_findings.rule(results)), compared]) if compared else "",
+                "\n\n".join(["**Over all benchmarks**", escape(MEASURED), details]) if details else "",
+                *(f"![{escape(d.caption)}](figures/{d.name}.png)\n\n*{escape(d.caption)}*" for d in own),
+            )
+        )
+    blocks += [
+        section("Budgets", escape(BUDGETS), rows(study_tables.budget_rows(results))),
+        section("Methods", rows(study_tables.method_rows(results))),
+        section("Benchmarks", rows(study_tables.task_rows(results))),
+        section("Data", rows(tables.ledger_rows(results)), bullets(map(clean, ledger.get("warnings") or []))),
+        section("Checks", rows(tables.check_rows(results))),
+        section("Provenance", rows(tables.provenance_rows(results))),
+        section("Terms", bullets(f"{term}: {text}" for term, text in TERMS)),
+    ]
+    return "\n\n".join(filter(None, blocks)) + "\n"
+
+
+def findings(results: Results) -> str:
+    """A bullet a claim: the verdict first, then the claim, its reason and what it rests on."""
+    lines = []
+    for finding in study_findings.findings(results):
+        source = f" ({finding.source})" if finding.source else ""
+        told = " ".join(filter(None, [finding.because, f"[{finding.evidence}.]" if finding.evidence else ""]))
+        lines.append(f"- **{escape(finding.verdict)}:** {escape(finding.claim + source)}. {escape(told)}".rstrip())
+    return "\n".join(lines)
+
+
+def grid(table: Grid) -> str:
+    """A pipe table with the families in its head and the benchmarks in its first row, as the paper's tables read."""
+    families = ["Temperature", "Method"]
+    for title, width in table.groups:
+        families += [title, *[""] * (width - 1)]
+    lines = [_line(map(escape, families)), "|---|---|" + "--:|" * len(table.heads)]
+    lines.append(_line(["", "", *(f"**{escape(head)}**" for head in table.heads)]))
+    for block in table.blocks:
+        for i, row in enumerate(block.rows):
+            name = escape(row.label) + (f" <sub>{escape(row.small)}</sub>" if row.small else "")
+            lines.append(_line([escape(block.label) if i == 0 else "", name, *map(_cell, row.cells)]))
+    return "\n".join(lines)
+
+
+def notes(table: Grid) -> str:
+    return "\n\n".join(escape(note.replace("{mark}", ITALIC)) for note in table.notes)
+
+
+def section(title: str, *blocks: str) -> str:
+    return "\n\n".join([f"## {escape(title)}", *filter(None, blocks)]) if any(blocks) else ""
+
+
+def rows(table: Rows) -> str:
+    """A pipe table; columns to the right except the first and those of words; nothing when there is no row."""
+    if len(table) < 2:
+        return ""
+    lines = [_line(map(escape, row)) for row in table]
+    lines.insert(1, "|" + "|".join("---" if not i or h in PROSE else "--:" for i, h in enumerate(table[0])) + "|")
+    return "\n".join(lines)
+
+
+def bullets(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {escape(line)}" for line in lines)
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _cell(cell: Cell) -> str:
+    mark = {BEST: "**", BEST_DRAFTER: "*"}.get(cell.mark, "")
+    small = "".join(f"<br><sub>{escape(line)}</sub>" for line in cell.small)
+    return f"{mark}{escape(cell.text)}{mark}{small}"

@@ -1,0 +1,97 @@
+"""A study's report: index.html (one file, no scripts), report.md, results.json, figures/. Findings stand first.
+
+The page has the look of a run's report: macros, head and style sheet are that template's, up to where its body begins.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from specauf.report import page, plots, study_findings, study_markdown, study_tables, tables
+from specauf.report import study_index as index
+from specauf.report.study_figures import Drawing, drawings
+from specauf.report.study_plots import looks
+from specauf.report.study_tables import Grid
+from specauf.report.study_words import BUDGETS, MEASURED, PROSE, TERMS
+from specauf.report.tables import Results
+from specauf.report.words import clean
+
+BODY = "<main>"
+"""What the run's template and the study's have in common ends before it."""
+UNDERLINED = "underlined"
+
+
+def write(results: Results, directory: Path) -> Path:
+    """Write the whole report of a study into `directory`, made if need be; index.html comes last. Returns its path.
+
+    Every file is replaced whole, others stay. Raises `UserError` when `results` cannot be reported, or the directory
+    cannot be written.
+    """
+    index.check(results)
+    drawn = drawings(results)
+
+    def texts(figures: dict[str, dict[str, str]]) -> tuple[str, str]:
+        shown = [drawing for drawing in drawn if drawing.name in figures]
+        return study_markdown.markdown(results, shown), render(results, shown, figures)
+
+    return page.write_files(results, Path(directory), {d.name: d.draw for d in drawn}, texts)
+
+
+def render(results: Results, shown: list[Drawing], figures: dict[str, dict[str, str]]) -> str:
+    """The page. `figures` maps the name of every drawing in `shown` to its SVG texts `wide` and `narrow`."""
+    captions = {drawing.name: drawing.caption for drawing in shown}
+    look, _, rest = page.source("page.html.j2").partition(BODY)
+    assert rest  # the run's template has such a line
+    template = page.environment(captions).from_string(f"{look}{BODY}\n{page.source('study_page.html.j2')}")
+    ledger = results.get("ledger") or {}
+    style = looks(results)
+    return template.render(
+        title=clean(results["title"]),
+        meta=tables.meta(results),
+        headline=study_findings.headline(results),
+        findings=study_findings.findings(results),
+        missing=study_findings.missing(results),
+        primary=clean(results.get("primary") or ""),
+        parts=[_part(results, part, shown) for part in results["parts"]],
+        methods=study_tables.method_rows(results),
+        budgets=study_tables.budget_rows(results),
+        budgets_note=BUDGETS,
+        benchmarks=study_tables.task_rows(results),
+        ledger=tables.ledger_rows(results),
+        warnings=[clean(line) for line in ledger.get("warnings") or []],
+        checks=tables.check_rows(results),
+        provenance=tables.provenance_rows(results),
+        figures=figures,
+        captions=captions,
+        looks={index.label(results, name): style[name] for name in style},
+        styles=style,
+        glossary=TERMS,
+        prose=PROSE,
+        paper=plots.PAPER,
+        fonts=plots.FONTS,
+        css=Markup(plots.dark_rules() + page.source("study_page.css")),
+    )
+
+
+def _part(results: Results, part: dict[str, Any], shown: list[Drawing]) -> dict[str, Any]:
+    """What the template needs of one part."""
+    fields = [f for f in study_tables.FIELDS if f == "tau" or study_tables.has_field(results, part, f)]
+    return {
+        "id": f"part-{index.slugs(results)[part['key']]}",
+        "title": index.part_label(part),
+        "facts": study_findings.part_facts(results, part),
+        "grids": [_noted(study_tables.emitted(results, part, field)) for field in fields],
+        "details": study_tables.detail_rows(results, part),
+        "measured": MEASURED,
+        "comparisons": study_tables.comparison_rows(results, part),
+        "compared": study_findings.rule(results),
+        "figures": [drawing.name for drawing in shown if drawing.part == part["key"]],
+    }
+
+
+def _noted(grid: Grid) -> Grid:
+    return replace(grid, notes=tuple(note.replace("{mark}", UNDERLINED) for note in grid.notes))

@@ -1,0 +1,205 @@
+"""A study's figures of measured acceptance: bars per benchmark and conditional acceptance, and how its methods look.
+
+Drawn with the run report's own palette and style. Figures are made under `plots.STYLE` by `study_figures`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, MultipleLocator
+
+from specauf.report import plots
+from specauf.report import study_index as index
+from specauf.report.plots import INK, KNOWN, LOOKUP, SOFT, SPARE, Style
+from specauf.report.study_index import MACRO
+from specauf.report.study_words import ABSENT
+from specauf.report.tables import Results
+from specauf.report.words import THIN, fixed, real, span
+
+TOGETHER = 5
+"""Lines that one panel can hold and still be told apart."""
+PALETTE = (*KNOWN.values(), *SPARE)
+
+
+def looks(results: Results) -> dict[str, Style]:
+    """The style of every method, the same in all figures. DFlash and Domino share theirs, as in the paper's Figure 5.
+
+    Within a kind of drafter no two are alike: first the objective's own colour, then colours that are free, then the
+    same again, hollow and dashed.
+    """
+    names = [m["name"] for m in results["methods"]]
+    names += [name for part in results["parts"] for name in index.rows(results, part)]
+    names += list(results.get("training") or {})
+    used: dict[str, set[int]] = {}
+    found: dict[str, Style] = {}
+    own = list(KNOWN)
+    for exact in (True, False, None):  # by name, by objective, by what is left
+        for name in (n for n in dict.fromkeys(names) if n not in found):
+            record = index.method(results, name)
+            taken = used.setdefault(str(record.get("kind")), set())
+            key = name if exact else str((record.get("objective") or {}).get("name"))
+            if index.is_lookup(results, name):
+                found[name] = Style(LOOKUP, "d", "--", True)
+            elif exact is None or (key in KNOWN and own.index(key) not in taken):
+                at = own.index(key) if exact is not None else next(i for i in range(10**6) if i not in taken)
+                taken.add(at)
+                found[name] = _look(at)
+    return {name: found[name] for name in dict.fromkeys(names)}
+
+
+def _look(at: int) -> Style:
+    turn, place = divmod(at, len(PALETTE))
+    colour, marker = PALETTE[place][0], PALETTE[(place + turn) % len(PALETTE)][1]
+    return Style(colour, marker, ("-", "--", ":")[min(turn, 2)], bool(turn))
+
+
+def together(names: Sequence[str], baseline: str | None) -> list[list[str]]:
+    """`names` in groups that a panel can hold, the baseline in every one of them."""
+    if len(names) <= TOGETHER + 2:
+        return [list(names)]
+    first = [name for name in names if name == baseline]
+    others = [name for name in names if name != baseline]
+    size = TOGETHER - len(first)
+    count = -(-len(others) // size)
+    size = -(-len(others) // count)  # as even as can be
+    return [first + others[i : i + size] for i in range(0, len(others), size)]
+
+
+def bars(results: Results, part: dict[str, Any], temperature: str, narrow: bool) -> Figure | None:
+    """tau of every method, a panel a benchmark and the average first: bars from 1, intervals, single seeds as dots."""
+    look, names = looks(results), index.rows(results, part)
+    places = [MACRO, *index.tasks(results)]
+    scored = {(p, n): index.score(results, part, temperature, n, p) for p in places for n in names}
+    places = [p for p in places if any(real(scored[p, n].get("tau")) is not None for n in names)]
+    if not places:
+        return None
+    figure, axes = plots._panels(len(places), narrow, 0.55 + 0.19 * len(names), columns=4, sharex=True, sharey=True)
+    for ax, place in zip(axes, places, strict=True):
+        for y, name in enumerate(names):
+            _bar(ax, y, scored[place, name], look[name])
+        ax.set_title(
+            plots._short(
+                index.task_label(results, place).capitalize() if place == MACRO else index.task_label(results, place),
+                narrow,
+            ),
+            parse_math=False,
+        )
+        ax.set_yticks(
+            range(len(names)), [plots._short(index.label(results, n), narrow) for n in names], parse_math=False
+        )
+        for tick, name in zip(ax.get_yticklabels(), names, strict=False):  # only the first column has any
+            tick.set_color(look[name].colour)
+        ax.grid(axis="y", visible=False)
+        ax.spines["left"].set_visible(False)
+        ax.axvline(1.0, color=SOFT, linewidth=0.9)
+    axes[0].set_ylim(len(names) - 0.4, -0.6)
+    reach = max(axes[0].get_xlim()[1] - 1, 0.01)
+    axes[0].set_xlim(1 - 0.02 * reach, 1 + reach * (1.2 if narrow else 1.42))  # room for the last number
+    wanted = 6 if narrow else 4
+    step = next(s for s in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if 1.3 * reach / s < wanted or s == 10)
+    axes[0].xaxis.set_major_locator(MultipleLocator(step, offset=1.0))
+    for ax in plots._bottom(axes):
+        ax.set_xlabel("tokens per round, τ")
+    return figure
+
+
+def _bar(ax: Axes, y: int, score: dict[str, Any], style: Style) -> None:
+    value, bounds = real(score.get("tau")), span(score.get("interval"))
+    if value is None:
+        ax.annotate(ABSENT, (1.0, y), (4, 0), textcoords="offset points", va="center", color=SOFT, fontsize=7.5)
+        return
+    ax.barh(y, value - 1, left=1, height=0.68, color=style.colour, alpha=0.38, linewidth=0)
+    ax.plot([value, value], [y - 0.34, y + 0.34], color=style.colour, linewidth=1.4, solid_capstyle="butt")
+    if bounds:
+        ax.plot(bounds, (y, y), color=INK, linewidth=1, solid_capstyle="butt")
+    seeds = [s for v in (score.get("seed_taus") or {}).values() if (s := real(v)) is not None]
+    if len(seeds) > 1:
+        ax.plot(seeds, [y + 0.2] * len(seeds), linestyle="none", marker="o", markersize=2.2, color=style.colour)
+    end = max([value, *(bounds or ()), *seeds])
+    ax.annotate(fixed(value, 2), (end, y), (4, 0), textcoords="offset points", va="center", color=INK, fontsize=8)
+
+
+def alpha(
+    results: Results, panels: Sequence[tuple[str, dict[str, Any], str, Sequence[str]]], narrow: bool
+) -> Figure | None:
+    """alpha_k over all benchmarks. A panel is (title, part, temperature, methods) and has a legend of its own."""
+    held = []
+    for title, part, temperature, names in panels:
+        curves = {n: index.alpha(results, part, temperature, n) for n in names}
+        curves = {n: curve for n, curve in curves.items() if any(a is not None for a in curve)}
+        if curves:
+            held.append((title, part, temperature, curves))
+    if not held:
+        return None
+    look = looks(results)
+    rows = max(len(curves) for *_, curves in held)
+    columns = 2 if narrow or len(held) > 1 else 3
+    figure, axes = plots._panels(len(held), narrow, 2.35 + 0.17 * -(-rows // columns), columns=2, sharey=True)
+    for ax, (title, part, temperature, curves) in zip(axes, held, strict=True):
+        for name, curve in curves.items():
+            _curve(ax, curve, index.score(results, part, temperature, name, MACRO), look[name])
+        ax.set_title(plots._short(title, narrow), parse_math=False)
+        ax.grid(axis="x", visible=False)
+        ax.set_xlabel("slot k")
+        ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        below(ax, results, list(curves), columns, narrow, 1.75)
+    axes[0].set_ylim(0, min(1.04, 1.12 * axes[0].get_ylim()[1]))
+    plots._left_label(axes, "acceptance α at slot k")
+    apart(figure)
+    return figure
+
+
+def apart(figure: Figure) -> None:
+    """More room between panels that have legends or axis names of their own below them."""
+    engine = figure.get_layout_engine()
+    assert isinstance(engine, ConstrainedLayoutEngine)  # what `plots` gives every figure
+    engine.set(h_pad=0.14)
+
+
+def _curve(ax: Axes, curve: Sequence[float | None], score: dict[str, Any], style: Style) -> None:
+    points = [(k, a) for k, a in enumerate(curve, start=1) if a is not None]
+    rounds, reached = real(score.get("rounds")), 1.0
+    thin = set()
+    for k, a in enumerate(curve, start=1):
+        if rounds is not None and rounds * reached < THIN:
+            thin.add(k)
+        reached *= a or 0.0
+    solid = [p for p in points if p[0] not in thin]
+    for some, strength in ((points, 0.35 if thin else 1.0), (solid, 1.0)):
+        ax.plot([k for k, _ in some], [a for _, a in some], style.dash, color=style.colour, lw=1.5, alpha=strength)
+    for k, a in points:
+        ax.plot([k], [a], **style.mark(3.2 if k in thin else 5.5, pale=k in thin))
+
+
+def below(ax: Axes, results: Results, names: Sequence[str], columns: int, narrow: bool, height: float) -> None:
+    """A legend of one panel, `height` inches tall, under the name of its axis."""
+    look = looks(results)
+    handles = [Line2D([], [], linestyle=look[n].dash, linewidth=1.5, **look[n].mark(5)) for n in names]
+    legend = ax.legend(
+        handles, ["x"] * len(names), loc="upper left", bbox_to_anchor=(-0.02, -0.42 / height), ncols=columns, frameon=False,
+        borderpad=0, handlelength=2.0, columnspacing=1.2, fontsize=8,
+    )  # fmt: skip
+    named(legend.get_texts(), results, names, narrow)
+
+
+def above(figure: Figure, results: Results, names: Sequence[str], narrow: bool) -> None:
+    """A legend of all panels, over them."""
+    look = looks(results)
+    handles = [Line2D([], [], linestyle=look[n].dash, linewidth=1.5, **look[n].mark(5)) for n in names]
+    legend = figure.legend(
+        handles, ["x"] * len(names), loc="outside upper left", ncols=2 if narrow else 4, frameon=False, borderpad=0,
+        handlelength=2.2, columnspacing=1.6,
+    )  # fmt: skip
+    named(legend.get_texts(), results, names, narrow)
+
+
+def named(texts: Sequence[Any], results: Results, names: Sequence[str], narrow: bool) -> None:
+    """Write the labels into a legend's texts: a legend would drop a leading underscore and read $ as mathematics."""
+    for text, name in zip(texts, names, strict=True):
+        text.set(text=plots._short(index.label(results, name), narrow), parse_math=False, color=INK)

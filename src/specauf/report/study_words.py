@@ -1,0 +1,102 @@
+"""The fixed texts of a study's report: captions, notes, terms, and how its special numbers are written."""
+
+from __future__ import annotations
+
+from specauf.report.words import GLOSSARY, NONE, real
+
+ABSENT = "not run yet"
+VERDICTS = {
+    "reproduced": "Reproduced here", "not reproduced": "Not reproduced here", "undecided": "Undecided", "not run": "Not run",
+}  # fmt: skip
+"""A claim's verdict -> as the page says it, in the order in which they are counted."""
+OUTCOMES = ("better", "equivalent", "worse", "undecided")
+
+PROSE = (
+    "note",
+    "value",
+    "outcome",
+    "task",
+    "verdict",
+    "T",
+    "state",
+    "objective",
+    "kind",
+    "family",
+    "source",
+    "licence",
+    "text",
+)
+"""Columns of words, set to the left."""
+
+BOLD = (
+    "The best of each column and temperature is bold, whatever shares its three decimals too. Where prompt lookup leads, "
+    "the best drafter is {mark}."
+)
+BEFORE_LOOP = (
+    "The same rounds, counted only until the text first repeats eight tokens: a loop flatters every method that copies, "
+    "prompt lookup most."
+)
+COMPARED = (
+    "Differences of τ, a less b, paired by prompt and seed. Better and worse need a 95 % interval beside zero and, where p "
+    "is corrected, a Holm-adjusted p below 0.05; equivalent needs the 90 % interval within ±{margin}, a margin set before "
+    "the run, and goes before the other two; all else is undecided. The last column is the same comparison without "
+    "what follows a loop."
+)
+ONE_SEED = "Where a method has one seed, its intervals are over prompts alone. {floor}"
+FLOOR = (
+    "“Seed ±” is the noise floor: how far two runs that differ in nothing but the seed may lie apart, from the part that has "
+    "several. A smaller difference means nothing."
+)
+NO_FLOOR = "How far apart two seeds of one method lie is not known yet, so small differences mean nothing."
+BUDGETS = (
+    "A cell is one training run, a method with a seed; parts share cells. Clipped is the share of steps whose gradient was "
+    "cut to the norm's bound, head rows the slots put through the vocabulary projection, a block."
+)
+MEASURED = "Averages over the benchmarks, each prompt weighing the same within a benchmark and each benchmark the same."
+
+SUPPORT_LABEL, ACTIVE_LABEL = "Support accuracy, a_support", "Active ratio, r_active"
+COMMON_LABEL = "Common-token accuracy"
+
+CAPTIONS = {
+    "support": "{figure}The path of training in (r_active, a_support), from the open mark to the full one. A fixed support "
+    "can only move up; a growing one moves up and to the right. {lines}",
+    "training": "{figure}Training, step by step: accuracy on the slots that carry loss, accuracy on all valid slots, the share "
+    "of a block that carries loss, and {tau}. {lines}",
+    "alpha": "{figure}Conditional acceptance α_k at T = {temperature}, prompts equal within a benchmark and benchmarks equal: "
+    "of the rounds whose first k − 1 draft tokens were accepted, the share whose k-th was accepted too. Small pale marks rest "
+    "on few rounds.",
+    "bars": "Tokens emitted per verify round at T = {temperature}. Bars begin at τ = 1, where no draft token is ever accepted, "
+    "so that their length is the accepted length; lines are 95 % intervals, dots single seeds.",
+    "credit": "Mean credit of each slot over the last tenth of training, all seeds. Shades are relative to the row's largest "
+    "credit, since a loss divides by their sum; numbers are the credits themselves.",
+    "reach": "Mean credit of each slot over training: how deep into a block the loss reaches, from the first steps on the left "
+    "to the last on the right.",
+}  # fmt: skip
+SEVERAL = "Faint lines are seeds, the solid one their mean."
+SINGLE = "One seed a method."
+TAU_REPLAY = "τ by replay of the drafter as it was"
+TAU_SIMULATED = "simulated τ, on the training batches"
+
+TERMS = (
+    *(row for row in GLOSSARY if row[0] not in ("95 % interval", "self-selection, K, T_s")),
+    ("credit c_k", "What slot k's cross entropy is multiplied by. It is detached: no gradient flows through it."),
+    ("cell, seed", "One training run. The seed decides initial weights, anchors and data order; all methods share them."),
+    ("95 % interval", "A bootstrap over training seeds, where there are several, and over prompts within each benchmark; the "
+     "two turns of a conversation are drawn together."),
+    ("p, Holm", "The two-sided p of no difference, and the same corrected for how many benchmarks were asked at once."),
+    ("better, worse, equivalent, undecided", "The rule stands above each table of comparisons. Undecided is no statement of "
+     "equality: it says that these data cannot tell."),
+    ("noise floor", "The 95 % half-width of the difference of two single-seed runs of one method, from its seeds' spread."),
+)  # fmt: skip
+
+
+def chance(value: object) -> str:
+    """A p-value: three decimals, or that it is smaller."""
+    number = real(value)
+    return NONE if number is None else "< 0.001" if number < 0.001 else f"{number:.3f}"
+
+
+def percent_list(shares: dict[str, object]) -> str:
+    """`12.0 % at T = 0, 1.0 % at T = 1`."""
+    told = [(key, real(value)) for key, value in shares.items()]
+    return ", ".join(f"{100 * value:.1f} % at T = {key}" for key, value in told if value is not None)
