@@ -35,9 +35,7 @@ def headline(results: Results) -> list[str]:
         for v, words in zip(VERDICTS, said, strict=True)
         if tally[v]
     ]
-    first = (
-        f"Of {len(claims)} claim{'s' if len(claims) != 1 else ''} put to the test, {series(counts)}." if claims else ""
-    )
+    first = f"Of {len(claims)} claim{'s' if len(claims) != 1 else ''}, {series(counts)}." if claims else ""
     return [line for line in (first or "No claim has been put to the test yet.", lookup_line(results)) if line]
 
 
@@ -90,25 +88,39 @@ def evidence(results: Results, claim: dict[str, Any]) -> str:
 
 
 def missing(results: Results) -> list[str]:
-    """A sentence for every part with something to do: cells to train, then places to measure; one sentence if none has."""
+    """Some sentences for every part with something to do: cells to train, then places to measure; one if none has."""
     lines = []
     for part in results["parts"]:
-        absent = index.missing_cells(results, part)
-        cells = [_cells(index.label(results, n), seeds, part) for n, seeds in absent.items()]
-        gaps: dict[str, list[str]] = {}
-        for name, temperature, tasks in index.unmeasured(results, part):
-            every = len(tasks) > len(index.tasks(results))
-            where = "" if every else f" on {series([index.task_label(results, t) for t in tasks])}"
-            gaps.setdefault(f"T = {clean(temperature)}{where}", []).append(index.label(results, name))
-        told = [f"{ABSENT}: {series(cells)}"] if cells else []
-        told += [f"not measured yet at {where}: {series(names)}" for where, names in gaps.items()]
-        if not index.rows(results, part) or not (part.get("methods") or gaps or absent):
-            told = [f"{ABSENT}: it names no method"]
+        absent = index.absent(results, part)
+        told = []
+        for kind, words in (
+            ("missing", ABSENT),
+            ("training", "in training"),
+            ("unmeasured", "trained, not measured yet"),
+        ):
+            cells = [_cells(index.label(results, n), seeds, part) for n, seeds in absent[kind].items()]
+            told += [f"{words}: {'; '.join(cells)}"] if cells else []
+        told += [f"not measured yet at {where}: {'; '.join(names)}" for where, names in _gaps(results, part).items()]
+        told = told if part.get("methods") else [*told, "it names no method"]
         if told:
-            lines.append(f"In “{index.part_label(part)}”, {'; '.join(told)}.")
+            sentences = " ".join(f"{line[0].upper()}{line[1:]}." for line in told)
+            lines.append(f"“{index.part_label(part)}”. {sentences}")
     if not results["parts"]:
         return ["Nothing has been run yet: the study has no part."]
     return lines or ["Nothing is missing: every cell of every part has been trained and measured."]
+
+
+def _gaps(results: Results, part: dict[str, Any]) -> dict[str, list[str]]:
+    """`T = 0 and T = 1 on MBPP` -> labels of methods without a number there."""
+    heats: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for name, temperature, tasks in index.unmeasured(results, part):
+        heats.setdefault((name, tuple(tasks)), []).append(f"T = {clean(temperature)}")
+    found: dict[str, list[str]] = {}
+    for (name, tasks), at in heats.items():
+        every = len(tasks) > len(index.tasks(results))
+        where = "" if every else f" on {series([index.task_label(results, t) for t in tasks])}"
+        found.setdefault(f"{series(at)}{where}", []).append(index.label(results, name))
+    return found
 
 
 def part_facts(results: Results, part: dict[str, Any]) -> str:

@@ -196,29 +196,32 @@ def slugs(results: Results) -> dict[str, str]:
     return found
 
 
-def missing_cells(results: Results, part: dict[str, Any]) -> dict[str, list[str]]:
-    """Method -> seeds of this part that have not finished training: those that it lists, and those without a cell."""
-    absent: dict[str, set[str]] = {}
+def absent(results: Results, part: dict[str, Any]) -> dict[str, dict[str, list[str]]]:
+    """Kind of absence -> method -> seeds of this part: `missing` and `training` cells, and `unmeasured` trained ones."""
+    states = {
+        (name, str(cell.get("seed"))): cell.get("state") or "missing"
+        for name in drafters(results, part)
+        for cell in method(results, name).get("cells") or []
+    }
+    wanted = [(name, str(seed)) for name in part.get("methods") or [] for seed in part.get("seeds") or []]
+    wanted = [place for place in wanted if not is_lookup(results, place[0]) and states.get(place) != "done"]
     for cell in part.get("missing") or []:
         name, _, seed = cell.rpartition("-s")
-        absent.setdefault(name or cell, set()).add(seed if name else "")
-    for name in drafters(results, part):
-        done = {str(c.get("seed")) for c in method(results, name).get("cells") or [] if c.get("state") == "done"}
-        absent.setdefault(name, set()).update(str(s) for s in part.get("seeds") or [] if str(s) not in done)
-    order = {name: i for i, name in enumerate(drafters(results, part))}
-    return {
-        name: sorted(absent[name], key=_number)
-        for name in sorted(absent, key=lambda n: order.get(n, len(order)))
-        if absent[name]
-    }
+        wanted.append((name or cell, seed if name else ""))
+    found: dict[str, dict[str, list[str]]] = {"missing": {}, "training": {}, "unmeasured": {}}
+    for name, seed in dict.fromkeys(wanted):
+        state = states.get((name, seed), "missing")
+        kind = {"done": "unmeasured", "training": "training"}.get(state, "missing")
+        found[kind].setdefault(name, []).append(seed)
+    return found
 
 
 def unmeasured(results: Results, part: dict[str, Any]) -> list[tuple[str, str, list[str]]]:
-    """(method, temperature, tasks) without a tau, of methods that a seed has been trained of."""
+    """(method, temperature, tasks) without a tau, of methods that `absent` does not name with every seed of theirs."""
     seeds, gaps = set(map(str, part.get("seeds") or [])), []
-    absent = missing_cells(results, part)
+    named = absent(results, part).values()
     for name in rows(results, part):
-        if seeds and seeds <= set(absent.get(name, [])):
+        if seeds and seeds <= {seed for kind in named for seed in kind.get(name, [])}:
             continue
         for temperature in temperatures(results, part):
             places = [*tasks(results), MACRO]
@@ -232,7 +235,3 @@ def seeds_of(values: Sequence[str]) -> str:
     """`seed 0`, `seeds 0 and 1`, or nothing when none is named."""
     kept = [clean(v) for v in values if v]
     return f"seed{'s' if len(kept) > 1 else ''} {series(kept)}" if kept else ""
-
-
-def _number(text: str) -> tuple[int, str]:
-    return (int(text), "") if text.isdigit() else (1 << 30, text)

@@ -50,7 +50,8 @@ def markdown(results: Results, shown: Sequence[Drawing]) -> str:
         section("Benchmarks", rows(study_tables.task_rows(results))),
         section("Data", rows(tables.ledger_rows(results)), bullets(map(clean, ledger.get("warnings") or []))),
         section("Checks", rows(tables.check_rows(results))),
-        section("Provenance", rows(tables.provenance_rows(results))),
+        section("Provenance", rows(study_tables.provenance_rows(results))),
+        section("Recipe", rows(study_tables.recipe_rows(results))),
         section("Terms", bullets(f"{term}: {text}" for term, text in TERMS)),
     ]
     return "\n\n".join(filter(None, blocks)) + "\n"

@@ -24,6 +24,8 @@ from specauf.report.words import THIN, fixed, real, span
 
 TOGETHER = 5
 """Lines that one panel can hold and still be told apart."""
+AS_DFLASH = {"decay-only": "decay", "b-auf": "auf", "b-auf-d": "auf-decay"}
+"""Domino's variants that the paper's Figure 5 draws with the line of a DFlash objective."""
 PALETTE = (*KNOWN.values(), *SPARE)
 
 
@@ -44,8 +46,10 @@ def looks(results: Results) -> dict[str, Style]:
             record = index.method(results, name)
             taken = used.setdefault(str(record.get("kind")), set())
             key = name if exact else str((record.get("objective") or {}).get("name"))
+            key = AS_DFLASH.get(key, key)
             if index.is_lookup(results, name):
-                found[name] = Style(LOOKUP, "d", "--", True)
+                lookups = sum(style.colour == LOOKUP for style in found.values())
+                found[name] = Style(LOOKUP, "dPXs"[lookups % 4], "--", True)
             elif exact is None or (key in KNOWN and own.index(key) not in taken):
                 at = own.index(key) if exact is not None else next(i for i in range(10**6) if i not in taken)
                 taken.add(at)
@@ -54,9 +58,12 @@ def looks(results: Results) -> dict[str, Style]:
 
 
 def _look(at: int) -> Style:
-    turn, place = divmod(at, len(PALETTE))
-    colour, marker = PALETTE[place][0], PALETTE[(place + turn) % len(PALETTE)][1]
-    return Style(colour, marker, ("-", "--", ":")[min(turn, 2)], bool(turn))
+    """The first seven have a colour each; later ones share those of no baseline and no AUF, hollow, dashed, then dotted."""
+    if at < len(PALETTE):
+        return Style(*PALETTE[at], "-", False)
+    turn, place = divmod(at - len(PALETTE), len(PALETTE) - 2)
+    marker = PALETTE[(place + turn) % len(PALETTE)][1]
+    return Style(PALETTE[place + 2][0], marker, "--" if turn == 0 else ":", True)
 
 
 def together(names: Sequence[str], baseline: str | None) -> list[list[str]]:

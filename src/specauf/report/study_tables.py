@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from specauf.report import study_index as index
+from specauf.report import tables
 from specauf.report.study_index import MACRO
 from specauf.report.study_words import (
     ABSENT,
@@ -256,9 +257,28 @@ def method_rows(results: Results) -> Rows:
 
 def task_rows(results: Results) -> Rows:
     """Where the prompts come from, and how much of the target's text repeats."""
-    rows = [["benchmark", "family", "prompts", "conversations", "source", "licence", "repeated text"]]
+    rows = [["benchmark", "family", "prompts", "conversations", "source", "licence", "repeated text", "note"]]
     for name, facts in (results.get("tasks") or {}).items():
         row = [index.task_label(results, name), clean(facts.get("family") or NONE), count(facts.get("prompts"))]
         row += [count(facts.get("clusters")), clean(facts.get("source") or NONE), clean(facts.get("licence") or NONE)]
-        rows.append([*row, percent_list(facts.get("repeated_share") or {}) or NONE])
+        repeated = percent_list(facts.get("repeated_share") or {}) or NONE
+        rows.append([*row, repeated, clean(facts.get("note") or "")])
     return dense(rows)
+
+
+def recipe_rows(results: Results) -> Rows:
+    """The recipe, a row a section of the base run, a method and a part; provenance holds it whole."""
+    recipe = (results.get("provenance") or {}).get("config")
+    rows = [["key", "value"]]
+    for key, held in recipe.items() if isinstance(recipe, dict) else ():
+        if isinstance(held, dict) and any(isinstance(leaf, dict) for leaf in held.values()):
+            rows += [[clean(f"{key}: {name}"), flat(leaf)] for name, leaf in held.items()]
+        else:
+            rows.append([clean(key), flat(held)])
+    return rows
+
+
+def provenance_rows(results: Results) -> Rows:
+    """Command, provenance and settings without the recipe, which has rows of its own."""
+    box = {k: v for k, v in (results.get("provenance") or {}).items() if k != "config"}
+    return tables.provenance_rows({**results, "provenance": box})

@@ -1,6 +1,6 @@
 """A study's figures of training: the path of the support, four curves over steps, and where the credit goes.
 
-Seeds are drawn faint, their mean solid. Logs are thinned and hold running means already, so little is smoothed here.
+Seeds are drawn faint as they were logged, the running mean over them solid.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from specauf.report.words import clean, real
 
 Log = Sequence[dict[str, Any]]
 Curve = tuple[np.ndarray, np.ndarray]
+TRUNCATING = ("auf", "auf-decay", "b-auf", "b-auf-d", "s-auf", "s-auf-d", "f-auf", "f-auf-d")
 FAINT, POINTS, BINS = 0.28, 120, 24
 SHADE = 0.55
 """Strongest shade of a credit map: the numbers on it must stay legible in both themes."""
@@ -83,7 +84,8 @@ def training(results: Results, names: Sequence[str], narrow: bool) -> Figure | N
         for name in drawn:
             curves = _curves(results, name, "step", field)
             if curves:
-                _draw(ax, curves, mean_curve(curves), look[name])
+                x, y = mean_curve(curves)
+                _draw(ax, curves, (x, plots._smooth(y)), look[name])
         if not ax.lines:
             ax.text(0.5, 0.5, "not recorded", transform=ax.transAxes, ha="center", va="center", color=SOFT)
             ax.set_yticks([])
@@ -110,7 +112,7 @@ def support(results: Results, groups: Sequence[Sequence[str]], narrow: bool) -> 
     figure, axes = plots._panels(len(held), narrow, 2.8 + 0.17 * rows, columns=2, sharey=True)
     for ax, paths in zip(axes, held, strict=True):
         for name, curves in paths.items():
-            smooth = [(plots._smooth(x), plots._smooth(y)) for x, y in curves]
+            smooth = [(plots._smooth(x), plots._smooth(y)) for x, y in curves]  # raw, a path is a cloud
             mean = mean_curve(smooth, ordered=False)
             _draw(ax, smooth, mean, look[name], marks=False)
             x, y = mean
@@ -168,7 +170,7 @@ def reach(results: Results, names: Sequence[str], narrow: bool) -> Figure | None
     """Heat map of AUF, slot by training step: how deep the support has grown. A panel a method that truncates."""
     chosen: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for name in names:
-        truncates = (index.method(results, name).get("objective") or {}).get("name") in ("auf", "auf-decay")
+        truncates = (index.method(results, name).get("objective") or {}).get("name") in TRUNCATING
         binned = _binned(logs(results, name)) if truncates else None
         if binned is not None:
             chosen[name] = binned
@@ -188,7 +190,7 @@ def reach(results: Results, names: Sequence[str], narrow: bool) -> Figure | None
         ax.set_ylim(0.5, grid.shape[1] + 0.5)
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         ax.yaxis.set_major_locator(MaxNLocator(8, integer=True))
-        ax.set_title(f"{plots._short(index.label(results, name), narrow)}: darkest = {top:.2f}", parse_math=False)
+        ax.set_title(f"{plots._short(index.label(results, name), narrow)}: strongest = {top:.2f}", parse_math=False)
         ax.set_xlabel("optimizer step")
     plots._left_label(axes, "slot k")
     apart(figure)
@@ -201,8 +203,8 @@ def _curves(results: Results, name: str, x: str, y: str) -> list[Curve]:
 
 
 def _draw(ax: Axes, curves: Sequence[Curve], mean: Curve, style: Style, marks: bool = True) -> None:
-    """Seeds faint and their mean solid; a single seed is its own mean."""
-    for x, y in curves if len(curves) > 1 else ():
+    """Seeds faint, their smoothed mean solid."""
+    for x, y in curves:
         few = max(1, len(x) // POINTS)
         ax.plot(x[::few], y[::few], color=style.colour, alpha=FAINT, linewidth=0.7)
     x, y = mean

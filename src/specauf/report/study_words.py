@@ -72,8 +72,8 @@ CAPTIONS = {
     "reach": "Mean credit of each slot over training: how deep into a block the loss reaches, from the first steps on the left "
     "to the last on the right.",
 }  # fmt: skip
-SEVERAL = "Faint lines are seeds, the solid one their mean."
-SINGLE = "One seed a method."
+SEVERAL = "Faint lines are seeds as logged, solid ones running means over them."
+SINGLE = "One seed a method: faint as logged, solid its running mean."
 TAU_REPLAY = "τ by replay of the drafter as it was"
 TAU_SIMULATED = "simulated τ, on the training batches"
 

@@ -118,6 +118,8 @@ def study(rows: int = 60, parts: tuple[str, ...] = tuple(PARTS)) -> dict[str, An
             "machine": {"cpu": "A synthetic processor", "cores": 2, "memory_gb": 7.6, "threads": 1},
             "target": {"name": "SmolLM2-135M-Instruct, Q4_1 dequantised", "fingerprint": "000000000000"},
             "data": {"name": "ShareGPT V3", "fingerprint": "111111111111"}, "config_hash": "222222222222",
+            "config": {"base": {"train": {"lr": 0.0006, "max_steps": 500}},
+                       "parts": {k: {"methods": PARTS[k][1]} for k in parts}},
         },
         "ledger": {"records_in": 100, "kept": 90, "dropped": {"empty": 10}, "changed": {}, "warnings": ["one file ends early"]},
         "settings": {"block size": 8, "draft layers": 2}, "margin": 0.02, "primary": "macro-average tau at T=0",

@@ -73,7 +73,7 @@ def test_the_page_fetches_and_runs_nothing(text: str) -> None:
 def test_findings_come_first_then_what_is_missing_then_the_parts(text: str) -> None:
     titles = [html.unescape(title) for title in re.findall(r"<h2>(.*?)</h2>", text)]
     assert titles == ["Findings", "What is missing", "DFlash: decay, AUF, AUF + decay", "Head to head", "Budgets", "Methods",
-                      "Benchmarks", "Data", "Checks", "Provenance", "Terms"]  # fmt: skip
+                      "Benchmarks", "Data", "Checks", "Provenance", "Recipe", "Terms"]  # fmt: skip
     assert text.index('class="lede"') < text.index("<h2>Findings") < text.index("<table")
 
 

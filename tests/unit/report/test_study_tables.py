@@ -184,9 +184,7 @@ def test_findings_keep_their_order_and_their_verdicts(results: Results) -> None:
     assert [f.verdict for f in found] == ["Reproduced here", "Undecided", "Not reproduced here", "Not run"]
     assert found[0].evidence == "4 comparisons: 4 better" and found[2].evidence == ""
     line = study_findings.headline(results)[0]
-    assert line.startswith(
-        "Of 4 claims put to the test, 1 is reproduced here, 1 is not reproduced, 1 is undecided and 1"
-    )
+    assert line.startswith("Of 4 claims, 1 is reproduced here, 1 is not reproduced, 1 is undecided and 1")
 
 
 def test_the_headline_says_what_prompt_lookup_does(results: Results) -> None:
@@ -202,13 +200,28 @@ def test_evidence_that_is_not_there_is_passed_over(results: Results) -> None:
 
 def test_what_is_missing_is_said_part_by_part(results: Results) -> None:
     lines = study_findings.missing(results)
-    assert lines[0] == "In “DFlash: decay, AUF, AUF + decay”, not run yet: AUF + decay (seed 2)."
-    assert lines[1] == "In “Head to head”, not run yet: PARD-2; not measured yet at T = 0 on MBPP: L2R focal."
-    assert lines[2] == "In “Block size 8 and 16”, not run yet: AUF-only, B=16."
+    assert lines[0] == "“DFlash: decay, AUF, AUF + decay”. Not run yet: AUF + decay (seed 2)."
+    assert lines[1] == "“Head to head”. Not run yet: PARD-2. Not measured yet at T = 0 on MBPP: L2R focal."
+    assert lines[2] == "“Block size 8 and 16”. Not run yet: AUF-only, B=16."
     results["parts"] = results["parts"][1:2]
     assert study_findings.missing(results) == [
         "Nothing is missing: every cell of every part has been trained and measured."
     ]
+
+
+def test_cells_in_training_and_cells_that_wait_for_their_measurement_are_told_apart(results: Results) -> None:
+    results["methods"][0]["cells"][0]["state"] = "training"
+    results["parts"][0]["missing"] = ["auf-s1", "auf-decay-s2"]
+    assert study_findings.missing(results)[0] == (
+        "“DFlash: decay, AUF, AUF + decay”. Not run yet: AUF + decay (seed 2). In training: Decay-only (seed 0). "
+        "Trained, not measured yet: AUF-only (seed 1)."
+    )
+
+
+def test_the_recipe_has_a_row_for_every_section_method_and_part(results: Results) -> None:
+    rows = study_tables.recipe_rows(results)
+    assert rows[1] == ["base: train", "lr 0.0006 · max steps 500"] and ["parts: d", "methods auf, auf-b16"] in rows
+    assert "config" not in dict(study_tables.provenance_rows(results))
 
 
 def test_a_study_before_its_first_run_is_all_there(results: Results) -> None:
@@ -227,7 +240,7 @@ def test_a_part_with_no_method_has_prompt_lookup_and_no_crash(results: Results) 
     results["parts"] = [{"key": "z"}]
     grid = study_tables.emitted(results, results["parts"][0])
     assert grid.blocks == () and study_tables.comparison_rows(results, results["parts"][0])[1:] == []
-    assert study_findings.missing(results) == ["In “Part z”, not run yet: it names no method."]
+    assert study_findings.missing(results) == ["“Part z”. It names no method."]
 
 
 def test_markdown_reads_as_the_papers_tables_do(results: Results) -> None:
