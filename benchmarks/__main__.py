@@ -1,6 +1,8 @@
 """`make bench`: every benchmark, one after the other; writes results/bench.json and results/bench.md.
 
-python -m benchmarks [names]
+    python -m benchmarks [names]
+
+With names, only those are run, and they replace what the files said of them.
 """
 
 from __future__ import annotations
@@ -10,42 +12,61 @@ import importlib
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.common import Row, machine, table
 from specauf import provenance
 from specauf.files import atomic_write_text
 
 NAMES = ("objective", "attention", "step", "against_specforge", "extraction", "decoding")
+JSON, MARKDOWN = Path("results/bench.json"), Path("results/bench.md")
 
 
-def markdown(rows: Sequence[Row], about: str) -> str:
-    lines = ["| what | against | at | ratio | promised | measured |", "|---|---|---|---|---|---|"]
-    for row in rows:
-        promise = "–" if row.reach is None else f"{'≤' if row.below else '≥'} {row.reach:.3g}"
-        verdict = "" if row.reached is None else " reached" if row.reached else " **not reached**"
-        lines.append(f"| {row.what} | {row.against} | {row.at} | {row.ratio:.2f} | {promise}{verdict} | {row.note} |")
-    return f"{about}\n\n" + "\n".join(lines) + "\n"
+def markdown(found: Mapping[str, Any]) -> str:
+    lines = []
+    for name in (n for n in NAMES if n in found):
+        part = found[name]
+        m, rows = part["machine"], [Row(**row) for row in part["rows"]]
+        lines += [
+            f"## {name}",
+            "",
+            f"{m['cpu']}, {m['threads']} threads, torch {m['torch']}; {part['minutes']:.1f} minutes, ",
+        ]
+        lines[-1] += f"{part['date']}, commit {part['commit'][:7]}"
+        lines += ["", "| what | against | at | ratio | promised | measured |", "|---|---|---|---|---|---|"]
+        for row in rows:
+            promise = "–" if row.reach is None else f"{'≤' if row.below else '≥'} {row.reach:.3g}"
+            verdict = "" if row.reached is None else " reached" if row.reached else " **not reached**"
+            lines.append(
+                f"| {row.what} | {row.against} | {row.at} | {row.ratio:.2f} | {promise}{verdict} | {row.note} |"
+            )
+        lines.append("")
+    return "\n".join(["# Benchmarks", "", "`make bench`; docs/performance.md says what they mean.", "", *lines])
 
 
 def run(names: Sequence[str]) -> int:
-    began, found = time.perf_counter(), []
+    found: dict[str, Any] = json.loads(JSON.read_text()) if JSON.is_file() else {}
+    missed = count = 0
+    start = time.perf_counter()
     for name in names:
         print(f"== {name}", flush=True)
+        began, rows = time.perf_counter(), []
         for row in importlib.import_module(f"benchmarks.{name}").rows():
             print(table([row]), flush=True)
-            found.append(row)
-    minutes = (time.perf_counter() - began) / 60
-    box = {**provenance.collect(), "machine": machine(), "minutes": minutes}
-    if tuple(names) == NAMES:
-        record = {"provenance": box, "rows": [{**dataclasses.asdict(row), "reached": row.reached} for row in found]}
-        atomic_write_text(Path("results/bench.json"), json.dumps(record, indent=1) + "\n")
-        m = box["machine"]
-        about = f"{m['cpu']}, {m['threads']} threads, torch {m['torch']}, {minutes:.0f} minutes, {time.strftime('%d %B %Y')}"
-        atomic_write_text(Path("results/bench.md"), markdown(found, about))
-    missed = [row for row in found if row.reached is False]
-    print(f"{len(found)} figures in {minutes:.1f} minutes, {len(missed)} short of what was promised")
+            rows.append(row)
+        missed, count = missed + sum(row.reached is False for row in rows), count + len(rows)
+        found[name] = {
+            "date": time.strftime("%d %B %Y %H:%M UTC", time.gmtime()),
+            "commit": str(provenance.collect()["git"]["commit"]),
+            "machine": machine(),
+            "minutes": (time.perf_counter() - began) / 60,
+            "rows": [dataclasses.asdict(row) for row in rows],
+        }
+        atomic_write_text(JSON, json.dumps(found, indent=1) + "\n")
+        atomic_write_text(MARKDOWN, markdown(found))
+    print(f"{count} figures in {(time.perf_counter() - start) / 60:.1f} minutes, {missed} short of what was promised")
     return 0
 
 
