@@ -29,12 +29,9 @@ def markdown(found: Mapping[str, Any]) -> str:
     for name in (n for n in NAMES if n in found):
         part = found[name]
         m, rows = part["machine"], [Row(**row) for row in part["rows"]]
-        lines += [
-            f"## {name}",
-            "",
-            f"{m['cpu']}, {m['threads']} threads, torch {m['torch']}; {part['minutes']:.1f} minutes, ",
-        ]
-        lines[-1] += f"{part['date']}, commit {part['commit'][:7]}"
+        took = f"{part['minutes']:.1f} minutes, " if part["minutes"] else ""
+        where = f"{m['cpu']}, {m['threads']} threads, torch {m['torch']}"
+        lines += [f"## {name}", "", f"{where}; {took}{part['date']}, commit {part['commit'][:7]}"]
         lines += ["", "| what | against | at | ratio | promised | measured |", "|---|---|---|---|---|---|"]
         for row in rows:
             promise = "–" if row.reach is None else f"{'≤' if row.below else '≥'} {row.reach:.3g}"

@@ -107,8 +107,7 @@ def resume(trainer: Trainer, out: Path) -> bool:
     named = dict(trainer.drafter.named_parameters())
     for key, value in load_file(directory / "optimizer.safetensors").items():
         name, _, field = key.partition("::")
-        device = torch.device("cpu") if field == "step" else named[name].device
-        trainer.optimizer.state[named[name]][field] = value.to(device)
+        trainer.optimizer.state[named[name]][field] = value.to(named[name].device)
     trainer.done, trainer.seconds = state["step"], state["seconds"]
     trainer.max_steps, trainer.survival = state["max_steps"], state.get("survival", {})
     log = out / "log.jsonl"

@@ -84,7 +84,7 @@ class Trainer:
         self.survival: dict[str, list[float]] = {}
         """Running share of the blocks that survive each slot of a branch, from which the wavefront's stages are planned."""
         self.optimizer = torch.optim.AdamW(
-            drafter.parameters(), lr=config.train.lr, weight_decay=config.train.weight_decay, betas=(0.9, 0.999)
+            drafter.parameters(), lr=config.train.lr, weight_decay=config.train.weight_decay, fused=True
         )
 
     @cached_property
