@@ -111,6 +111,7 @@ def resume(trainer: Trainer, out: Path) -> bool:
     trainer.max_steps, trainer.survival = state["max_steps"], state.get("survival", {})
     log = out / "log.jsonl"
     if log.is_file():
-        lines = [line for line in log.read_text().splitlines() if line and json.loads(line)["step"] <= trainer.done]
-        atomic_write_text(log, "".join(line + "\n" for line in lines))
+        # A line that a kill cut short has no end of line, and lies behind the checkpoint.
+        whole = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+        atomic_write_text(log, "".join(line for line in whole if json.loads(line)["step"] <= trainer.done))
     return True

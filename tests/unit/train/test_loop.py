@@ -66,6 +66,8 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
 
     with pytest.raises(KeyboardInterrupt):
         make(target, dataset, tmp_path / "cut").run(on_step=interrupt)
+    with (tmp_path / "cut" / "log.jsonl").open("a") as log:
+        log.write('{"step": 9, "lo')  # where a kill cut it short
     again = make(target, dataset, tmp_path / "cut")
     assert checkpoint.resume(again, tmp_path / "cut") and again.done == stop
     again.run()
