@@ -271,14 +271,18 @@ class RunConfig:
 
 def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunConfig:
     """Read a recipe and apply `section.key=value` overrides. Raises `ConfigError` naming the file or the override."""
-    path = Path(path)
+    data = read_yaml(Path(path), "no such recipe", "Recipes that ship with specauf are in recipes/*.yaml")
+    return override(from_dict(RunConfig, {} if data is None else data, str(path)), overrides)
+
+
+def read_yaml(path: Path, missing: str, instead: str) -> Any:
+    """What a YAML file holds. Raises `ConfigError` when it is not there, is not YAML or says a key twice."""
     if not path.is_file():
-        raise ConfigError(f"no such recipe: {path}. Recipes that ship with specauf are in recipes/*.yaml")
+        raise ConfigError(f"{missing}: {path}. {instead}")
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeys)
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not YAML: {error}") from None
-    return override(from_dict(RunConfig, {} if data is None else data, str(path)), overrides)
 
 
 class UniqueKeys(yaml.SafeLoader):

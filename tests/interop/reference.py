@@ -65,7 +65,9 @@ def embedded_target() -> Target:
     """The directory in SPECAUF_INTEROP_TARGET, else the embedded default, which is fetched and converted if need be."""
     path = os.environ.get("SPECAUF_INTEROP_TARGET") or assets.cached_smollm2()
     if path is None and os.environ.get("SPECAUF_OFFLINE", "") not in ("", "0"):
-        pytest.skip("the embedded target is not in the cache and SPECAUF_OFFLINE forbids fetching it")
+        pytest.skip(
+            "compares on the real target, which is not cached, and SPECAUF_OFFLINE was set to forbid its download"
+        )
     target = Target.load(TargetConfig(path=str(path or assets.smollm2()), device="cpu"))
     target.name = Path(target.name).name
     return target

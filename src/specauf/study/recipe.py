@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from specauf.config import RunConfig, UniqueKeys, digest, override
+from specauf.config import RunConfig, digest, override, read_yaml
 from specauf.strict import ConfigError, choose, from_dict, nearest, require, to_dict
 
 LOOKUP = "prompt-lookup"
@@ -189,13 +189,7 @@ SECTIONS = ("title", "out", "base", "methods", "parts", "live")
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Study:
     """Read a study's recipe, strictly. Raises `ConfigError` naming the file and the key, or the override."""
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"no such study: {path}. Those that ship with specauf are recipes/study_*.yaml")
-    try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeys)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from None
+    data = read_yaml(Path(path), "no such study", "Those that ship with specauf are recipes/study_*.yaml")
     for item in overrides if isinstance(data, dict) else ():
         _override(data, item)
     return study_of(data, str(path))

@@ -154,7 +154,10 @@ def test_every_turn_is_kept_out_of_the_training_data(tmp_path: Path) -> None:
     assert sorted(texts) == sorted(["first", "do\n```python\nx = 1\n```", "third", "alone", "x = 1\n"])
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the benchmarks' directory is not here")
+@pytest.mark.skipif(
+    not SHARED.is_dir(),
+    reason="compares with copies of the six benchmarks, which are not shipped with this repository",
+)
 def test_the_six_benchmarks_of_a_directory_are_worded_as_the_hub_is_read() -> None:
     here, six = str(SHARED), [name for name in TASKS if name != "heldout"]
     found = {name: load_task(name, tasks_dir=here) for name in six}

@@ -194,7 +194,7 @@ def test_a_place_that_cannot_be_written_is_the_users_to_mend(minimal: Results, t
 def browse(profile: Path, *arguments: str) -> str:
     chromium = shutil.which("chromium")
     if chromium is None:
-        pytest.skip("chromium is not on PATH")
+        pytest.skip("the layout is measured in a real browser: put chromium on PATH to run this")
     quiet = (
         "--disable-background-networking",
         "--disable-component-update",
