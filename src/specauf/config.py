@@ -107,6 +107,8 @@ class DrafterConfig:
     """Tokens that the drafter can say, the most frequent labels of the data; all of the target's when not given."""
     init_from: str | None = None
     """A drafter's directory to take the initial weights from; its geometry must be this one."""
+    init_layers: tuple[int, ...] | None = None
+    """Target layers to copy the drafter's layers from, one each, instead of random initial weights."""
 
     def __post_init__(self) -> None:
         require(self.block_size >= 2, f"drafter.block_size counts the anchor and must be >= 2, got {self.block_size}")
@@ -116,6 +118,15 @@ class DrafterConfig:
         require(
             self.intermediate_size is None or self.intermediate_size >= 1,
             f"drafter.intermediate_size must be >= 1, got {self.intermediate_size}",
+        )
+        require(
+            self.init_layers is None or len(self.init_layers) == self.num_hidden_layers,
+            f"drafter.init_layers: one target layer for each of the {self.num_hidden_layers} draft layers, "
+            f"got {self.init_layers}",
+        )
+        require(
+            self.init_layers is None or self.init_from is None,
+            "drafter.init_layers and drafter.init_from both say where the weights begin: leave one out",
         )
         for name in ("gru_hidden_dim", "emb_dim"):
             value = getattr(self, name)

@@ -24,6 +24,7 @@ from specauf.drafter.checkpoint import build_drafter, load_drafter
 from specauf.drafter.config import DFlashConfig, DominoHead
 from specauf.drafter.dflash import DFlash
 from specauf.drafter.vocabulary import coverage, keep_tokens, most_frequent
+from specauf.drafter.warm import copy_layers
 from specauf.files import atomic_write_text
 from specauf.strict import ConfigError, UserError, to_dict
 from specauf.target import Target
@@ -89,7 +90,8 @@ def make_rollouts(
 
 
 def new_drafter(config: RunConfig, target: Target) -> DFlash:
-    """A drafter that fits the target, with initial weights from drafter.init_from, or that depend on train.seed alone."""
+    """A drafter that fits the target. Its weights begin as drafter.init_from or drafter.init_layers say, or at random
+    from train.seed."""
     wanted = config.drafter
     geometry = DFlashConfig.for_target(
         target.config,
@@ -104,7 +106,12 @@ def new_drafter(config: RunConfig, target: Target) -> DFlash:
     )
     if wanted.init_from is not None:
         return _warm(Path(wanted.init_from).expanduser(), geometry).to(target.device)
-    return build_drafter(geometry, seed=config.train.seed).to(target.device)
+    if wanted.init_layers is None:
+        return build_drafter(geometry, seed=config.train.seed).to(target.device)
+    origin = {"init_layers": list(wanted.init_layers)}
+    drafter = build_drafter(dataclasses.replace(geometry, extra=origin), seed=config.train.seed)
+    copy_layers(drafter, target.layers, target.final_norm, wanted.init_layers)
+    return drafter.to(target.device)
 
 
 def _head(config: RunConfig, target: Target) -> DominoHead | None:

@@ -151,6 +151,14 @@ class Target:
     def num_layers(self) -> int:
         return len(self.layers)
 
+    @property
+    def final_norm(self) -> nn.Module:
+        """What normalises the last layer's output before the LM head reads it. Raises `UserError` where none is found."""
+        found = [m for m in self.body.children() if "norm" in type(m).__name__.lower()]
+        if not found:
+            raise UserError(f"{self.name}: no norm beside the decoder layers of {type(self.body).__name__}")
+        return found[-1]
+
     def fingerprint(self) -> str:
         """Twelve hex digits of configuration, tokenizer, template and a strided sample of every weight."""
         digest = hashlib.sha256()

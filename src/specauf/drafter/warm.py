@@ -1,0 +1,78 @@
+"""A warm start from the target: its layers in the drafter's place, and its own last tap as their context.
+
+A DFlash layer has the shape of the target's layers. Copied, it knows what tokens follow each other before the first
+step; what it has to learn is to do without the layers that were left out. The paper begins with random weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from specauf.drafter.dflash import DFlash, Layer
+from specauf.strict import ConfigError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+PROJECTIONS = (
+    *(f"self_attn.{name}_proj.weight" for name in "qkvo"),
+    *(f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")),
+)
+
+
+@torch.no_grad()
+def copy_layers(drafter: DFlash, layers: nn.ModuleList, final_norm: nn.Module, ids: Sequence[int]) -> None:
+    """Begin the drafter's layers as copies of `layers[i]` for i in `ids`, its norm as the target's, `fc` as the last tap.
+
+    Queries and keys are normalised in the drafter; where the target does not, their gain becomes the root mean square
+    that unit-variance input would give them. Raises `ConfigError` for a number of ids or a shape that is not the drafter's.
+    """
+    if len(ids) != len(drafter.layers):
+        raise ConfigError(
+            f"drafter.init_layers: {len(ids)} of the target's layers for {len(drafter.layers)} of the drafter's"
+        )
+    for own, i in zip(drafter.layers, ids, strict=True):
+        if not 0 <= i < len(layers):
+            raise ConfigError(f"drafter.init_layers: the target has layers 0 to {len(layers) - 1}, not {i}")
+        assert isinstance(own, Layer)
+        _copy(own, layers[i], i)
+    hidden = drafter.config.hidden_size
+    noise = drafter.fc.weight * 0.1  # the other taps begin small, not silent: what is silent together learns together
+    drafter.fc.weight.copy_(noise)
+    drafter.fc.weight[:, -hidden:] += torch.eye(hidden)
+    drafter.hidden_norm.weight.copy_(_gain(layers[ids[-1]].input_layernorm, hidden))
+    drafter.norm.weight.copy_(_gain(final_norm, hidden))
+
+
+def _copy(own: Layer, theirs: nn.Module, number: int) -> None:
+    found, hidden = dict(theirs.named_parameters()), own.input_layernorm.weight.numel()
+    for name in PROJECTIONS:
+        parameter = own.get_parameter(name)
+        if name not in found or found[name].shape != parameter.shape:
+            has = f"{tuple(found[name].shape)}" if name in found else "none"
+            raise ConfigError(
+                f"drafter.init_layers: layer {number} of the target has {has} for {name}, the drafter needs "
+                f"{tuple(parameter.shape)}: leave init_layers out, and intermediate_size"
+            )
+        parameter.copy_(found[name])
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        own.get_submodule(name).weight.copy_(_gain(theirs.get_submodule(name), hidden))  # type: ignore[operator, union-attr]
+    for side in ("q", "k"):
+        norm, name = own.self_attn.get_parameter(f"{side}_norm.weight"), f"self_attn.{side}_norm.weight"
+        if name in found:
+            norm.copy_(found[name])
+        else:
+            seen = own.get_parameter(f"self_attn.{side}_proj.weight") * own.input_layernorm.weight
+            norm.fill_(seen.square().sum(1).mean().sqrt())
+
+
+def _gain(norm: nn.Module, hidden: int) -> Float[Tensor, " h"]:
+    """What an RMSNorm multiplies by, however it stores it (some keep the gain less one)."""
+    where = next(norm.parameters())
+    gain: Tensor = norm(torch.ones(1, hidden, dtype=where.dtype, device=where.device))[0]
+    return gain

@@ -1,0 +1,97 @@
+"""A drafter that begins as copies of the target's layers."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import GemmaConfig, GemmaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from specauf.config import DrafterConfig, RunConfig
+from specauf.drafter.dflash import Layer
+from specauf.run import new_drafter
+from specauf.strict import ConfigError
+from specauf.target import Target
+
+WANTED = DrafterConfig(block_size=4, num_hidden_layers=2, num_taps=2, mask_token_id=59, init_layers=(1, 4))
+SHAPE = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+
+
+def config(**changes: object) -> RunConfig:
+    return RunConfig(drafter=dataclasses.replace(WANTED, **changes))  # type: ignore[arg-type]
+
+
+def qwen3() -> Target:
+    torch.manual_seed(3)
+    model = Qwen3ForCausalLM(Qwen3Config(**SHAPE, rope_theta=1e4))
+    for parameter in model.parameters():  # gains of one would hide that they were not copied
+        parameter.data.add_(torch.rand_like(parameter) * 0.1)
+    return Target(model, None, "tiny-qwen3")
+
+
+def test_where_the_target_normalises_queries_and_keys_a_copy_writes_its_very_cache() -> None:
+    target = qwen3()
+    drafter, ids = new_drafter(config(), target), torch.randint(0, 58, (2, 9))
+    out = target.model(ids, output_hidden_states=True, use_cache=True)
+    positions = torch.arange(9).expand(2, -1)
+    for own, number in zip(drafter.layers, (1, 4), strict=True):
+        assert isinstance(own, Layer)
+        theirs, before = out.past_key_values.layers[number], out.hidden_states[number]
+        found = own.self_attn.context(own.input_layernorm(before), positions)
+        torch.testing.assert_close(found.key, theirs.keys)
+        torch.testing.assert_close(found.value, theirs.values)
+        torch.testing.assert_close(own.mlp(before), target.layers[number].mlp(before))
+    torch.testing.assert_close(drafter.norm(before), target.final_norm(before))
+    assert drafter.config.extra == {"init_layers": [1, 4]}
+
+
+def test_context_begins_as_the_last_tap(target: Target) -> None:
+    drafter = new_drafter(config(), target)
+    square = drafter.fc.weight[:, -32:]
+    assert square.diagonal().mean() > 0.9 and (square - torch.eye(32)).abs().max() < 0.1
+    assert 0 < drafter.fc.weight[:, :-32].abs().max() < 0.1, "the other taps begin small, not dead"
+
+
+def test_without_norms_of_queries_and_keys_their_scale_is_the_targets(target: Target) -> None:
+    drafter, layer = new_drafter(config(), target), target.layers[4]
+    x = layer.input_layernorm(torch.randn(4096, 32, generator=torch.Generator().manual_seed(0)))
+    for side in ("q", "k"):
+        gain = drafter.get_parameter(f"layers.1.self_attn.{side}_norm.weight")
+        assert (gain == gain[0]).all()
+        scale = layer.get_submodule(f"self_attn.{side}_proj")(x).square().mean().sqrt()
+        torch.testing.assert_close(gain[0], scale, rtol=0.05, atol=0)
+
+
+def test_a_gain_that_is_stored_less_one_is_read_as_it_works() -> None:
+    torch.manual_seed(4)
+    model = GemmaForCausalLM(GemmaConfig(**SHAPE, pad_token_id=None, bos_token_id=None, eos_token_id=60))
+    model.model.norm.weight.data.uniform_(-0.5, 0.5)
+    drafter = new_drafter(config(), Target(model, None, "tiny-gemma"))
+    torch.testing.assert_close(drafter.norm.weight, 1 + model.model.norm.weight)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"init_layers": (1, 6)}, "layers 0 to 5, not 6"),
+        ({"intermediate_size": 8}, r"layer 1 of the target has \(64, 32\) for mlp.gate_proj.weight, .* \(8, 32\)"),
+    ],
+)
+def test_what_cannot_be_copied_is_said(target: Target, change: dict[str, object], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        new_drafter(config(**change), target)
+
+
+@pytest.mark.parametrize("change", [{"init_layers": (1,)}, {"init_from": "somewhere"}])
+def test_contradictions_are_refused_before_a_model_loads(change: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="init_layers"):
+        config(**change)
