@@ -132,8 +132,8 @@ def measure(
             "label": task.label,
             "prompts": len(task.trajectories),
             "methods": {
-                method: summarise(found, tokens, proposers[method].block_size - 1).to_dict()
-                | _unlooped(before_loop(found, task.texts()))
+                method: summarise(found, tokens, proposers[method].block_size - 1, task.clusters).to_dict()
+                | _unlooped(before_loop(found, task.texts()), task.clusters)
                 for method, found in rounds[name].items()
             },
             "repeated_share": repeated_share(task.texts()),
@@ -141,10 +141,12 @@ def measure(
     return evaluation, rounds
 
 
-def _unlooped(rounds: list[list[Round]]) -> dict[str, Any]:
+def _unlooped(rounds: list[list[Round]], clusters: list[int]) -> dict[str, Any]:
     taus = prompt_taus(rounds)
     kept = taus[taus == taus]  # prompts with a round before the loop
-    return {"tau_before_loop": float(kept.mean()), "interval_before_loop": list(bootstrap(kept))} if len(kept) else {}
+    if not len(kept):
+        return {}
+    return {"tau_before_loop": float(kept.mean()), "interval_before_loop": list(bootstrap(taus, clusters))}
 
 
 def comparison(
@@ -164,7 +166,7 @@ def comparison(
             first, second = by_method[a], by_method[b]
             if part:
                 first, second = (before_loop(x, tasks[name].texts()) for x in (first, second))
-            found = compare(first, second)
+            found = compare(first, second, tasks[name].clusters)
             rows.append(
                 {
                     "task": name,

@@ -43,8 +43,8 @@ def measure_selection(
         )
         on_done(len(part))
     rounds = [g.rounds for g in out]
-    found = summarise(rounds, [len(g.tokens) for g in out], proposer.block_size - 1)
-    gain = compare(rounds, replayed)
+    found = summarise(rounds, [len(g.tokens) for g in out], proposer.block_size - 1, recording.clusters)
+    gain = compare(rounds, replayed, recording.clusters)
     row = {
         "how": str(selection),
         "tau": found.tau,

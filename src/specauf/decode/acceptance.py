@@ -44,8 +44,13 @@ def prompt_taus(rounds: Sequence[Sequence[Round]]) -> NDArray[np.float64]:
     return np.array([1 + np.mean([r.accepted for r in row]) if row else np.nan for row in rounds])
 
 
-def summarise(rounds: Sequence[Sequence[Round]], tokens: Sequence[int], num_predictions: int) -> Acceptance:
-    """`rounds[i]` and `tokens[i]`: the rounds and the number of generated tokens of prompt i."""
+def summarise(
+    rounds: Sequence[Sequence[Round]],
+    tokens: Sequence[int],
+    num_predictions: int,
+    clusters: Sequence[int] | None = None,
+) -> Acceptance:
+    """`rounds[i]` and `tokens[i]`: the rounds and the number of generated tokens of prompt i; `clusters` as `bootstrap` has."""
     taus = prompt_taus(rounds)
     kept = [row for row in rounds if row]
     runs = [np.array([r.accepted for r in row]) for row in kept]
@@ -54,7 +59,7 @@ def summarise(rounds: Sequence[Sequence[Round]], tokens: Sequence[int], num_pred
     count = sum(len(row) for row in kept)
     return Acceptance(
         tau=1 + sum(survival),
-        interval=bootstrap(taus[~np.isnan(taus)]),
+        interval=bootstrap(taus, clusters),
         survival=survival,
         alpha=alpha,
         rounds=count,
@@ -64,12 +69,29 @@ def summarise(rounds: Sequence[Sequence[Round]], tokens: Sequence[int], num_pred
     )
 
 
-def bootstrap(values: NDArray[np.float64], resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of the mean. A single value or no spread gives a degenerate interval."""
-    if len(values) < 2 or np.ptp(values) == 0:
-        return float(values.mean()), float(values.mean())
+def bootstrap(
+    values: NDArray[np.float64], clusters: Sequence[int] | None = None, resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % percentile interval of the mean of one value a prompt; NaN is left out.
+
+    `clusters[i]` is the conversation that prompt i is a turn of: conversations are drawn, with all their turns. Without it
+    every prompt is its own. A single cluster or no spread gives a degenerate interval.
+    """
+    kept = ~np.isnan(values)
+    values, mean = values[kept], float(values[kept].mean())
+    owner = (
+        np.arange(len(values)) if clusters is None else np.unique(np.asarray(clusters)[kept], return_inverse=True)[1]
+    )
+    sums, sizes = np.bincount(owner, values), np.bincount(owner)
+    if len(sums) < 2 or np.ptp(values) == 0:
+        return mean, mean
     result = stats.bootstrap(
-        (values,), np.mean, n_resamples=resamples, method="percentile", rng=np.random.default_rng(seed)
+        (sums, sizes),
+        lambda total, size, axis: total.sum(axis) / size.sum(axis),
+        paired=True,
+        n_resamples=resamples,
+        method="percentile",
+        rng=np.random.default_rng(seed),
     )
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
@@ -79,18 +101,19 @@ class Comparison:
     difference: float
     """Mean over prompts of tau_a - tau_b."""
     interval: tuple[float, float]
-    """95 % paired bootstrap over prompts."""
+    """95 % paired bootstrap over prompts, or over their clusters."""
     ratio: float
     """(tau_a - 1) / (tau_b - 1), of the means."""
 
 
-def compare(a: Sequence[Sequence[Round]], b: Sequence[Sequence[Round]]) -> Comparison:
-    """Two drafters over the same trajectories, prompt by prompt."""
+def compare(
+    a: Sequence[Sequence[Round]], b: Sequence[Sequence[Round]], clusters: Sequence[int] | None = None
+) -> Comparison:
+    """Two drafters over the same trajectories, prompt by prompt; `clusters` as `bootstrap` has them."""
     first, second = prompt_taus(a), prompt_taus(b)
     both = ~(np.isnan(first) | np.isnan(second))
-    difference = first[both] - second[both]
     ratio = float((first[both].mean() - 1) / max(second[both].mean() - 1, 1e-9))
-    return Comparison(float(difference.mean()), bootstrap(difference), ratio)
+    return Comparison(float((first - second)[both].mean()), bootstrap(first - second, clusters), ratio)
 
 
 def loop_onset(tokens: Sequence[int], n: int = 8) -> int:

@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specauf.decode.acceptance import before_loop, compare, loop_onset, prompt_taus, repeated_share, summarise
+from specauf.decode.acceptance import (
+    before_loop,
+    bootstrap,
+    compare,
+    loop_onset,
+    prompt_taus,
+    repeated_share,
+    summarise,
+)
 from specauf.decode.generate import Round
 
 runs = st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=9), min_size=1, max_size=6)
@@ -49,3 +57,14 @@ def test_a_loop_sets_in_where_eight_tokens_first_repeat() -> None:
     assert loop_onset(list(range(50))) == 50
     assert before_loop([[Round(3, 0), Round(27, 1), Round(29, 7)]], [text]) == [[Round(3, 0), Round(27, 1)]]
     assert repeated_share([list(range(50))]) == 0 and repeated_share([[1] * 16]) == pytest.approx(8 / 9)
+
+
+def test_turns_of_a_conversation_are_drawn_together() -> None:
+    conversations = np.random.default_rng(0).normal(2, 1, 60)
+    turns = np.repeat(conversations, 2)  # the second turn says what the first did: nothing new
+    low, high = bootstrap(turns, np.repeat(np.arange(60), 2).tolist())
+    assert (low, high) == pytest.approx(bootstrap(conversations), rel=1e-9)
+    alone = bootstrap(turns)
+    assert alone[1] - alone[0] == pytest.approx((high - low) / np.sqrt(2), rel=0.06)
+    missing = np.append(turns, np.nan)
+    assert bootstrap(missing, [*np.repeat(np.arange(60), 2), 60]) == (low, high), "a prompt without a round is nobody's"
