@@ -125,7 +125,7 @@ def tau(results: Results, narrow: bool = False) -> Figure | None:
     points = [real(t["methods"].get(n, {}).get("tau")) for t in tasks.values() for n in rows]
     if not any(p is not None for p in points):
         return None
-    figure, axes = _panels(len(tasks), narrow, 0.62 + 0.29 * len(rows), sharex=True, sharey=True)
+    figure, axes = panels(len(tasks), narrow, 0.62 + 0.29 * len(rows), sharex=True, sharey=True)
     for ax, (task, facts) in zip(axes, tasks.items(), strict=False):
         for y, name in enumerate(rows):
             scores, style = facts["methods"].get(name, {}), look[name]
@@ -137,8 +137,8 @@ def tau(results: Results, narrow: bool = False) -> Figure | None:
             ax.plot([value], [y], **style.mark(5))
             end = max(value, interval[1] if interval else value)
             ax.annotate(fixed(value, 2), (end, y), (7, 0), textcoords="offset points", va="center", color=style.colour)
-        ax.set_title(_short(task_label(results, task), narrow), parse_math=False)
-        ax.set_yticks(range(len(rows)), [_short(method_label(results, n), narrow) for n in rows], parse_math=False)
+        ax.set_title(short(task_label(results, task), narrow), parse_math=False)
+        ax.set_yticks(range(len(rows)), [short(method_label(results, n), narrow) for n in rows], parse_math=False)
         for tick, name in zip(ax.get_yticklabels(), rows, strict=False):  # only the first column has any
             tick.set_color(look[name].colour)
         ax.grid(axis="y", visible=False)
@@ -149,7 +149,7 @@ def tau(results: Results, narrow: bool = False) -> Figure | None:
     axes[0].set_xlim(min(axes[0].get_xlim()[0], 1 - 0.03 * reach), 1 + 1.2 * reach)  # room for the last number
     step = next(s for s in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if 1.2 * reach / s < 6 or s == 10)
     axes[0].xaxis.set_major_locator(MultipleLocator(step, offset=1.0))
-    for ax in _bottom(axes):
+    for ax in bottom(axes):
         ax.set_xlabel("tokens per verify round, τ")
     return figure
 
@@ -165,7 +165,7 @@ def alpha(results: Results, narrow: bool = False) -> Figure | None:
     ]
     if not drawn:
         return None
-    figure, axes = _panels(len(tasks), narrow, 2.35, sharex=True, sharey=True)
+    figure, axes = panels(len(tasks), narrow, 2.35, sharex=True, sharey=True)
     for ax, (task, facts) in zip(axes, tasks.items(), strict=False):
         for name in (n for n in drawn if n in facts["methods"]):
             scores, style = facts["methods"][name], look[name]
@@ -180,13 +180,13 @@ def alpha(results: Results, narrow: bool = False) -> Figure | None:
                 ax.plot([k for k, _ in part], [a for _, a in part], style.dash, color=style.colour, lw=1.5, alpha=faint)
             for k, a in points:
                 ax.plot([k], [a], **style.mark(3.2 if k in thin else 5.5, pale=k in thin))
-        ax.set_title(_short(task_label(results, task), narrow), parse_math=False)
+        ax.set_title(short(task_label(results, task), narrow), parse_math=False)
         ax.grid(axis="x", visible=False)
     axes[0].set_ylim(0, min(1.04, 1.12 * axes[0].get_ylim()[1]))
     axes[0].xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    for ax in _bottom(axes):
+    for ax in bottom(axes):
         ax.set_xlabel("slot k")
-    _left_label(axes, "acceptance α at slot k")
+    left_label(axes, "acceptance α at slot k")
     _legend(figure, results, drawn, narrow)
     return figure
 
@@ -195,22 +195,20 @@ def alpha(results: Results, narrow: bool = False) -> Figure | None:
 def training(results: Results, narrow: bool = False) -> Figure | None:
     """Loss, simulated tau, r_active and common-token accuracy over steps; panels without data are left out."""
     look, logs = styles(results), results.get("training") or {}
-    panels = [
-        (key, title) for key, title in PANELS if any(_curve(log, "step", key) is not None for log in logs.values())
-    ]
-    if not panels:
+    shown = [(key, title) for key, title in PANELS if any(curve(log, "step", key) is not None for log in logs.values())]
+    if not shown:
         return None
-    figure, axes = _panels(len(panels), narrow, 1.95, columns=2, sharex=True)
-    for ax, (key, title) in zip(axes, panels, strict=False):
+    figure, axes = panels(len(shown), narrow, 1.95, columns=2, sharex=True)
+    for ax, (key, title) in zip(axes, shown, strict=False):
         for name, log in logs.items():
-            curve = _curve(log, "step", key)
-            if curve is None:
+            found = curve(log, "step", key)
+            if found is None:
                 continue
-            steps, values = curve
+            steps, values = found
             few, style = max(1, len(steps) // 250), look[name]
             if len(steps) > 8:
                 ax.plot(steps[::few], values[::few], color=style.colour, alpha=0.22, linewidth=0.7)
-            line = _smooth(values)[:: max(1, len(steps) // 160)]
+            line = smooth(values)[:: max(1, len(steps) // 160)]
             at = steps[:: max(1, len(steps) // 160)]
             ax.plot(at, line, color=style.colour, linestyle=style.dash, linewidth=1.6)
             ax.plot(at[-1:], line[-1:], **style.mark(5))
@@ -219,7 +217,7 @@ def training(results: Results, narrow: bool = False) -> Figure | None:
         if key in ("r_active", "common_accuracy"):
             ax.set_ylim(0, min(1.05, 1.1 * ax.get_ylim()[1]))
     axes[0].xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    for ax in _bottom(axes):
+    for ax in bottom(axes):
         ax.set_xlabel("optimizer step")
     _legend(figure, results, list(logs), narrow)
     return figure
@@ -229,13 +227,13 @@ def training(results: Results, narrow: bool = False) -> Figure | None:
 def support(results: Results, narrow: bool = False) -> Figure | None:
     """The path of (r_active, a_support) through training, smoothed."""
     look, logs = styles(results), results.get("training") or {}
-    paths = {name: path for name, log in logs.items() if (path := _curve(log, "r_active", "a_support")) is not None}
+    paths = {name: path for name, log in logs.items() if (path := curve(log, "r_active", "a_support")) is not None}
     if not paths:
         return None
-    figure, (ax,) = _panels(1, narrow, 3.0)
+    figure, (ax,) = panels(1, narrow, 3.0)
     for name, (across, up) in paths.items():
         style, every = look[name], max(1, len(across) // 160)
-        x, y = _smooth(across)[::every], _smooth(up)[::every]
+        x, y = smooth(across)[::every], smooth(up)[::every]
         ax.plot(x, y, color=style.colour, linestyle=style.dash, linewidth=1.6)
         ax.plot(x[:1], y[:1], **{**style.mark(5), "markerfacecolor": PAPER})
         ax.plot(x[-1:], y[-1:], **{**style.mark(7), "markerfacecolor": style.colour})
@@ -287,7 +285,7 @@ def dark_rules() -> str:
     return f"@media screen and (prefers-color-scheme:dark){{{swaps}}}"
 
 
-def _panels(
+def panels(
     count: int, narrow: bool, height: float, columns: int = 3, sharex: bool = False, sharey: bool = False
 ) -> tuple[Figure, list[Axes]]:
     """A figure of `count` panels, `height` inches each, reading order; narrow ones stand in one column."""
@@ -304,7 +302,7 @@ def _panels(
     return figure, list(axes.flat[:count])
 
 
-def _bottom(axes: Sequence[Axes]) -> list[Axes]:
+def bottom(axes: Sequence[Axes]) -> list[Axes]:
     """The last visible panel of each column."""
     last: dict[int, Axes] = {}
     for ax in axes:
@@ -312,7 +310,8 @@ def _bottom(axes: Sequence[Axes]) -> list[Axes]:
     return list(last.values())
 
 
-def _left_label(axes: Sequence[Axes], text: str) -> None:
+def left_label(axes: Sequence[Axes], text: str) -> None:
+    """On the first panel of each row."""
     for ax in axes:
         if ax.get_subplotspec().is_first_col():
             ax.set_ylabel(text)
@@ -332,22 +331,23 @@ def _legend(figure: Figure, results: Results, names: Sequence[str], narrow: bool
         columnspacing=1.6,
     )
     for text, name in zip(legend.get_texts(), names, strict=True):
-        text.set(text=_short(method_label(results, name), narrow), parse_math=False, color=INK)
+        text.set(text=short(method_label(results, name), narrow), parse_math=False, color=INK)
 
 
-def _short(text: str, narrow: bool) -> str:
+def short(text: str, narrow: bool) -> str:
+    """One line that fits a panel's title."""
     limit, line = 20 if narrow else 30, " ".join(clean(text).split())
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
-def _curve(log: Sequence[dict[str, Any]], x: str, y: str) -> tuple[np.ndarray, np.ndarray] | None:
+def curve(log: Sequence[dict[str, Any]], x: str, y: str) -> tuple[np.ndarray, np.ndarray] | None:
     """Two float arrays of equal length from the records that have both values, or None when none has."""
     pairs = [(real(record.get(x)), real(record.get(y))) for record in log]
     kept = [pair for pair in pairs if None not in pair]
     return None if not kept else tuple(np.array(kept, dtype=float).T)
 
 
-def _smooth(values: np.ndarray) -> np.ndarray:
+def smooth(values: np.ndarray) -> np.ndarray:
     """A centred running mean over a twentieth of the run; one-sided at its ends, so that they are no noisier."""
     half, index = len(values) // 40, np.arange(len(values))
     total = np.concatenate([[0.0], np.cumsum(values)])

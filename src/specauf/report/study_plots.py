@@ -86,19 +86,19 @@ def bars(results: Results, part: dict[str, Any], temperature: str, narrow: bool)
     places = [p for p in places if any(real(scored[p, n].get("tau")) is not None for n in names)]
     if not places:
         return None
-    figure, axes = plots._panels(len(places), narrow, 0.55 + 0.19 * len(names), columns=4, sharex=True, sharey=True)
+    figure, axes = plots.panels(len(places), narrow, 0.55 + 0.19 * len(names), columns=4, sharex=True, sharey=True)
     for ax, place in zip(axes, places, strict=True):
         for y, name in enumerate(names):
             _bar(ax, y, scored[place, name], look[name])
         ax.set_title(
-            plots._short(
+            plots.short(
                 index.task_label(results, place).capitalize() if place == MACRO else index.task_label(results, place),
                 narrow,
             ),
             parse_math=False,
         )
         ax.set_yticks(
-            range(len(names)), [plots._short(index.label(results, n), narrow) for n in names], parse_math=False
+            range(len(names)), [plots.short(index.label(results, n), narrow) for n in names], parse_math=False
         )
         for tick, name in zip(ax.get_yticklabels(), names, strict=False):  # only the first column has any
             tick.set_color(look[name].colour)
@@ -111,7 +111,7 @@ def bars(results: Results, part: dict[str, Any], temperature: str, narrow: bool)
     wanted = 6 if narrow else 4
     step = next(s for s in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if 1.3 * reach / s < wanted or s == 10)
     axes[0].xaxis.set_major_locator(MultipleLocator(step, offset=1.0))
-    for ax in plots._bottom(axes):
+    for ax in plots.bottom(axes):
         ax.set_xlabel("tokens per round, τ")
     return figure
 
@@ -147,17 +147,17 @@ def alpha(
     look = looks(results)
     rows = max(len(curves) for *_, curves in held)
     columns = 2 if narrow or len(held) > 1 else 3
-    figure, axes = plots._panels(len(held), narrow, 2.35 + 0.17 * -(-rows // columns), columns=2, sharey=True)
+    figure, axes = plots.panels(len(held), narrow, 2.35 + 0.17 * -(-rows // columns), columns=2, sharey=True)
     for ax, (title, part, temperature, curves) in zip(axes, held, strict=True):
         for name, curve in curves.items():
             _curve(ax, curve, index.score(results, part, temperature, name, MACRO), look[name])
-        ax.set_title(plots._short(title, narrow), parse_math=False)
+        ax.set_title(plots.short(title, narrow), parse_math=False)
         ax.grid(axis="x", visible=False)
         ax.set_xlabel("slot k")
         ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         below(ax, results, list(curves), columns, narrow, 1.75)
     axes[0].set_ylim(0, min(1.04, 1.12 * axes[0].get_ylim()[1]))
-    plots._left_label(axes, "acceptance α at slot k")
+    plots.left_label(axes, "acceptance α at slot k")
     apart(figure)
     return figure
 
@@ -209,4 +209,4 @@ def above(figure: Figure, results: Results, names: Sequence[str], narrow: bool) 
 def named(texts: Sequence[Any], results: Results, names: Sequence[str], narrow: bool) -> None:
     """Write the labels into a legend's texts: a legend would drop a leading underscore and read $ as mathematics."""
     for text, name in zip(texts, names, strict=True):
-        text.set(text=plots._short(index.label(results, name), narrow), parse_math=False, color=INK)
+        text.set(text=plots.short(index.label(results, name), narrow), parse_math=False, color=INK)

@@ -79,13 +79,13 @@ def training(results: Results, names: Sequence[str], narrow: bool) -> Figure | N
     drawn = [n for n in names if any(_curves(results, n, "step", k) for k, _ in panels)]
     if not drawn:
         return None
-    figure, axes = plots._panels(len(panels), narrow, 1.95, columns=2, sharex=True)
+    figure, axes = plots.panels(len(panels), narrow, 1.95, columns=2, sharex=True)
     for ax, (field, words) in zip(axes, panels, strict=True):
         for name in drawn:
             curves = _curves(results, name, "step", field)
             if curves:
                 x, y = mean_curve(curves)
-                _draw(ax, curves, (x, plots._smooth(y)), look[name])
+                _draw(ax, curves, (x, plots.smooth(y)), look[name])
         if not ax.lines:
             ax.text(0.5, 0.5, "not recorded", transform=ax.transAxes, ha="center", va="center", color=SOFT)
             ax.set_yticks([])
@@ -94,7 +94,7 @@ def training(results: Results, names: Sequence[str], narrow: bool) -> Figure | N
         ax.set_title(words, parse_math=False)
         ax.grid(axis="x", visible=False)
     axes[0].xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    for ax in plots._bottom(axes):
+    for ax in plots.bottom(axes):
         ax.set_xlabel("optimizer step")
     above(figure, results, drawn, narrow)
     return figure
@@ -109,10 +109,10 @@ def support(results: Results, groups: Sequence[Sequence[str]], narrow: bool) -> 
         return None
     columns = 2 if narrow or len(held) > 1 else 3
     rows = -(-max(map(len, held)) // columns)
-    figure, axes = plots._panels(len(held), narrow, 2.8 + 0.17 * rows, columns=2, sharey=True)
+    figure, axes = plots.panels(len(held), narrow, 2.8 + 0.17 * rows, columns=2, sharey=True)
     for ax, paths in zip(axes, held, strict=True):
         for name, curves in paths.items():
-            smooth = [(plots._smooth(x), plots._smooth(y)) for x, y in curves]  # raw, a path is a cloud
+            smooth = [(plots.smooth(x), plots.smooth(y)) for x, y in curves]  # raw, a path is a cloud
             mean = mean_curve(smooth, ordered=False)
             _draw(ax, smooth, mean, look[name], marks=False)
             x, y = mean
@@ -122,7 +122,7 @@ def support(results: Results, groups: Sequence[Sequence[str]], narrow: bool) -> 
         ax.set_xlabel("share of slots that carry loss, r_active")
         below(ax, results, list(paths), columns, narrow, 2.3)
     axes[0].set_ylim(0, min(1.04, 1.15 * axes[0].get_ylim()[1]))
-    plots._left_label(axes, "accuracy on them, a_support")
+    plots.left_label(axes, "accuracy on them, a_support")
     apart(figure)
     return figure
 
@@ -155,7 +155,7 @@ def credit(results: Results, names: Sequence[str], narrow: bool) -> Figure | Non
             _tile(ax, k - 0.5, y - 0.5, 1, value / top if top > 0 else 0.0, look[name].colour)
             if not (narrow and slots > 8):
                 ax.text(k, y, _short_number(value), ha="center", va="center", fontsize=7.5, color=INK)
-    ax.set_yticks(range(len(maps)), [plots._short(index.label(results, n), narrow) for n in maps], parse_math=False)
+    ax.set_yticks(range(len(maps)), [plots.short(index.label(results, n), narrow) for n in maps], parse_math=False)
     for tick, name in zip(ax.get_yticklabels(), maps, strict=True):
         tick.set_color(look[name].colour)
     _tiled(ax)
@@ -178,7 +178,7 @@ def reach(results: Results, names: Sequence[str], narrow: bool) -> Figure | None
         return None
     look = looks(results)
     depth = max(grid.shape[1] for _, grid in chosen.values())
-    figure, axes = plots._panels(len(chosen), narrow, 0.75 + 0.16 * depth, columns=2)
+    figure, axes = plots.panels(len(chosen), narrow, 0.75 + 0.16 * depth, columns=2)
     for ax, (name, (edges, grid)) in zip(axes, chosen.items(), strict=True):
         top = np.nanmax(grid)
         for (low, high), column in zip(pairwise(edges), grid, strict=True):
@@ -190,15 +190,15 @@ def reach(results: Results, names: Sequence[str], narrow: bool) -> Figure | None
         ax.set_ylim(0.5, grid.shape[1] + 0.5)
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         ax.yaxis.set_major_locator(MaxNLocator(8, integer=True))
-        ax.set_title(f"{plots._short(index.label(results, name), narrow)}: strongest = {top:.2f}", parse_math=False)
+        ax.set_title(f"{plots.short(index.label(results, name), narrow)}: strongest = {top:.2f}", parse_math=False)
         ax.set_xlabel("optimizer step")
-    plots._left_label(axes, "slot k")
+    plots.left_label(axes, "slot k")
     apart(figure)
     return figure
 
 
 def _curves(results: Results, name: str, x: str, y: str) -> list[Curve]:
-    found = [plots._curve(log, x, y) for log in logs(results, name)]
+    found = [plots.curve(log, x, y) for log in logs(results, name)]
     return [curve for curve in found if curve is not None]
 
 

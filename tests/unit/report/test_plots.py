@@ -127,5 +127,5 @@ def test_hostile_labels_are_drawn_as_text(hostile: Results) -> None:
 
 def test_the_running_mean_is_exact_and_keeps_constants() -> None:
     values = plots.np.arange(100.0)
-    assert plots._smooth(values)[50] == 50.0 and plots._smooth(values)[0] == 1.0
-    assert (plots._smooth(plots.np.full(100, 3.0)) == 3.0).all()
+    assert plots.smooth(values)[50] == 50.0 and plots.smooth(values)[0] == 1.0
+    assert (plots.smooth(plots.np.full(100, 3.0)) == 3.0).all()

@@ -99,7 +99,7 @@ def test_seeds_are_faint_and_their_mean_is_solid(results: Results) -> None:
     ]
     assert [line.get_alpha() for line in orange] == [study_training.FAINT] * 3 + [None]
     mean = np.mean([line.get_ydata() for line in orange[:3]], axis=0)
-    assert orange[3].get_ydata() == pytest.approx(plots._smooth(mean))
+    assert orange[3].get_ydata() == pytest.approx(plots.smooth(mean))
 
 
 def test_the_mean_goes_as_far_as_every_seed_has_come() -> None:
