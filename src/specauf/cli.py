@@ -23,6 +23,7 @@ from specauf.strict import ConfigError, UserError, choose, from_dict, require
 
 if TYPE_CHECKING:
     from specauf.target import Target
+    from specauf.train.distributed import Ranks
 
 Recipe = Annotated[Path, tyro.conf.Positional]
 Overrides = Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="SECTION.KEY=VALUE ...")]
@@ -109,6 +110,12 @@ class Train:
     """Start over even if a checkpoint is there."""
 
     def run(self, terminal: Terminal) -> int:
+        from specauf.train.distributed import ranks_of_run
+
+        with ranks_of_run() as ranks:
+            return self._run(terminal if ranks.main else Terminal(silent=True), ranks)
+
+    def _run(self, terminal: Terminal, ranks: Ranks) -> int:
         from specauf.run import feature_cache, heldout_evaluator, open_run, prepare_data, set_horizon, step_note
         from specauf.train.objectives import objectives_of
 
@@ -116,13 +123,18 @@ class Train:
         if config.train.max_steps is None and config.train.minutes is None:
             raise ConfigError("set train.max_steps or train.minutes: the learning-rate schedule needs a horizon")
         objectives_of(config)  # what it cannot be is said before anything is loaded
-        target = _target(config.target)
-        prepared = prepare_data(config, target)
+        with ranks.first():  # downloads and prepared data, once
+            target = _target(config.target)
+            prepared = prepare_data(config, target)
+        if config.train.shard_target and ranks.world > 1:
+            target.shard()
         with terminal.progress("features", float(len(prepared.train.ids)) if config.features.cache else 0) as advance:
-            features = feature_cache(config, target, prepared, on_progress=lambda n: advance(n, ""))
-        run = open_run(config, target, prepared, features, resume=not self.fresh)
+            features = feature_cache(config, target, prepared, on_progress=lambda n: advance(n, ""), ranks=ranks)
+        run = open_run(config, target, prepared, features, resume=not self.fresh, ranks=ranks)
         terminal.say(set_horizon(run.trainer))
-        evaluate = heldout_evaluator(config, target, prepared) if config.train.eval_every else None
+        evaluate = None
+        if config.train.eval_every and (ranks.main or config.train.shard_target):  # a sharded target needs everyone
+            evaluate = heldout_evaluator(config, target, prepared)
         with terminal.progress(f"training {config.objective.name}", run.trainer.max_steps or 0) as advance:
             advance(run.trainer.done, "")
             run.trainer.run(on_step=lambda row: advance(1, step_note(row)), evaluate=evaluate)

@@ -216,6 +216,8 @@ class TrainConfig:
     """Replay tau on held-out prompts every so many steps; 0 is never."""
     common_every: int = 10
     """Every so many steps, common-token accuracy on a sample of blocks."""
+    shard_target: bool = False
+    """Under torchrun: spread the target's layers over the processes (FSDP2) instead of a copy on each."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "accumulation", "num_anchors", "save_every", "common_every"):
@@ -278,6 +280,12 @@ class RunConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        require(
+            not (self.train.shard_target and self.features.cache),
+            "train.shard_target is for a target that runs in every step, and features.cache keeps it out of them: set one",
+        )
 
 
 def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunConfig:

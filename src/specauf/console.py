@@ -22,9 +22,9 @@ PLAIN_EVERY = 15.0
 class Terminal:
     """Implements `demo.Console`."""
 
-    def __init__(self) -> None:
-        self.rich = Console(highlight=False)
-        self.lively = sys.stdout.isatty()
+    def __init__(self, silent: bool = False) -> None:
+        self.rich = Console(highlight=False, quiet=silent)
+        self.lively = sys.stdout.isatty() and not silent
 
     def say(self, text: str) -> None:
         self.rich.print(text, markup=False, soft_wrap=True)

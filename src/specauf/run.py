@@ -30,6 +30,7 @@ from specauf.strict import ConfigError, UserError, to_dict
 from specauf.target import Target
 from specauf.train import checkpoint
 from specauf.train.batches import Batches
+from specauf.train.distributed import Ranks
 from specauf.train.loop import Trainer, calibrate
 from specauf.train.objectives import stored_extras
 
@@ -162,23 +163,37 @@ class Run:
 
 
 def open_run(
-    config: RunConfig, target: Target, prepared: Prepared, features: FeatureCache | None, *, resume: bool = True
+    config: RunConfig,
+    target: Target,
+    prepared: Prepared,
+    features: FeatureCache | None,
+    *,
+    resume: bool = True,
+    ranks: Ranks | None = None,
 ) -> Run:
     """Build the trainer and continue from `config.out` if a checkpoint is there. Writes config.yaml and run.json."""
+    ranks = ranks or Ranks()
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     drafter = new_drafter(config, target)
     require_unused_mask(prepared, drafter.config.mask_token_id)
-    trainer = Trainer(
-        config, drafter, target, Batches(prepared.train, features, config.train, stored_extras(config)), out
-    )
+    batches = Batches(prepared.train, features, config.train, stored_extras(config))
+    trainer = Trainer(config, drafter, target, batches, out, ranks)
     if resume:
         checkpoint.resume(trainer, out)
     known = draft_vocabulary(drafter, target, prepared.train)
+    if not ranks.main:
+        return Run(config, target, prepared, features, trainer)
     atomic_write_text(out / "config.yaml", dump(config))
     provenance.write(
         out / "run.json",
-        {"config_hash": digest(config), "target": target.fingerprint(), "data": prepared.train.meta["key"], **known},
+        {
+            "config_hash": digest(config),
+            "target": target.fingerprint(),
+            "data": prepared.train.meta["key"],
+            **({"processes": ranks.world} if ranks.world > 1 else {}),
+            **known,
+        },
     )
     return Run(config, target, prepared, features, trainer)
 
@@ -199,25 +214,40 @@ def draft_vocabulary(drafter: DFlash, target: Target, data: TokenDataset) -> dic
 
 
 def feature_cache(
-    config: RunConfig, target: Target, prepared: Prepared, examples: int | None = None, on_progress: Tick | None = None
+    config: RunConfig,
+    target: Target,
+    prepared: Prepared,
+    examples: int | None = None,
+    on_progress: Tick | None = None,
+    ranks: Ranks | None = None,
 ) -> FeatureCache | None:
-    """The cache, when the recipe asks for one."""
+    """The cache, when the recipe asks for one; each rank extracts its share of what is missing."""
     if not config.features.cache:
         return None
-    ids = new_drafter(config, target).config.target_layer_ids
-    where = assets.cache_dir() / "features"
+    ranks, ids = ranks or Ranks(), new_drafter(config, target).config.target_layer_ids
     return build_features(
-        target, prepared.train, where, ids, config.features, examples=examples, on_progress=on_progress
+        target,
+        prepared.train,
+        assets.cache_dir() / "features",
+        ids,
+        config.features,
+        examples=examples,
+        on_progress=on_progress,
+        share=(ranks.rank, ranks.world),
+        wait=ranks.wait,
     )
 
 
 def set_horizon(trainer: Trainer) -> str:
-    """Turn train.minutes into `max_steps`, once; a resumed run keeps the horizon it has. Returns what was decided."""
+    """Turn train.minutes into `max_steps`, once; a resumed run keeps the horizon it has. Returns what was decided.
+
+    Where several ranks train, the main one's clock decides.
+    """
     if trainer.max_steps is None:
         minutes = trainer.config.train.minutes
         if minutes is None:
             raise ConfigError("set train.max_steps or train.minutes: the learning-rate schedule needs a horizon")
-        seconds = calibrate([trainer])[0]
+        seconds = trainer.ranks.agree(calibrate([trainer])[0])
         trainer.max_steps = max(1, int(minutes * 60 / seconds))
         return f"{minutes:g} minutes at {seconds:.2f} s a step: max_steps {trainer.max_steps}, frozen"
     return f"max_steps {trainer.max_steps}"

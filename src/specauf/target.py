@@ -7,11 +7,13 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 from specauf import assets
@@ -147,6 +149,16 @@ class Target:
         features = torch.cat([taps[i] for i in layer_ids], -1) if layer_ids else final[..., :0]
         return Tapped(features, final)
 
+    def shard(self) -> None:
+        """Spread the decoder layers over the processes of the default group (FSDP2); embedding, norm and head stay whole.
+
+        A layer's weights are gathered when it runs and dropped after, so every process has to run it the same number of
+        times from here on.
+        """
+        self.fingerprint()  # which reads whole weights
+        for layer in self.layers:
+            fully_shard(layer, reshard_after_forward=True)
+
     @property
     def num_layers(self) -> int:
         return len(self.layers)
@@ -161,6 +173,10 @@ class Target:
 
     def fingerprint(self) -> str:
         """Twelve hex digits of configuration, tokenizer, template and a strided sample of every weight."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         digest = hashlib.sha256()
         config = {k: v for k, v in self.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
         digest.update(json.dumps(config, sort_keys=True, default=str).encode())

@@ -129,11 +129,15 @@ def build_features(
     *,
     examples: int | None = None,
     on_progress: Callable[[int], None] | None = None,
+    share: tuple[int, int] = (0, 1),
+    wait: Callable[[], None] | None = None,
 ) -> FeatureCache:
     """Write (or finish, or just open) the cache of the first `examples` conversations under `directory`.
 
     The subdirectory is named by a digest of the target's fingerprint, the layer ids, the dtype and the tokens, so a cache
-    can never be read with another target. Raises `UserError` when the estimate exceeds `config.max_gb`.
+    can never be read with another target. Of `share` = (r, n), every n-th shard from the r-th is written here, the
+    others by n - 1 other processes; `wait` returns when they have.
+    Raises `UserError` when the estimate exceeds `config.max_gb`.
     """
     count = len(dataset) if examples is None else min(examples, len(dataset))
     sequences = [dataset[i].input_ids for i in range(count)]
@@ -159,7 +163,7 @@ def build_features(
     plan, first = shard_plan(lengths), 0
     for number, shard in enumerate(plan):
         path = out / f"shard-{number:05d}.safetensors"
-        if not path.exists():
+        if number % share[1] == share[0] and not path.exists():
             parts = extract(target, sequences[first : first + len(shard)], layer_ids, extras=config.extras)
             dtype = getattr(torch, config.dtype)
             tensors = {
@@ -172,4 +176,6 @@ def build_features(
         if on_progress:
             on_progress(sum(shard))
     atomic_write_text(out / "meta.json", json.dumps({"layer_ids": list(layer_ids), "shards": plan}) + "\n")
+    if wait:
+        wait()
     return FeatureCache(out)

@@ -108,6 +108,8 @@ class Prefetcher:
 
     batches: Batches
     device: torch.device
+    stride: int = 1
+    """How far the next index lies from this one."""
     waited: float = 0.0
     """Seconds that training stood still for data, in all."""
     _worker: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "batches"))
@@ -118,7 +120,7 @@ class Prefetcher:
         if self._ahead is None or self._ahead[0] != index:
             self._ahead = index, self._worker.submit(self._load, index)
         found = self._ahead[1].result()
-        self._ahead = index + 1, self._worker.submit(self._load, index + 1)
+        self._ahead = index + self.stride, self._worker.submit(self._load, index + self.stride)
         moved = (t.to(self.device, non_blocking=True) if isinstance(t, torch.Tensor) else t for t in found)
         batch = Batch(*moved)
         self.waited += time.perf_counter() - began

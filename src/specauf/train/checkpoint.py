@@ -29,8 +29,9 @@ def identity(trainer: Trainer) -> str:
             "train": {
                 k: v
                 for k, v in vars(config.train).items()
-                if k not in ("max_steps", "minutes", "save_every", "eval_every")
-            },
+                if k not in ("max_steps", "minutes", "save_every", "eval_every", "shard_target")
+            }
+            | {"accumulation": config.train.accumulation * trainer.ranks.world},  # fewer ranks may accumulate more
             "examples": trainer.batches.examples,
         }
     )
@@ -90,7 +91,7 @@ def save(trainer: Trainer, out: Path) -> None:
 
 
 def resume(trainer: Trainer, out: Path) -> bool:
-    """Continue from `out/checkpoint` if there is one; the log is cut back to the step it stands at.
+    """Continue from `out/checkpoint` if there is one; the main rank cuts the log back to the step it stands at.
 
     Raises `UserError` when the checkpoint was made with another data, drafter, objective or optimizer configuration.
     """
@@ -110,7 +111,7 @@ def resume(trainer: Trainer, out: Path) -> bool:
     trainer.done, trainer.seconds = state["step"], state["seconds"]
     trainer.max_steps, trainer.survival = state["max_steps"], state.get("survival", {})
     log = out / "log.jsonl"
-    if log.is_file():
+    if log.is_file() and trainer.ranks.main:
         # A line that a kill cut short has no end of line, and lies behind the checkpoint.
         whole = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("}\n")]
         atomic_write_text(log, "".join(line for line in whole if json.loads(line)["step"] <= trainer.done))

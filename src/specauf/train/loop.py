@@ -43,6 +43,7 @@ from specauf.strict import ConfigError
 from specauf.target import Target
 from specauf.train import checkpoint
 from specauf.train.batches import Batch, Batches, Prefetcher
+from specauf.train.distributed import Ranks
 from specauf.train.objectives import objectives_of
 from specauf.train.window import Window
 
@@ -73,11 +74,19 @@ class Trainer:
     """A drafter in training. `step()` makes one optimizer step; `run()` goes to the horizon and keeps state on disk."""
 
     def __init__(
-        self, config: RunConfig, drafter: DFlash, target: Target, batches: Batches, out: Path | None = None
+        self,
+        config: RunConfig,
+        drafter: DFlash,
+        target: Target,
+        batches: Batches,
+        out: Path | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        self.config, self.drafter, self.target, self.batches, self.out = config, drafter, target, batches, out
+        self.config, self.drafter, self.target, self.batches = config, drafter, target, batches
+        self.ranks = ranks or Ranks()
+        self.out = out if self.ranks.main else None
         self.branches = objectives_of(config)
-        self.loader = Prefetcher(batches, drafter.fc.weight.device)
+        self.loader = Prefetcher(batches, drafter.fc.weight.device, self.ranks.world)
         self.done = 0
         self.max_steps = config.train.max_steps
         self.seconds = 0.0
@@ -170,7 +179,7 @@ class Trainer:
             group["lr"] = rate
         began, waited = time.perf_counter(), self.loader.waited
         sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-        window = Window(list(self.drafter.parameters()), train.accumulation)
+        window = Window(list(self.drafter.parameters()), train.accumulation, self.ranks)
         tokens = blocks_seen = 0
         # Planned once a step, from what is in the checkpoint: a resumed run cuts, and so rounds, as it would have.
         cuts = {name: plan_cuts(s, train.batch_size * train.num_anchors) for name, s in self.survival.items()}
@@ -178,7 +187,7 @@ class Trainer:
         lam = lambda_base(self.done, self.max_steps, objective.lambda_base_start, objective.lambda_base_decay_ratio)
         self.drafter.train()
         for micro in range(train.accumulation):
-            batch = self.batch(self.done * train.accumulation + micro)
+            batch = self.batch((self.done * train.accumulation + micro) * self.ranks.world + self.ranks.rank)
             blocks = self.blocks_of(batch)
             hidden = self.hidden(batch, blocks)
             terms, views = self.loss(hidden, batch, blocks, lam, cuts)
@@ -192,6 +201,7 @@ class Trainer:
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, train.clip))
         self.optimizer.step()
         self.done += 1
+        tokens, blocks_seen = self._pool(sums, tokens, blocks_seen)
         seconds = time.perf_counter() - began
         self.seconds += seconds
         figures = {name: total / count for name, (total, count) in sums.items() if count}
@@ -210,12 +220,25 @@ class Trainer:
             "tokens": tokens,
             "blocks": blocks_seen,
             "tokens_per_second": tokens / seconds,
-            "epoch": self.done * train.accumulation / self.batches.per_epoch,
+            "epoch": self.done * train.accumulation * self.ranks.world / self.batches.per_epoch,
             **{f"{name}cuts": stages for name, stages in cuts.items()},
             **{k: v for k, v in figures.items() if not PER_SLOT.search(k)},
             "first_error": [figures.get(f"first_error_{k}", 0.0) for k in range(self.drafter.config.block_size)],
             "credit": [figures.get(f"credit_{k}", 0.0) for k in range(1, self.drafter.config.block_size)],
         }
+
+    def _pool(self, sums: dict[str, list[float]], tokens: int, blocks: int) -> tuple[int, int]:
+        """What every rank saw in this step, on every rank: figures added, survival averaged, so that all plan alike."""
+        everyone = self.ranks.gather((dict(sums), self.survival, tokens, blocks))
+        if len(everyone) > 1:
+            sums.clear()
+            for theirs, _, _, _ in everyone:
+                for key, (total, count) in theirs.items():
+                    sums[key][0] += total
+                    sums[key][1] += count
+            held = [survival for _, survival, _, _ in everyone]
+            self.survival = {k: [sum(s) / len(s) for s in zip(*(h[k] for h in held), strict=True)] for k in held[0]}
+        return sum(e[2] for e in everyone), sum(e[3] for e in everyone)
 
     def _collect(
         self, sums: dict[str, list[float]], name: str, view: View, blocks: Blocks, measure_common: bool

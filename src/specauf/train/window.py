@@ -1,4 +1,4 @@
-"""Gradients of an optimizer window: sums over its micro-batches, divided by denominators that are known at its end."""
+"""Gradients of an optimizer window: sums over its micro-batches, of all ranks, divided by what is known at its end."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from specauf.objective.loss import LossTerms
+from specauf.train.distributed import Ranks
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -37,10 +38,12 @@ class Window:
 
     parameters: Sequence[nn.Parameter]
     micro_batches: int
+    """Of this rank."""
+    ranks: Ranks = field(default_factory=Ranks)
     parts: list[Part] = field(default_factory=list)
 
     def add(self, terms: LossTerms) -> None:
-        if self.micro_batches == 1 and len(terms.num) > 1:
+        if self.micro_batches * self.ranks.world == 1 and len(terms.num) > 1:
             terms = terms.mixed()
         self.parts.extend(Part() for _ in range(len(terms.num) - len(self.parts)))
         for i, part in enumerate(self.parts):
@@ -53,7 +56,12 @@ class Window:
             part.scale = float(terms.scale[i])
 
     def close(self) -> float:
-        """Leave the window's gradient in the parameters; returns its loss."""
+        """Leave the window's gradient in the parameters, the same on every rank; returns its loss."""
+        sums = self.ranks.gather([(part.num, part.den) for part in self.parts])
+        for part, terms in zip(self.parts, zip(*sums, strict=True), strict=True):
+            part.num, part.den = (sum(values) for values in zip(*terms, strict=True))
+            if part.grads is not None:
+                part.grads = self.ranks.add(part.grads, self.parameters)
         for i, parameter in enumerate(self.parameters):
             parameter.grad = None
             for part in self.parts:

@@ -84,3 +84,15 @@ def test_extras_that_were_not_written_are_a_clear_error(target: Target, dataset:
     cache = build_features(target, dataset, tmp_path, (1,), FeaturesConfig())
     with pytest.raises(UserError, match=r"features\.extras"):
         cache.get(0, "argmax")
+
+
+def test_several_processes_write_a_share_each(target: Target, dataset: TokenDataset, tmp_path: Path) -> None:
+    config, written = FeaturesConfig(dtype="float32"), list[int]()
+
+    def the_other() -> None:
+        written.append(len(list(tmp_path.rglob("shard-*.safetensors"))))
+        build_features(target, dataset, tmp_path, (1, 3), config, share=(0, 2))
+
+    cache = build_features(target, dataset, tmp_path, (1, 3), config, share=(1, 2), wait=the_other)
+    assert written == [len(cache.meta["shards"]) // 2]
+    torch.testing.assert_close(cache[5], target.run(dataset[5].input_ids[None], (1, 3)).features[0])

@@ -1,0 +1,115 @@
+"""Several processes, one run: a rank is one more micro-batch of the window.
+
+R ranks with accumulation A take the step that one process with accumulation R A would: rank r trains on every R-th
+micro-batch, and before the window is divided by its denominators, gradients and denominators are summed over the ranks.
+An average of the ranks' ratios would weigh a rank by how early its blocks failed.
+
+    torchrun --nproc-per-node 8 -m specauf.cli train recipes/x.yaml
+
+Every rank keeps the whole drafter (a billion parameters at most) and its moments; a target that is too large for that is
+spread over the ranks with `train.shard_target` (FSDP2).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import distributed as dist
+
+from specauf.strict import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PATIENCE = timedelta(hours=2)
+"""For a rank that prepares data or measures on held-out prompts while the others wait."""
+Sums = Mapping[str, Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of the run; alone by default, and then nothing here does anything."""
+
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def main(self) -> bool:
+        """Whether it prints, measures and writes."""
+        return self.rank == 0
+
+    @contextmanager
+    def first(self) -> Iterator[None]:
+        """The main rank runs the block before the others do: they find on disk what it wrote."""
+        if not self.main:
+            self.wait()
+        yield
+        if self.main:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if self.world > 1:
+            dist.barrier()
+
+    def agree(self, value: Any) -> Any:
+        """The main rank's value, everywhere."""
+        if self.world == 1:
+            return value
+        held = [value]
+        dist.broadcast_object_list(held)
+        return held[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank."""
+        if self.world == 1:
+            return [value]
+        held: list[Any] = [None] * self.world
+        dist.all_gather_object(held, value)
+        return held
+
+    def add(self, tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | None]:
+        """The sum over the ranks of each tensor, in place where there is one; None stays where no rank has one.
+
+        `like` gives shape and dtype for a rank that has none where another does.
+        """
+        if self.world == 1:
+            return list(tensors)
+        held = torch.tensor([t is not None for t in tensors], dtype=torch.int32, device=like[0].device)
+        dist.all_reduce(held, dist.ReduceOp.MAX)
+        summed: list[Tensor | None] = []
+        for tensor, model, any_has in zip(tensors, like, held.tolist(), strict=True):
+            value = torch.zeros_like(model) if tensor is None and any_has else tensor
+            if value is not None:
+                dist.all_reduce(value)
+            summed.append(value)
+        return summed
+
+
+@contextmanager
+def ranks_of_run() -> Iterator[Ranks]:
+    """The ranks that torchrun started, or this process alone. One GPU a rank, by LOCAL_RANK; without GPUs, gloo.
+
+    Raises `UserError` when there are fewer GPUs than processes on this machine.
+    """
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        yield Ranks()
+        return
+    backend, local = "gloo", int(os.environ.get("LOCAL_RANK", 0))
+    if torch.cuda.is_available():
+        if local >= torch.cuda.device_count():
+            raise UserError(f"torchrun started a process {local}, this machine has {torch.cuda.device_count()} GPUs")
+        torch.cuda.set_device(local)
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=PATIENCE)
+    try:
+        yield Ranks(dist.get_rank(), world)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,63 @@
+"""torchrun: two processes take the steps that one takes with twice the accumulation."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from specauf.cli import main
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+ON_TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "specauf.cli"]
+
+
+def train(world: Path, out: str, *changes: str, processes: int = 1) -> list[dict[str, object]]:
+    arguments = ["train", str(world / "recipe.yaml"), "--set", f"out={world}/{out}", "train.eval_every=4", *changes]
+    if processes == 1:
+        assert main(arguments) == 0
+    else:
+        done = subprocess.run([sys.executable, *ON_TWO, *arguments], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("drafter:") == 1, "the main rank alone speaks"
+    return [json.loads(line) for line in (world / out / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(world: Path, ours: list[dict[str, object]], theirs: list[dict[str, object]], *outs: str) -> None:
+    same = ("step", "loss", "grad_norm", "tokens", "blocks", "epoch", "r_active", "first_error", "replay_tau")
+    for a, b in zip(ours, theirs, strict=True):
+        for key in same:
+            assert (key in a) == (key in b) and a.get(key, 0) == pytest.approx(b.get(key, 0), rel=1e-5), (
+                a["step"],
+                key,
+            )
+    first, second = (load_file(world / out / "checkpoint" / "model.safetensors") for out in outs)
+    for name, value in first.items():
+        torch.testing.assert_close(value, second[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_two_ranks_go_on_as_one_process_with_twice_the_accumulation_would(world: Path) -> None:
+    run = ("features.cache=true", "train.batch_size=2")
+    train(world, "one", *run, "train.accumulation=2", "train.max_steps=3")
+    state = world / "one" / "checkpoint" / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"max_steps": 6}))  # as if it had been killed there
+    shutil.copytree(world / "one", world / "two")
+    one = train(world, "one", *run, "train.accumulation=2")
+    two = train(world, "two", *run, processes=2)
+    assert len(one) == 6
+    assert_same_run(world, one, two, "one", "two")
+
+
+def test_domino_on_a_target_that_is_spread_over_the_ranks(world: Path) -> None:
+    domino = ("drafter.kind=domino", "objective.variant=f-auf-d", "train.batch_size=2", "train.max_steps=4")
+    one = train(world, "whole", *domino, "train.accumulation=2")
+    two = train(world, "spread", *domino, "train.shard_target=true", processes=2)
+    assert_same_run(world, one, two, "whole", "spread")
+    assert json.loads((world / "spread" / "run.json").read_text())["processes"] == 2
