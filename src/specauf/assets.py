@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 SMOLLM2_NAME = "SmolLM2-135M-Instruct, Q4_1 dequantised"
 """The display name: weights that went through 4 bits are not the original's."""
+SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""The original on the hub."""
 MARKER = "asset.json"
 
 

@@ -215,7 +215,7 @@ class Generate:
         proposer = (
             PromptLookup(self.block_size)
             if drafter is None
-            else DrafterProposer(drafter.to(target.device), target, self.candidate_pool)
+            else DrafterProposer(drafter.to(target.embed_weight), target, self.candidate_pool)
         )
         assert target.tokenizer is not None
         ids = prompt_ids(target.tokenizer, [{"role": "user", "content": self.prompt}], self.enable_thinking)
@@ -255,6 +255,33 @@ class Report:
         where = self.results if self.results.is_dir() else self.results.parent
         index = page.write(page.read(self.results), self.out or where)
         terminal.say(str(index))
+        return 0
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a drafter for others to load: weights in bfloat16, a model card, and the commands that serve it."""
+
+    checkpoint: Annotated[Path, tyro.conf.Positional]
+    """A drafter directory, e.g. runs/a/checkpoint."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """A directory of its own."""
+    layout: Literal["zlab", "speculators"] = "zlab"
+    """`zlab` is what z-lab's dflash, vLLM and SGLang load; a `speculators` checkpoint names its target itself."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    base_model: str | None = None
+    """The target as others know it, e.g. Qwen/Qwen3-8B; the training run's own when not given."""
+    results: Path | None = None
+    """A results.json of `specauf eval`, for the card."""
+    license: str | None = None
+    """For the card, e.g. apache-2.0."""
+
+    def run(self, terminal: Terminal) -> int:
+        from specauf.export import export
+
+        options = {k: getattr(self, k) for k in ("layout", "dtype", "base_model", "results", "license")}
+        for command in export(self.checkpoint, self.out, **options):
+            terminal.say(command)
         return 0
 
 
@@ -371,7 +398,7 @@ def _read_results(index: Path) -> dict[str, Any]:
 def _verbs() -> Any:
     """The union of the verbs, each a subcommand with its own --help; no option hides in a nested subcommand."""
     union: Any = None
-    for verb in (Prepare, Rollout, Train, Eval, Generate, Report, Demo, Study, Doctor):
+    for verb in (Prepare, Rollout, Train, Eval, Generate, Export, Report, Demo, Study, Doctor):
         named = Annotated[verb, tyro.conf.subcommand(verb.__name__.lower())]  # type: ignore[valid-type]
         union = named if union is None else union | named
     return union

@@ -84,7 +84,7 @@ def make_rollouts(
     ledger = Ledger()
     excluded = task_texts(config.eval.tasks, config.eval.tasks_dir)
     conversations, _ = training_order(config.data, corpus_path(config), ledger, excluded)
-    proposer = DrafterProposer(load_drafter(drafter).to(target.device), target) if drafter else None
+    proposer = DrafterProposer(load_drafter(drafter).to(target.embed_weight), target) if drafter else None
     roller = Roller(target, config.data, plan, target.mask_token_id(config.drafter.mask_token_id), proposer)
     drafted_by = weights_hash(drafter) if drafter else None
     return rollout(roller, source, conversations, ledger, out, drafter=drafted_by, on_progress=on_progress)

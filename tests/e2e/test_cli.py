@@ -40,6 +40,14 @@ def test_prepare_train_eval_generate_and_report(world: Path, capsys: pytest.Capt
     told = capsys.readouterr().out
     assert "prompt lookup" in told and "ok: run, birds, batch 1" in told and "FAILED" not in told
 
+    ship = ["export", str(world / "run" / "checkpoint"), str(world / "shipped"), "--results", str(world / "eval")]
+    assert main([*ship, "--base-model", "hub/target"]) == 0
+    assert "vllm serve hub/target --speculative-config" in capsys.readouterr().out
+    card = (world / "shipped" / "README.md").read_text()
+    assert "| prompt lookup | before the text loops |" in card and "Held-out chat" in card
+    say = ["generate", str(world / "shipped"), "the cat", "--target.path", str(world / "target")]
+    assert main(say) == 0, "bfloat16 weights run in the target's dtype"
+
     assert main(["report", str(world / "eval" / "results.json"), "--out", str(world / "page")]) == 0
     assert main(["report", str(world / "eval")]) == 0 and (world / "eval" / "index.html").is_file()
     assert (world / "page" / "index.html").is_file() and (world / "page" / "report.md").is_file()

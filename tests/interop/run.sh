@@ -32,7 +32,7 @@ install() {
 # The package is installed without its dependencies: they include serving engines, and exact pins of what only its
 # benchmarks use. What the code under test imports is named instead.
 describe() {
-  venv="${SPECAUF_INTEROP_VENV:-.venv-interop}" tests=("tests/interop/test_$1.py")
+  venv="${SPECAUF_INTEROP_VENV:-.venv-interop}" tests=(tests/interop/test_"$1"*.py)
   case "$1" in
     dflash)
       package="dflash==0.1.0" imports="dflash.model" tests=(tests/interop/test_zlab_*.py)

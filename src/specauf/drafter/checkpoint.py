@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,11 @@ def save_drafter(drafter: DFlash, directory: str | Path, extra: Mapping[str, Any
     config = dataclasses.replace(drafter.config, extra={**drafter.config.extra, **(extra or {})}).to_json()
     config["dtype"] = str(drafter.fc.weight.dtype).removeprefix("torch.")
     save_file(tensors, directory / "model.safetensors.tmp", metadata={"format": "pt"})
-    os.replace(directory / "model.safetensors.tmp", directory / "model.safetensors")
     (directory / "config.json.tmp").write_text(json.dumps(config, indent=2) + "\n")
+    shutil.copymode(
+        directory / "config.json.tmp", directory / "model.safetensors.tmp"
+    )  # safetensors lets nobody else read
+    os.replace(directory / "model.safetensors.tmp", directory / "model.safetensors")
     os.replace(directory / "config.json.tmp", directory / "config.json")
     return directory
 

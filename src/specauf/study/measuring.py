@@ -86,7 +86,7 @@ def _missing(study: Study, task: str, about: Mapping[str, Any], wants: Iterable[
 def _proposer(subject: Subject, target: Target) -> DrafterProposer | PromptLookup:
     if subject.checkpoint is None:
         return PromptLookup(subject.block_size)
-    return DrafterProposer(load_drafter(subject.checkpoint, target.device), target)
+    return DrafterProposer(load_drafter(subject.checkpoint).to(target.embed_weight), target)
 
 
 def _measure(

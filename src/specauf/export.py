@@ -1,0 +1,203 @@
+"""A trained drafter for others to load: weights in the dtype that engines run, a model card, how to serve it.
+
+Two layouts. `zlab` is the training checkpoint's own, which z-lab's dflash, vLLM and SGLang load beside a target that is named
+apart. `speculators` names its target itself (vLLM serves the directory alone); tensors and their names are the same, the
+configuration is nested and counts tapped layers from the embedding, one higher.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from specauf import assets, files
+from specauf.drafter.checkpoint import load_drafter, save_drafter
+from specauf.drafter.config import DFlashConfig
+from specauf.report.words import escape, fixed, span
+from specauf.strict import UserError, choose
+
+LAYOUTS = ("zlab", "speculators")
+DTYPES = ("bfloat16", "float16", "float32")
+LOOKUP = "prompt-lookup"
+WRITTEN = {"config.json", "model.safetensors", "README.md"}
+NOT_OF_A_LAYER = ("architectures", "block_size", "num_target_layers", "dflash_config", "draft_vocab_size", "specauf")
+"""Keys of our config.json that speculators keeps elsewhere, or not at all."""
+TESTED_WITH = "0.9.0"
+"""The release of speculators whose format this is."""
+
+
+def export(
+    checkpoint: Path,
+    out: Path,
+    *,
+    layout: str = "zlab",
+    dtype: str = "bfloat16",
+    base_model: str | None = None,
+    results: Path | None = None,
+    license: str | None = None,
+) -> list[str]:
+    """Write `out` anew, whole or not at all; returns the commands that serve it.
+
+    `base_model` is the target as others know it, a hub id; what the checkpoint was trained with when not given. `results`,
+    a results.json of `specauf eval`, fills the card's table. Raises `UserError` for what a layout cannot hold, and when
+    `out` has files that an export does not write.
+    """
+    choose(layout, LAYOUTS, "layout")
+    choose(dtype, DTYPES, "dtype")
+    if out.is_dir() and (others := sorted({p.name for p in out.iterdir()} - WRITTEN)):
+        raise UserError(f"{out} holds {others[0]}, which an export would delete: give a directory of its own")
+    drafter = load_drafter(checkpoint).to(getattr(torch, dtype))
+    config = drafter.config
+    base = base_model or _known_as(config.extra.get("target"))
+    if layout == "speculators" and config.domino:
+        raise UserError("speculators has no Domino drafters: export this one with layout zlab, which SGLang loads")
+    if layout == "speculators" and base is None:
+        raise UserError("a speculators checkpoint names its target: give base_model, a hub id or a directory")
+    commands = serving(config, out, layout, base or "TARGET")
+    found = _results_of(results, config) if results else None
+    with files.atomic_dir(out) as directory:
+        save_drafter(drafter, directory)
+        if layout == "speculators":
+            path = directory / "config.json"
+            path.write_text(json.dumps(nested(json.loads(path.read_text()), base or ""), indent=2) + "\n")
+        parameters = sum(p.numel() for p in drafter.parameters())
+        (directory / "README.md").write_text(card(config, parameters, dtype, base, commands, found, license))
+    return commands
+
+
+def _results_of(path: Path, config: DFlashConfig) -> dict[str, Any]:
+    from specauf.report import page  # which draws, and an export does not
+
+    found, target = page.read(path), config.extra.get("target_fingerprint")
+    measured = found.get("provenance", {}).get("target", {}).get("fingerprint")
+    if target and measured and target != measured:
+        raise UserError(
+            f"{path} was measured on another target ({measured}) than the drafter was trained for ({target})"
+        )
+    return found
+
+
+def nested(config: dict[str, Any], base: str) -> dict[str, Any]:
+    """Our config.json as speculators nests it, for the target `base`."""
+    layer = {key: value for key, value in config.items() if key not in NOT_OF_A_LAYER}
+    size = config["block_size"]
+    return {
+        "architectures": ["DFlashDraftModel"],
+        "speculators_model_type": "dflash",
+        "speculators_version": TESTED_WITH,
+        "block_size": size,
+        "draft_vocab_size": config.get("draft_vocab_size") or config["vocab_size"],
+        "aux_hidden_state_layer_ids": [i + 1 for i in config["dflash_config"]["target_layer_ids"]],
+        "mask_token_id": config["dflash_config"]["mask_token_id"],
+        "sample_from_anchor": False,
+        "dtype": config["dtype"],
+        "tie_word_embeddings": False,
+        "transformer_layer_config": layer,
+        "speculators_config": {
+            "algorithm": "dflash",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": size - 1}],
+            "verifier": {"name_or_path": base, "architectures": []},
+        },
+        "specauf": config["specauf"],
+    }
+
+
+def serving(config: DFlashConfig, out: Path, layout: str, base: str) -> list[str]:
+    """Command lines of the engines that load the layout."""
+    where, target = shlex.quote(str(out)), shlex.quote(base)
+    if layout == "speculators":
+        return [f"vllm serve {where}"]
+    plan = {"method": "dflash", "model": str(out), "num_speculative_tokens": config.block_size - 1}
+    vllm = f"vllm serve {target} --speculative-config {shlex.quote(json.dumps(plan))}"
+    sglang = f"python -m sglang.launch_server --model-path {target} --speculative-algorithm DFLASH"
+    sglang += f" --speculative-draft-model-path {where}"
+    if config.domino:  # vLLM has no Domino; SGLang corrects 2048 candidates unless told otherwise
+        return [f"{sglang} --dtype bfloat16 --speculative-domino-candidate-pool-size 0"]
+    return [vllm, sglang]
+
+
+def card(
+    config: DFlashConfig,
+    parameters: int,
+    dtype: str,
+    base: str | None,
+    commands: list[str],
+    results: dict[str, Any] | None,
+    license: str | None,
+) -> str:
+    """The model card: what the drafter is, how it was trained, what was measured, how it is run."""
+    told, kind = config.extra, "Domino" if config.domino else "DFlash"
+    head = ["---", "library_name: specauf", *([f"base_model: {base}"] if base else [])]
+    head += [*([f"license: {license}"] if license else []), f"tags: [speculative-decoding, {kind.lower()}]", "---"]
+    objective = told.get("variant") or told.get("objective", "not recorded")
+    rows = {
+        "parameters": f"{parameters / 1e6:.1f} M, {dtype}; embedding and LM head are the target's",
+        "layers": config.num_hidden_layers,
+        "block size": f"{config.block_size}, the anchor included: {config.num_predictions} proposed tokens a round",
+        "target layers read": ", ".join(map(str, config.target_layer_ids)),
+        "mask token": config.mask_token_id,
+        "objective": f"{objective}, reduction {told.get('reduction', 'not recorded')}, labels {told.get('labels', 'data')}",
+        "steps": f"{told.get('steps', 'not recorded')} of {told.get('max_steps', '?')}",
+        **({"began as target layers": ", ".join(map(str, told["init_layers"]))} if "init_layers" in told else {}),
+        "target": f"{told.get('target', 'not recorded')}, fingerprint {told.get('target_fingerprint', 'not recorded')}",
+        "chat template": f"{told.get('template_hash')}, enable_thinking {told.get('enable_thinking', False)}",
+    }
+    lines = [
+        *head,
+        f"# {kind} drafter for {base or 'its target'}",
+        "A masked block drafter for speculative decoding, trained with specauf: it proposes a block of tokens at once, the "
+        "target keeps the prefix it agrees with. The text is the target's own.",
+        "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items()),
+        *(_measured(results) if results else []),
+        "## Use\n\n```sh\n" + "\n".join(commands) + "\n```",
+        "Acceptance is highest under the chat template and thinking flag above.",
+    ]
+    return "\n".join(lines[: len(head)]) + "\n\n" + "\n\n".join(lines[len(head) :]) + "\n"
+
+
+def _measured(results: dict[str, Any]) -> list[str]:
+    """The card's table of tau, prompt lookup beside it, and what the comparison says."""
+    labels = {m["name"]: escape(m["label"]) for m in results["methods"]}
+    tasks = list(results["evaluation"].values())
+    names = [n for n in labels if any(n in task["methods"] for task in tasks)]
+    rows = ["| τ | " + " | ".join(f"{labels[n]} | before the text loops" for n in names) + " |"]
+    rows.append("|---|" + "---:|---:|" * len(names))
+    ahead = 0
+    for task in tasks:
+        cells: list[str] = []
+        for name in names:
+            found = task["methods"].get(name, {})
+            cells += [
+                f"{fixed(found.get('tau'))} {_between(found.get('interval'))}",
+                fixed(found.get("tau_before_loop")),
+            ]
+        rows.append(f"| {escape(task['label'])} ({task['prompts']}) | " + " | ".join(cells) + " |")
+        taus = {name: found["tau"] for name, found in task["methods"].items()}
+        ahead += max((tau for name, tau in taus.items() if name != LOOKUP), default=0) > taus.get(LOOKUP, 0)
+    settings, made = results.get("settings", {}), results.get("provenance", {})
+    said = escape(", ".join(f"{key} {value}" for key, value in settings.items()))
+    verdict = (
+        f"a drafter has the higher mean on {ahead} of {len(tasks)} tasks" if ahead else "no drafter here is above it"
+    )
+    return [
+        "## Measured",
+        "\n".join(rows),
+        f"Tokens per round, 95 % intervals over prompts ({said}; specauf {made.get('version')}, commit "
+        f"{str(made.get('commit'))[:7]}, {str(made.get('created'))[:10]}). Prompt lookup copies from the context and needs "
+        f"no weights: over all rounds {verdict}.",
+    ]
+
+
+def _between(interval: Any) -> str:
+    pair = span(interval)
+    return f"[{fixed(pair[0])}, {fixed(pair[1])}]" if pair else ""
+
+
+def _known_as(target: str | None) -> str | None:
+    """A target's name for others; of the embedded default, the model that its weights are a rounding of."""
+    return assets.SMOLLM2_HUB if target == "smollm2-135m" else target

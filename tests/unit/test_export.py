@@ -1,0 +1,113 @@
+"""What an exported drafter is, says, and refuses to be."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from specauf.drafter.checkpoint import build_drafter, load_drafter, save_drafter
+from specauf.drafter.config import DominoHead
+from specauf.export import export
+from specauf.strict import ConfigError, UserError
+from specauf.target import Target
+from tests.conftest import make_geometry
+
+TRAINED = {"objective": "auf", "reduction": "global", "labels": "data", "steps": 30, "max_steps": 30, "target": "a/b"}
+
+
+@pytest.fixture
+def checkpoint(target: Target, tmp_path: Path) -> Path:
+    drafter = build_drafter(make_geometry(target), seed=1)
+    return save_drafter(drafter, tmp_path / "drafter", {**TRAINED, "target_fingerprint": "0123456789ab"})
+
+
+def test_the_layout_of_engines_in_bfloat16_with_commands_that_name_both_models(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    vllm, sglang = export(checkpoint, tmp_path / "out", license="apache-2.0")
+    found, was = load_file(tmp_path / "out" / "model.safetensors"), load_file(checkpoint / "model.safetensors")
+    assert found.keys() == was.keys()
+    assert all(torch.equal(found[name], was[name].to(torch.bfloat16)) for name in was)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert load_drafter(tmp_path / "out").config.extra["objective"] == "auf"
+    assert vllm.startswith("vllm serve a/b --speculative-config '{")
+    assert json.loads(vllm.split("'")[1])["num_speculative_tokens"] == 4, "the anchor is not proposed"
+    assert sglang.endswith(f"--speculative-algorithm DFLASH --speculative-draft-model-path {tmp_path}/out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["base_model"] == "a/b" and head["license"] == "apache-2.0"
+    assert "auf, reduction global, labels data" in card and "30 of 30" in card and vllm in card
+    export(checkpoint, tmp_path / "out", dtype="float32", base_model="other/name")
+    assert "other/name" in (tmp_path / "out" / "README.md").read_text(), "an export may be written again"
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mode & 0o044, "for others to read"
+
+
+def test_speculators_counts_taps_from_the_embedding_and_names_its_target(checkpoint: Path, tmp_path: Path) -> None:
+    assert export(checkpoint, tmp_path / "out", layout="speculators") == [f"vllm serve {tmp_path}/out"]
+    config, ours = (json.loads((where / "config.json").read_text()) for where in (tmp_path / "out", checkpoint))
+    assert config["aux_hidden_state_layer_ids"] == [i + 1 for i in ours["dflash_config"]["target_layer_ids"]]
+    assert config["speculators_config"]["verifier"]["name_or_path"] == "a/b"
+    assert config["draft_vocab_size"] == config["transformer_layer_config"]["vocab_size"] == ours["vocab_size"]
+
+
+def results(fingerprint: str, drafter: float = 1.2) -> dict[str, Any]:
+    one = {"interval": [drafter - 0.1, drafter + 0.1], "tau_before_loop": 1.1}
+    methods = {"mine": {"tau": drafter, **one}, "prompt-lookup": {"tau": 1.5, **one}}
+    return {
+        "title": "t",
+        "methods": [
+            {"name": "mine", "label": "mine", "kind": "drafter"},
+            {"name": "prompt-lookup", "label": "prompt lookup", "kind": "lookup"},
+        ],
+        "evaluation": {"birds": {"label": "Birds", "prompts": 3, "methods": methods}},
+        "settings": {"temperature": 0.0},
+        "provenance": {
+            "commit": "abcdef0123",
+            "version": "9",
+            "created": "2026",
+            "target": {"fingerprint": fingerprint},
+        },
+    }
+
+
+@pytest.mark.parametrize(("tau", "told"), [(1.2, "no drafter here is above it"), (1.6, "higher mean on 1 of 1 tasks")])
+def test_the_card_has_the_competitors_figures_beside_the_drafters(
+    checkpoint: Path, tmp_path: Path, tau: float, told: str
+) -> None:
+    (tmp_path / "results.json").write_text(json.dumps(results("0123456789ab", tau)))
+    export(checkpoint, tmp_path / "out", results=tmp_path / "results.json")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| Birds (3) | {tau:.3f} [{tau - 0.1:.3f}, {tau + 0.1:.3f}] | 1.100 | 1.500" in card and told in card
+
+
+def test_what_cannot_be_exported_is_said_and_nothing_is_written(
+    target: Target, checkpoint: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "results.json").write_text(json.dumps(results("ba9876543210")))
+    with pytest.raises(UserError, match="measured on another target"):
+        export(checkpoint, tmp_path / "out", results=tmp_path / "results.json")
+    with pytest.raises(ConfigError, match="did you mean 'zlab'"):
+        export(checkpoint, tmp_path / "out", layout="z-lab")
+    head = dataclasses.replace(make_geometry(target), domino=DominoHead(8, 4))
+    domino = save_drafter(build_drafter(head), tmp_path / "domino")
+    with pytest.raises(UserError, match="no Domino drafters"):
+        export(domino, tmp_path / "out", layout="speculators", base_model="a/b")
+    (sglang,) = export(domino, tmp_path / "served")
+    assert "--model-path TARGET" in sglang and sglang.endswith("--speculative-domino-candidate-pool-size 0")
+    with pytest.raises(UserError, match="names its target"):
+        export(
+            save_drafter(build_drafter(make_geometry(target)), tmp_path / "bare"),
+            tmp_path / "out",
+            layout="speculators",
+        )
+    with pytest.raises(UserError, match=r"holds state.json, which an export would delete"):
+        (checkpoint / "state.json").write_text("{}")
+        export(checkpoint, checkpoint)
+    assert not (tmp_path / "out").exists()
