@@ -24,7 +24,7 @@ def train(world: Path, out: str, *changes: str, processes: int = 1) -> list[dict
     if processes == 1:
         assert main(arguments) == 0
     else:
-        done = subprocess.run([sys.executable, *ON_TWO, *arguments], capture_output=True, text=True, timeout=300)
+        done = subprocess.run([sys.executable, *ON_TWO, *arguments], capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("drafter:") == 1, "the main rank alone speaks"
     return [json.loads(line) for line in (world / out / "log.jsonl").read_text().splitlines()]

