@@ -38,9 +38,8 @@ def save_drafter(drafter: DFlash, directory: str | Path, extra: Mapping[str, Any
     config["dtype"] = str(drafter.fc.weight.dtype).removeprefix("torch.")
     save_file(tensors, directory / "model.safetensors.tmp", metadata={"format": "pt"})
     (directory / "config.json.tmp").write_text(json.dumps(config, indent=2) + "\n")
-    shutil.copymode(
-        directory / "config.json.tmp", directory / "model.safetensors.tmp"
-    )  # safetensors lets nobody else read
+    # safetensors makes files that nobody else can read.
+    shutil.copymode(directory / "config.json.tmp", directory / "model.safetensors.tmp")
     os.replace(directory / "model.safetensors.tmp", directory / "model.safetensors")
     os.replace(directory / "config.json.tmp", directory / "config.json")
     return directory
