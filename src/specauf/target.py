@@ -172,7 +172,10 @@ class Target:
         return found[-1]
 
     def fingerprint(self) -> str:
-        """Twelve hex digits of configuration, tokenizer, template and a strided sample of every weight."""
+        """Twelve hex digits of configuration, tokenizer, template and a strided sample of every weight.
+
+        Computed once, at the first call: a target is frozen, and one that `shard` has split can no longer be sampled.
+        """
         return self._fingerprint
 
     @cached_property

@@ -32,10 +32,10 @@ def test_embedding_and_head_are_views_and_frozen(target: Target) -> None:
 
 
 def test_fingerprint_tells_targets_apart_and_is_stable() -> None:
-    one, two = make_target(seed=0), make_target(seed=0)
-    assert one.fingerprint() == two.fingerprint()
-    two.model.model.layers[2].mlp.up_proj.weight.data[0, 0] += 1
-    assert one.fingerprint() != two.fingerprint()
+    one, two, other = make_target(seed=0), make_target(seed=0), make_target(seed=0)
+    assert one.fingerprint() == one.fingerprint() == two.fingerprint()
+    other.model.model.layers[2].mlp.up_proj.weight.data[0, 0] += 1
+    assert one.fingerprint() != other.fingerprint()
     assert one.fingerprint() != make_target(seed=1).fingerprint()
 
 
