@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import random
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,3 +113,30 @@ def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
 @pytest.fixture(scope="session")
 def tokenizer(make_tokenizer: Callable[..., PreTrainedTokenizerFast]) -> PreTrainedTokenizerFast:
     return make_tokenizer()
+
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "one", "red", "bird", "in", "two", "green", "trees"]
+
+
+def write_world(
+    root: Path, tokenizer: PreTrainedTokenizerFast, conversations: int, words: int, tasks: Mapping[str, int]
+) -> Path:
+    """What a command reads: `target`, `chat.jsonl`, and in `tasks` three prompts each of so many turns."""
+    target = make_target(vocab=len(tokenizer) + 8)
+    target.model.config.eos_token_id = target.model.generation_config.eos_token_id = tokenizer.eos_token_id
+    target.model.save_pretrained(root / "target")
+    tokenizer.save_pretrained(root / "target")
+    rng = random.Random(0)
+
+    def text(n: int) -> str:
+        return " ".join(rng.choices(WORDS, k=n))
+
+    with (root / "chat.jsonl").open("w") as file:
+        for i in range(conversations):
+            said = [{"from": who, "value": text(words)} for who in ("human", "gpt", "human", "gpt")]
+            file.write(json.dumps({"id": f"c{i}_0", "conversations": said}) + "\n")
+    (root / "tasks").mkdir()
+    for name, turns in tasks.items():
+        rows = [{"id": f"{name}/{i}", "turns": [text(words // 2) for _ in range(turns)]} for i in range(3)]
+        (root / "tasks" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root

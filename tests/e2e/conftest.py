@@ -2,35 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import random
 from pathlib import Path
 
 import pytest
-from tests.conftest import make_target
+from tests.conftest import write_world
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory, make_tokenizer) -> Path:  # type: ignore[no-untyped-def]
     """A target directory, a corpus, a task and a recipe."""
-    root = tmp_path_factory.mktemp("world")
-    tokenizer = make_tokenizer()
-    target = make_target(vocab=len(tokenizer) + 8)
-    target.model.config.eos_token_id = target.model.generation_config.eos_token_id = tokenizer.eos_token_id
-    target.model.save_pretrained(root / "target")
-    tokenizer.save_pretrained(root / "target")
-    words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "one", "red", "bird", "in", "two", "green", "trees"]
-    rng = random.Random(0)
-    with (root / "chat.jsonl").open("w") as file:
-        for i in range(40):
-            turns = [
-                {"from": who, "value": " ".join(rng.choices(words, k=12))} for who in ("human", "gpt", "human", "gpt")
-            ]
-            file.write(json.dumps({"id": f"c{i}_0", "conversations": turns}) + "\n")
-    (root / "tasks").mkdir()
-    with (root / "tasks" / "birds.jsonl").open("w") as file:
-        for i in range(3):
-            file.write(json.dumps({"id": f"birds/{i}", "turns": [" ".join(rng.choices(words, k=6))]}) + "\n")
+    root = write_world(
+        tmp_path_factory.mktemp("world"), make_tokenizer(), conversations=40, words=12, tasks={"birds": 1}
+    )
     (root / "recipe.yaml").write_text(
         f"""
 out: {root}/run

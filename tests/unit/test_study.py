@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from specauf.study.training import Corpus
 from specauf.target import Target
 from specauf.train.batches import Batches
 from specauf.train.loop import Trainer
-from tests.conftest import make_target
+from tests.conftest import write_world
 
 
 class Quiet:
@@ -59,27 +58,8 @@ class Quiet:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory, make_tokenizer: Any) -> Path:
     """A target directory, a corpus and two tasks, one of them with two turns."""
-    root = tmp_path_factory.mktemp("world")
-    tokenizer = make_tokenizer()
-    target = make_target(vocab=len(tokenizer) + 8)
-    target.model.config.eos_token_id = target.model.generation_config.eos_token_id = tokenizer.eos_token_id
-    target.model.save_pretrained(root / "target")
-    tokenizer.save_pretrained(root / "target")
-    words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "one", "red", "bird", "in", "two", "green", "trees"]
-    rng = random.Random(0)
-
-    def text(n: int) -> str:
-        return " ".join(rng.choices(words, k=n))
-
-    with (root / "chat.jsonl").open("w") as file:
-        for i in range(24):
-            turns = [{"from": who, "value": text(10)} for who in ("human", "gpt", "human", "gpt")]
-            file.write(json.dumps({"id": f"c{i}_0", "conversations": turns}) + "\n")
-    (root / "tasks").mkdir()
-    for name, turns in (("birds", 1), ("pairs", 2)):
-        rows = [{"id": f"{name}/{i}", "turns": [text(5) for _ in range(turns)]} for i in range(3)]
-        (root / "tasks" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return root
+    tasks = {"birds": 1, "pairs": 2}
+    return write_world(tmp_path_factory.mktemp("world"), make_tokenizer(), conversations=24, words=10, tasks=tasks)
 
 
 @pytest.fixture(autouse=True)

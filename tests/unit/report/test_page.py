@@ -3,20 +3,16 @@ from __future__ import annotations
 import html
 import json
 import re
-import shutil
-import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
-from matplotlib.image import imread
+from tests.unit.report.browser import Outline, fetches, papers, widths
 
 from specauf.report import page
 from specauf.strict import UserError
 
 Results = dict[str, Any]
-VOID = {"meta", "br", "link", "img", "input", "hr"}
 
 
 @pytest.fixture(scope="module")
@@ -30,42 +26,8 @@ def text(report: Path) -> str:
     return (report / "index.html").read_text(encoding="utf-8")
 
 
-class Outline(HTMLParser):
-    """Tags with attributes, visible text, and whether every element is closed."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.words: list[str] = []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if not self.open or self.open[-1] != "style":
-            self.words.append(data)
-
-
 def outline(results: Results, out: Path) -> Outline:
     return Outline(page.write(results, out).read_text(encoding="utf-8"))
-
-
-def fetches(found: Outline) -> list[str]:
-    """Every address that a browser would fetch or run."""
-    kinds = ("src", "href", "xlink:href", "srcset", "action", "data", "poster")
-    values = [(k, v or "") for _, attrs in found.tags for k, v in attrs.items() if k in kinds or k.startswith("on")]
-    return [v for k, v in values if k.startswith("on") or not v.startswith("#")]
 
 
 def test_write_makes_the_whole_report_and_no_other_file(report: Path) -> None:
@@ -191,44 +153,11 @@ def test_a_place_that_cannot_be_written_is_the_users_to_mend(minimal: Results, t
         page.write(minimal, tmp_path / "file")
 
 
-def browse(profile: Path, *arguments: str) -> str:
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("the layout is measured in a real browser: put chromium on PATH to run this")
-    quiet = (
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        "--no-first-run",
-        "--hide-scrollbars",
-    )
-    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", *quiet]
-    run = subprocess.run(
-        [*command, f"--user-data-dir={profile}", *arguments], capture_output=True, timeout=60, check=True
-    )
-    return run.stdout.decode("utf-8")
-
-
 @pytest.mark.parametrize("width", [360, 390, 1200])
 def test_no_screen_has_to_scroll_sideways(text: str, tmp_path: Path, width: int) -> None:
-    text = text.replace("def has_close_elements", "unbroken" * 40)
-    # A frame has any width, where a window has a least one; the page itself has no script, so its frame measures it.
-    measure = "const d = f.contentDocument.documentElement; document.title = d.scrollWidth + '/' + d.clientWidth"
-    frame = (
-        f'<iframe id="f" style="border:0;width:{width}px;height:900px" srcdoc="{html.escape(text)}" onload="{measure}">'
-    )
-    (tmp_path / "frame.html").write_text(f"<!doctype html><title>?</title>{frame}</iframe>", encoding="utf-8")
-    dom = browse(tmp_path / "profile", "--dump-dom", (tmp_path / "frame.html").as_uri())
-    assert f"<title>{width}/{width}</title>" in dom
+    assert widths(text.replace("def has_close_elements", "unbroken" * 40), width, tmp_path) == f"{width}/{width}"
 
 
 def test_the_page_can_be_drawn_in_light_and_dark(report: Path, tmp_path: Path) -> None:
-    index, paper = report / "index.html", []
-    for scheme in (1, 0):  # light, dark
-        shot = tmp_path / f"{scheme}.png"
-        browse(tmp_path / f"profile{scheme}", f"--screenshot={shot}", "--window-size=1200,900",
-               f"--blink-settings=preferredColorScheme={scheme}", index.as_uri())  # fmt: skip
-        pixels = imread(shot)[..., :3]
-        paper.append(pixels[2, 2].mean())
-        assert pixels.std() > 0.05, "an empty page"
-    assert paper[0] > 0.9 and paper[1] < 0.2
+    light, dark = papers(report / "index.html", tmp_path)
+    assert light > 0.9 and dark < 0.2

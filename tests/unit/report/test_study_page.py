@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from matplotlib.image import imread
+from tests.unit.report.browser import Outline, fetches, papers, widths
 from tests.unit.report.conftest import HOSTILE, poison
 from tests.unit.report.study_fixture import study
-from tests.unit.report.test_page import Outline, browse, fetches
 
 from specauf.report import page, plots, study_figures, study_markdown, study_page, study_tables
 from specauf.strict import UserError
@@ -260,22 +259,9 @@ def test_a_wrong_shape_is_named_by_file_and_key(tmp_path: Path, change: Results,
 @pytest.mark.parametrize("width", [390, 1200])
 def test_no_screen_has_to_scroll_sideways(text: str, tmp_path: Path, width: int) -> None:
     text = text.replace("Head to head", "unbroken" * 40).replace("AUF-only is better", "unbroken" * 40)
-    measure = "const d = f.contentDocument.documentElement; document.title = d.scrollWidth + '/' + d.clientWidth"
-    frame = (
-        f'<iframe id="f" style="border:0;width:{width}px;height:900px" srcdoc="{html.escape(text)}" onload="{measure}">'
-    )
-    (tmp_path / "frame.html").write_text(f"<!doctype html><title>?</title>{frame}</iframe>", encoding="utf-8")
-    dom = browse(tmp_path / "profile", "--dump-dom", (tmp_path / "frame.html").as_uri())
-    assert f"<title>{width}/{width}</title>" in dom
+    assert widths(text, width, tmp_path) == f"{width}/{width}"
 
 
 def test_the_page_can_be_drawn_in_light_and_dark(report: Path, tmp_path: Path) -> None:
-    index, paper = report / "index.html", []
-    for scheme in (1, 0):  # light, dark
-        shot = tmp_path / f"{scheme}.png"
-        browse(tmp_path / f"profile{scheme}", f"--screenshot={shot}", "--window-size=1200,900",
-               f"--blink-settings=preferredColorScheme={scheme}", index.as_uri())  # fmt: skip
-        pixels = imread(shot)[..., :3]
-        paper.append(pixels[2, 2].mean())
-        assert pixels.std() > 0.05, "an empty page"
-    assert paper[0] > 0.9 and paper[1] < 0.2
+    light, dark = papers(report / "index.html", tmp_path)
+    assert light > 0.9 and dark < 0.2
