@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from specauf import config as configuration
-from specauf.config import EvalConfig, RunConfig, SamplingConfig, TargetConfig
-from specauf.console import Stream, Terminal, print_results
+from specauf.config import EvalConfig, SamplingConfig, TargetConfig
+from specauf.console import Terminal, print_results
 from specauf.data.rollouts import RolloutConfig
 from specauf.data.sources import Ledger
-from specauf.strict import ConfigError, UserError, choose, from_dict, require
+from specauf.strict import ConfigError, UserError, choose, require
 
 if TYPE_CHECKING:
     from specauf.target import Target
@@ -201,44 +201,23 @@ class Generate:
 
     def run(self, terminal: Terminal) -> int:
         from specauf.data.chat import prompt_ids
-        from specauf.decode.generate import generate
         from specauf.decode.propose import DrafterProposer, PromptLookup
         from specauf.decode.select import Selection
         from specauf.drafter.checkpoint import load_drafter
+        from specauf.show import mismatches, show
 
         selection = Selection.of(self.candidates, self.candidate_temperature)
-        lookup = str(self.checkpoint) == "prompt-lookup"
-        drafter = None if lookup else load_drafter(self.checkpoint)
+        drafter = None if str(self.checkpoint) == "prompt-lookup" else load_drafter(self.checkpoint)
         target = _target(self.target)
+        proposer: DrafterProposer | PromptLookup = PromptLookup(self.block_size)
         if drafter is not None:
-            _warn_mismatch(terminal, target, drafter.config.extra, self.enable_thinking)
-        proposer = (
-            PromptLookup(self.block_size)
-            if drafter is None
-            else DrafterProposer(drafter.to(target.embed_weight), target, self.candidate_pool)
-        )
+            for warning in mismatches(target, drafter.config.extra, self.enable_thinking):
+                terminal.say(f"warning: {warning}")
+            proposer = DrafterProposer(drafter.to(target.embed_weight), target, self.candidate_pool)
         assert target.tokenizer is not None
         ids = prompt_ids(target.tokenizer, [{"role": "user", "content": self.prompt}], self.enable_thinking)
-        stream = Stream(target, terminal)
-        options: dict[str, Any] = {"sampling": self.sampling, "max_new_tokens": self.max_new_tokens}
-        (out,) = generate(target, proposer, [ids], selection=selection, on_commit=stream.commit, **options)
-        terminal.rich.print()
-        (plain,) = generate(target, None, [ids], **options)
-        rounds = max(1, len(out.rounds))
-        tau = 1 + sum(r.accepted for r in out.rounds) / rounds
-        how = "sampled proposal" if self.sampling.proposal == "sampled" else selection  # whose tau are not comparable
-        terminal.say(
-            f"\ntau{f' ({how})' if how else ''} {tau:.3f} over {len(out.rounds)} rounds, {len(out.tokens)} tokens, "
-            f"{out.verified / rounds:.1f} nodes verified per round"
-        )
-        terminal.say(
-            f"{len(out.tokens) / out.seconds:.1f} tokens/s; plain decoding {len(plain.tokens) / plain.seconds:.1f} tokens/s"
-        )
-        if self.sampling.temperature == 0:
-            same = out.tokens == plain.tokens
-            terminal.say(f"the text is {'' if same else 'NOT '}the target's own, token for token")
-            return 0 if same else 1
-        return 0
+        passed = show(terminal, target, proposer, ids, self.sampling, self.max_new_tokens, selection)
+        return 0 if passed else 1
 
 
 @dataclass(frozen=True)
@@ -300,7 +279,7 @@ class Demo:
 
     def run(self, terminal: Terminal) -> int:
         from specauf import assets
-        from specauf.demo import run_demo
+        from specauf.demo import DEMO, run_demo
 
         choose(self.drafter, ("dflash", "domino"), "drafter")
         require(self.minutes >= 2, f"--minutes must be at least 2, got {self.minutes:g}")
@@ -357,35 +336,11 @@ class Doctor:
         return 1 if any(c.status == "fail" for c in checks) else 0
 
 
-DEMO = from_dict(
-    RunConfig,
-    {
-        "data": {"max_conversations": 1500},
-        "features": {"cache": True},
-        "eval": {"prompts": 32, "max_new_tokens": 128, "batch_size": 32},
-    },
-)
-"""The demo's recipe; recipes/smollm2_cpu.yaml is the same thing for one drafter and longer."""
-
-
 def _target(config: TargetConfig) -> Target:
     from specauf.target import Target
 
     _quiet_transformers()
     return Target.load(config)
-
-
-def _warn_mismatch(terminal: Terminal, target: Target, trained: Any, enable_thinking: bool) -> None:
-    """A drafter trained under another template or thinking flag is measured off its distribution: say so."""
-    from specauf.data.chat import template_hash
-
-    assert target.tokenizer is not None
-    if trained.get("template_hash") not in (None, template_hash(target.tokenizer)):
-        terminal.say("warning: this drafter was trained under another chat template than this target's")
-    if trained.get("enable_thinking") not in (None, enable_thinking):
-        terminal.say(f"warning: this drafter was trained with enable_thinking={trained['enable_thinking']}")
-    if trained.get("target_fingerprint") not in (None, target.fingerprint()):
-        terminal.say("warning: this drafter was trained for another target (the fingerprints differ)")
 
 
 def _read_results(index: Path) -> dict[str, Any]:

@@ -6,14 +6,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.text import Text
-
-if TYPE_CHECKING:
-    from specauf.target import Target
 
 PLAIN_EVERY = 15.0
 """Seconds between two plain progress lines."""
@@ -59,24 +55,6 @@ class Terminal:
 
             yield advance
             self.say(f"{label}: done in {time.perf_counter() - began:.0f} s")
-
-
-class Stream:
-    """Prints tokens as they are committed; decodes the whole text each time, since tokens may split characters."""
-
-    def __init__(self, target: Target, terminal: Terminal) -> None:
-        self.target, self.terminal = target, terminal
-        self.tokens: list[int] = []
-        self.shown = 0
-
-    def commit(self, row: int, tokens: list[int], drafted: list[bool]) -> None:
-        assert self.target.tokenizer is not None
-        for token, was_draft in zip(tokens, drafted, strict=True):
-            self.tokens.append(token)
-            text = self.target.tokenizer.decode(self.tokens)
-            if not text.endswith("\ufffd"):
-                self.terminal.rich.print(Text(text[self.shown :], style="green" if was_draft else ""), end="")
-                self.shown = len(text)
 
 
 def print_results(terminal: Terminal, results: dict[str, Any]) -> None:

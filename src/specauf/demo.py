@@ -37,7 +37,7 @@ from specauf.run import (
     step_note,
     training_log,
 )
-from specauf.strict import to_dict
+from specauf.strict import from_dict, to_dict
 from specauf.target import Target
 from specauf.train.loop import calibrate
 
@@ -51,6 +51,16 @@ LIVE_PROMPTS, LIVE_TOKENS = 2, 64
 EQUAL_STEPS = "auf@decay-steps"
 VARIANTS = {"decay": "decay-only", "auf": "b-auf-d"}
 """What the two are for a Domino drafter: the paper's baseline, and its best under greedy decoding."""
+
+DEMO = from_dict(
+    RunConfig,
+    {
+        "data": {"max_conversations": 1500},
+        "features": {"cache": True},
+        "eval": {"prompts": 32, "max_new_tokens": 128, "batch_size": 32},
+    },
+)
+"""The demo's recipe; recipes/smollm2_cpu.yaml is the same thing for one drafter and longer."""
 
 
 class Console(Protocol):

