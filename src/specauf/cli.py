@@ -162,6 +162,11 @@ class Eval:
     candidate_pool: int = 0
     """N > 0: measure Domino drafters also with corrections for only N candidates, SGLang's approximation, in rows of their
     own."""
+    lookup_first: int = 0
+    """N > 0: measure every drafter also behind prompt lookup, which proposes where the last N tokens occurred before, in rows
+    of their own."""
+    lookup_block: int = 0
+    """Block size of prompt lookup; the drafters' when not given."""
 
     def run(self, terminal: Terminal) -> int:
         from specauf.bench.compare import evaluate, open_checkpoints
@@ -173,6 +178,8 @@ class Eval:
             *(_target(self.target), drafters, self.eval, self.out, self.data_dir, self.live, terminal),
             selection=selection,
             candidate_pool=self.candidate_pool,
+            lookup_first=self.lookup_first,
+            lookup_block=self.lookup_block,
         )
         print_results(terminal, results)
         return 0 if passed else 1
@@ -198,10 +205,13 @@ class Generate:
     """At which those are drawn."""
     candidate_pool: int = 0
     """N > 0: a Domino drafter corrects only N candidates of the vocabulary, as SGLang does by default with 2048."""
+    lookup_first: int = 0
+    """N > 0: prompt lookup proposes, in blocks of `block_size`, where the last N tokens occurred before; the drafter
+    elsewhere."""
 
     def run(self, terminal: Terminal) -> int:
         from specauf.data.chat import prompt_ids
-        from specauf.decode.propose import DrafterProposer, PromptLookup
+        from specauf.decode.propose import DrafterProposer, LookupFirst, PromptLookup
         from specauf.decode.select import Selection
         from specauf.drafter.checkpoint import load_drafter
         from specauf.show import mismatches, show
@@ -209,11 +219,13 @@ class Generate:
         selection = Selection.of(self.candidates, self.candidate_temperature)
         drafter = None if str(self.checkpoint) == "prompt-lookup" else load_drafter(self.checkpoint)
         target = _target(self.target)
-        proposer: DrafterProposer | PromptLookup = PromptLookup(self.block_size)
+        proposer: DrafterProposer | PromptLookup | LookupFirst = PromptLookup(self.block_size)
         if drafter is not None:
             for warning in mismatches(target, drafter.config.extra, self.enable_thinking):
                 terminal.say(f"warning: {warning}")
             proposer = DrafterProposer(drafter.to(target.embed_weight), target, self.candidate_pool)
+            if self.lookup_first:
+                proposer = LookupFirst(proposer, self.lookup_first, self.block_size)
         assert target.tokenizer is not None
         ids = prompt_ids(target.tokenizer, [{"role": "user", "content": self.prompt}], self.enable_thinking)
         passed = show(terminal, target, proposer, ids, self.sampling, self.max_new_tokens, selection)

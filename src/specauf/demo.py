@@ -23,6 +23,7 @@ from specauf.config import RunConfig, digest, override
 from specauf.data.features import estimate_gb, extract
 from specauf.decode.generate import Generation
 from specauf.decode.propose import DrafterProposer, PromptLookup
+from specauf.decode.replay import Replayable
 from specauf.drafter.checkpoint import load_drafter, save_drafter
 from specauf.files import atomic_write_text
 from specauf.report import page
@@ -120,9 +121,7 @@ def run_demo(base: RunConfig, minutes: float, console: Console) -> Path:
     drafters = {name: run.trainer.drafter for name, run in runs.items()}
     drafters[EQUAL_STEPS] = load_drafter(out / "auf" / "equal-steps", target.device)
     block = base.drafter.block_size
-    proposers: dict[str, DrafterProposer | PromptLookup] = {
-        name: DrafterProposer(drafter, target) for name, drafter in drafters.items()
-    }
+    proposers: dict[str, Replayable] = {name: DrafterProposer(drafter, target) for name, drafter in drafters.items()}
     proposers["prompt-lookup"] = PromptLookup(block)
     console.say("replaying every drafter over the recorded trajectories")
     evaluation, rounds = measure(target, proposers, tasks)
@@ -233,7 +232,7 @@ def _methods(base: RunConfig, plan: Plan, runs: dict[str, Run], evaluation: dict
 
 
 def _decode_live(
-    target: Target, proposer: DrafterProposer | PromptLookup, tasks: dict[str, Recorded], console: Console
+    target: Target, proposer: Replayable, tasks: dict[str, Recorded], console: Console
 ) -> dict[str, LiveCheck]:
     checks = {}
     with console.progress("decoding for real, plain and speculative", LIVE_PROMPTS * len(tasks)) as advance:

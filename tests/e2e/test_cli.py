@@ -35,10 +35,12 @@ def test_prepare_train_eval_generate_and_report(world: Path, capsys: pytest.Capt
     command = ["eval", str(world / "run" / "checkpoint"), "--target.path", str(world / "target"), "--live", "2"]
     command += ["--eval.tasks", "birds", "heldout", "--eval.tasks-dir", str(world / "tasks"), "--eval.prompts", "3"]
     command += ["--eval.max-new-tokens", "12", "--data-dir", str(prepared), "--out", str(world / "eval")]
+    command += ["--lookup-first", "2", "--lookup-block", "6"]
     capsys.readouterr()
     assert main(command) == 0
     told = capsys.readouterr().out
     assert "prompt lookup" in told and "ok: run, birds, batch 1" in told and "FAILED" not in told
+    assert "ok: run, lookup first, birds, batch 1" in told
 
     ship = ["export", str(world / "run" / "checkpoint"), str(world / "shipped"), "--results", str(world / "eval")]
     assert main([*ship, "--base-model", "hub/target"]) == 0
@@ -83,6 +85,8 @@ def test_self_selection_and_the_drawn_proposal_are_told_apart(world: Path, capsy
     assert main([*say, "--sampling.temperature", "1", "--sampling.proposal", "sampled"]) == 0
     assert "tau (sampled proposal) " in capsys.readouterr().out
     assert main(["generate", "prompt-lookup", "the cat", *where, "--candidates", "2"]) == 2
+    assert main([*say, "--lookup-first", "2", "--candidates", "2"]) == 2
+    assert main([*say, "--lookup-first", "2"]) == 0
     assert "there is no drafter here" in capsys.readouterr().err
 
 

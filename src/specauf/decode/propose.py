@@ -178,6 +178,8 @@ class PromptLookup:
     def __init__(self, block_size: int, longest: int = 3) -> None:
         self.block_size, self.longest = block_size, longest
         self._seen: list[_Ngrams] = []
+        self.matched: list[int] = []
+        """Per row of the latest proposal: how many tokens matched, 0 where there was nothing to copy."""
 
     def start(self, rows: int, max_length: int) -> None:
         self._seen = [_Ngrams(self.longest) for _ in range(rows)]
@@ -190,8 +192,57 @@ class PromptLookup:
 
     def propose(self, ids: Tensor, anchors: Tensor) -> Tensor:
         rows = [row[: a + 1].tolist() for row, a in zip(ids, anchors.tolist(), strict=True)]
-        drafts = [seen.continuation(row, self.block_size - 1) for seen, row in zip(self._seen, rows, strict=True)]
-        return torch.tensor(drafts, device=ids.device)
+        found = [seen.continuation(row, self.block_size - 1) for seen, row in zip(self._seen, rows, strict=True)]
+        self.matched = [n for _, n in found]
+        return torch.tensor([draft for draft, _ in found], device=ids.device)
+
+
+class LookupFirst:
+    """Prompt lookup where the last `ngram` tokens occurred before, the drafter elsewhere.
+
+    What a drafter is worth beside the competitor that costs nothing. Both depend on the committed text alone, so verification
+    is exact for the two together as it is for each. Where one proposes fewer tokens than the other, the drafter's mask token,
+    which no target emits, fills the block.
+    """
+
+    def __init__(self, drafter: DrafterProposer, ngram: int, block_size: int | None = None) -> None:
+        """`block_size` is the lookup's, the drafter's when not given."""
+        if ngram < 1:
+            raise UserError(f"lookup needs at least one token to match, got ngram {ngram}")
+        self.drafter, self.ngram = drafter, ngram
+        self.lookup = PromptLookup(block_size or drafter.block_size, max(3, ngram))
+        self.block_size = max(self.lookup.block_size, drafter.block_size)
+        self.filler = drafter.drafter.config.mask_token_id
+
+    @property
+    def layer_ids(self) -> Sequence[int]:
+        return self.drafter.layer_ids
+
+    def start(self, rows: int, max_length: int) -> None:
+        self.lookup.start(rows, max_length)
+        self.drafter.start(rows, max_length + self.block_size)
+
+    def observe(self, features: Tensor, positions: Tensor) -> None:
+        self.drafter.observe(features, positions)
+
+    def select(self, rows: Tensor) -> None:
+        self.lookup.select(rows)
+        self.drafter.select(rows)
+
+    def propose(self, ids: Tensor, anchors: Tensor) -> Tensor:
+        copied = self.lookup.propose(ids, anchors)
+        found = torch.tensor([n >= self.ngram for n in self.lookup.matched], device=ids.device)
+        own = copied[:, :0] if found.all() else self.drafter.propose(ids, anchors)
+        return torch.where(found[:, None], self.fill(copied), self.fill(own))
+
+    def asks_drafter(self, tokens: list[int]) -> bool:
+        """After these committed tokens, in a sequence of its own."""
+        self.lookup.start(1, len(tokens))
+        self.lookup.propose(torch.tensor([tokens]), torch.tensor([len(tokens) - 1]))
+        return self.lookup.matched[0] < self.ngram
+
+    def fill(self, draft: Int[Tensor, "b k"]) -> Int[Tensor, "b block_1"]:
+        return F.pad(draft, (0, self.block_size - 1 - draft.shape[1]), value=self.filler)
 
 
 class _Ngrams:
@@ -201,17 +252,16 @@ class _Ngrams:
         self.longest, self.read = longest, 0
         self.last: dict[tuple[int, ...], int] = {}
 
-    def continuation(self, tokens: list[int], length: int) -> list[int]:
-        """`length` tokens after the latest match; the last token repeated where there is nothing to copy."""
+    def continuation(self, tokens: list[int], length: int) -> tuple[list[int], int]:
+        """`length` tokens after the latest match, and its own; the last token repeated where there is nothing to copy."""
         for end in range(self.read + 1, len(tokens)):  # n-grams that end before the last token have a successor
             for n in range(1, self.longest + 1):
                 if end >= n:
                     self.last[tuple(tokens[end - n : end])] = end
         self.read = max(self.read, len(tokens) - 1)
-        out: list[int] = []
-        for n in range(self.longest, 0, -1):
-            start = self.last.get(tuple(tokens[-n:])) if len(tokens) >= n else None
+        for n in range(min(self.longest, len(tokens)), 0, -1):
+            start = self.last.get(tuple(tokens[-n:]))
             if start is not None:
                 out = tokens[start : start + length]
-                break
-        return out + [tokens[-1]] * (length - len(out))
+                return out + [tokens[-1]] * (length - len(out)), n
+        return [tokens[-1]] * length, 0

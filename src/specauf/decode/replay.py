@@ -27,7 +27,7 @@ from specauf.config import SamplingConfig
 from specauf.data.chat import Messages, TemplateRefused, UnstableTemplate, continuation_ids, prompt_ids
 from specauf.data.sources import Message
 from specauf.decode.generate import Round, generate
-from specauf.decode.propose import DrafterProposer, PromptLookup
+from specauf.decode.propose import DrafterProposer, LookupFirst, PromptLookup
 from specauf.files import atomic_dir
 from specauf.objective.blocks import counter_hash
 from specauf.objective.metrics import leading_run
@@ -40,6 +40,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 log = logging.getLogger(__name__)
+
+Replayable = DrafterProposer | PromptLookup | LookupFirst
+"""Proposers whose block depends on the committed text alone."""
 
 TURN = 22
 """Stream of the counter hash that numbers the later answers of a conversation for the randomness."""
@@ -213,7 +216,7 @@ def trajectory_features(
 
 @torch.no_grad()
 def acceptances(
-    proposer: DrafterProposer | PromptLookup,
+    proposer: Replayable,
     trajectory: Trajectory,
     features: Float[Tensor, "s taps_h"] | None,
     limit: int,
@@ -230,10 +233,14 @@ def acceptances(
     place = anchors[:, None] + torch.arange(1, k + 1)
     valid = place < len(ids)
     labels = ids[place.clamp(max=len(ids) - 1)]
-    if isinstance(proposer, PromptLookup):
-        proposer.start(1, len(ids))
-        hit = torch.stack([proposer.propose(ids[None], a[None])[0] for a in anchors]) == labels if stop > 0 else valid
-        return leading_run(hit & valid, torch.ones_like(valid))
+    if isinstance(proposer, (PromptLookup, LookupFirst)):
+        lookup = proposer.lookup if isinstance(proposer, LookupFirst) else proposer
+        copied, matched = _copies(lookup, ids, anchors)
+        within = valid[:, : copied.shape[1]]
+        run = leading_run((copied == labels[:, : copied.shape[1]]) & within, torch.ones_like(within))
+        if isinstance(proposer, PromptLookup):
+            return run
+        return torch.where(matched >= proposer.ngram, run, acceptances(proposer.drafter, trajectory, features, limit))
     if features is None:
         raise ValueError("a trained drafter is replayed over the trajectory's features")
     head, device = proposer.head, proposer.target.device
@@ -265,6 +272,18 @@ def acceptances(
     return torch.cat(parts)
 
 
+def _copies(
+    lookup: PromptLookup, ids: Tensor, anchors: Tensor
+) -> tuple[Int[Tensor, "anchors k"], Int[Tensor, " anchors"]]:
+    """What prompt lookup proposes at every anchor, which it has to see in order, and how many tokens matched there."""
+    lookup.start(1, len(ids))
+    drafts, matched = [ids.new_zeros(0, lookup.block_size - 1)], []
+    for anchor in anchors:
+        drafts.append(lookup.propose(ids[None], anchor[None]))
+        matched += lookup.matched
+    return torch.cat(drafts), torch.tensor(matched, dtype=torch.long)
+
+
 def walk(accepted: Sequence[int], trajectory: Trajectory) -> list[Round]:
     """The rounds: from the first generated token, a -> a + A + 1."""
     rounds, at, last = [], 0, len(trajectory.tokens) - 1
@@ -276,7 +295,7 @@ def walk(accepted: Sequence[int], trajectory: Trajectory) -> list[Round]:
 
 
 def replay(
-    proposer: DrafterProposer | PromptLookup,
+    proposer: Replayable,
     trajectories: Sequence[Trajectory],
     features: Sequence[Float[Tensor, "s taps_h"]] | None,
     limit: int,

@@ -12,7 +12,7 @@ from typing import Any
 from specauf.bench.runner import check_live
 from specauf.config import digest
 from specauf.decode.propose import DrafterProposer, PromptLookup
-from specauf.decode.replay import replay, trajectory_features
+from specauf.decode.replay import Replayable, replay, trajectory_features
 from specauf.drafter.checkpoint import load_drafter
 from specauf.files import atomic_write_text
 from specauf.study.cells import claim
@@ -83,7 +83,7 @@ def _missing(study: Study, task: str, about: Mapping[str, Any], wants: Iterable[
     return {key: numbers for key, numbers in missing.items() if numbers}
 
 
-def _proposer(subject: Subject, target: Target) -> DrafterProposer | PromptLookup:
+def _proposer(subject: Subject, target: Target) -> Replayable:
     if subject.checkpoint is None:
         return PromptLookup(subject.block_size)
     return DrafterProposer(load_drafter(subject.checkpoint).to(target.embed_weight), target)

@@ -10,7 +10,7 @@ from tests.conftest import make_geometry
 
 from specauf.config import SamplingConfig
 from specauf.decode.generate import Round, generate
-from specauf.decode.propose import DrafterProposer, PromptLookup, Proposer
+from specauf.decode.propose import DrafterProposer, LookupFirst, PromptLookup, Proposer
 from specauf.decode.replay import (
     Trajectory,
     load_trajectories,
@@ -26,7 +26,12 @@ from specauf.target import Target
 
 
 def proposers(target: Target) -> dict[str, Proposer]:
-    return {"drafter": DrafterProposer(DFlash(make_geometry(target)), target), "lookup": PromptLookup(5)}
+    drafter, small = (DrafterProposer(DFlash(make_geometry(target, block_size=b)), target) for b in (5, 3))
+    both = {"lookup first": LookupFirst(drafter, 2, 4), "wide lookup first": LookupFirst(small, 1, 5)}
+    return {"drafter": drafter, "lookup": PromptLookup(5), **both}
+
+
+KINDS = ["drafter", "lookup", "lookup first", "wide lookup first"]
 
 
 def reference(target: Target, prompt: list[int], limit: int, penalty: float, eos: frozenset[int]) -> list[int]:
@@ -42,7 +47,7 @@ def reference(target: Target, prompt: list[int], limit: int, penalty: float, eos
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("kind", ["drafter", "lookup"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 def test_output_is_the_targets_own_at_any_batch(
     target: Target, prompts: list[list[int]], kind: str, penalty: float
@@ -58,7 +63,7 @@ def test_output_is_the_targets_own_at_any_batch(
         assert alone.tokens == batched.tokens and alone.rounds == batched.rounds
 
 
-@pytest.mark.parametrize("kind", ["drafter", "lookup"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("penalty", [1.0, 1.2])
 def test_replay_makes_the_live_rounds_with_several_eos_ids(
     target: Target, prompts: list[list[int]], kind: str, penalty: float, monkeypatch: pytest.MonkeyPatch
@@ -120,3 +125,20 @@ def test_prompt_lookup_copies_what_followed_the_latest_longest_match() -> None:
     assert draft(text) == [9, 2, 3]  # the trigram 1 2 3 beats the later bigram 2 3
     lookup.start(1, 20)
     assert draft([4, 5, 6]) == [6, 6, 6]  # nothing to copy
+
+
+def test_lookup_first_copies_where_enough_tokens_match_and_asks_the_drafter_elsewhere(target: Target) -> None:
+    drafter = DrafterProposer(DFlash(make_geometry(target, block_size=3)), target)
+    ids = torch.tensor([[1, 2, 3, 9, 1, 2], [1, 2, 3, 9, 5, 2], [4, 4, 6, 7, 8, 9]])
+    anchors, features = torch.full((3,), 5), target.run(ids, drafter.layer_ids).features
+    both = LookupFirst(drafter, 2, 5)
+    both.start(3, 6)
+    both.observe(features, torch.arange(6).expand(3, -1))
+    filler, own = both.filler, drafter.propose(ids, anchors).tolist()
+    drafts = both.propose(ids, anchors).tolist()
+    assert drafts == [[3, 9, 1, 2], [*own[1], filler, filler], [*own[2], filler, filler]]
+    both.select(torch.tensor([2, 0]))
+    assert both.propose(ids[[2, 0]], anchors[:2]).tolist() == [drafts[2], drafts[0]]
+    assert [both.asks_drafter(row) for row in ids.tolist()] == [False, True, True]
+    with pytest.raises(UserError, match="ngram 0"):
+        LookupFirst(drafter, 0)

@@ -17,7 +17,7 @@ from tests.conftest import make_geometry, make_target
 from specauf.config import SamplingConfig
 from specauf.decode import verify
 from specauf.decode.generate import generate
-from specauf.decode.propose import DrafterProposer, PromptLookup, Proposer
+from specauf.decode.propose import DrafterProposer, LookupFirst, PromptLookup, Proposer
 from specauf.decode.replay import record, replay, trajectory_features
 from specauf.decode.select import Selection
 from specauf.drafter.checkpoint import build_drafter
@@ -28,7 +28,7 @@ from specauf.target import Target
 
 PROMPT = [1, 3, 0]
 TOKENS = 4  # the prefill's token, then a round of up to three with the bonus, then the next round
-SEEDS = {"drafter": 0, "lookup": 1, "domino": 2, "pooled domino": 9}
+SEEDS = {"drafter": 0, "lookup": 1, "domino": 2, "pooled domino": 9, "lookup first": 4}
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +40,9 @@ def proposer(tiny: Target, kind: str = "drafter") -> Proposer:
     if kind == "lookup":
         return PromptLookup(3)
     geometry = make_geometry(tiny, block_size=3, layers=1, taps=1)
-    if kind == "drafter":
-        return DrafterProposer(DFlash(geometry, seed=1), tiny)
+    if kind in ("drafter", "lookup first"):
+        plain = DrafterProposer(DFlash(geometry, seed=1), tiny)
+        return plain if kind == "drafter" else LookupFirst(plain, 1, 4)
     drafter = build_drafter(dataclasses.replace(geometry, domino=DominoHead(8, 4)), seed=1)
     assert isinstance(drafter, Domino)
     drafter.expansion.data.mul_(500)  # so that what is proposed depends on the tokens before it
