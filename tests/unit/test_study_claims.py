@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from specauf.study.claims import CLAIMS, DOMINO, claims, find, standing
+from specauf.study.claims import CLAIMS, DOMINO, PRIORS, claims, find, standing
 from specauf.study.training_log import read_log, summary, thinned
 
 TASKS = ("gsm8k", "alpaca")
-NAMES = ("T=0", "T=1", "inert", "inversion", "transfer", "base")
+NAMES = ("T=0", "T=1", "inert", "inversion", "transfer", "base", "priors", "time")
 
 
 def comparison(a: str, b: str, temperature: str, task: str, verdict: str, **changes: Any) -> dict[str, Any]:
@@ -29,6 +29,8 @@ def study(**verdicts: str) -> dict[str, Any]:
         rows += [
             comparison(f"b-auf{d}", f"{other}-auf{d}", t, "macro", "equivalent") for d in ("", "-d") for other in "sf"
         ]
+    rows += [comparison("auf", name, "0", "macro", "better") for name in PRIORS]
+    rows += [comparison("auf-time", "decay", "0", "macro", "better")]
     for key, verdict in verdicts.items():
         a, b, t, task = key.split("__")
         found = [
@@ -93,6 +95,9 @@ def test_all_of_them_reproduce_and_say_why() -> None:
         ("s_auf_d__decay_only__0__macro", "equivalent", {"transfer": "not reproduced"}),
         ("b_auf__f_auf__0__macro", "worse", {"base": "not reproduced"}),
         ("b_auf__f_auf__0__macro", "undecided", {"base": "undecided"}),
+        ("auf__first_1__0__macro", "worse", {"priors": "not reproduced"}),
+        ("auf__decay_g2__0__macro", "undecided", {"priors": "undecided"}),
+        ("auf_time__decay__0__macro", "equivalent", {"time": "not reproduced"}),
         ("b_auf__decay_only__0__macro", "undecided", {"transfer": "undecided", "base": "undecided"}),
     ],
 )

@@ -5,6 +5,8 @@ only when it is larger than the noise floor, the spread of seeds, and not at all
 those two runs; a claim speaks of the methods.
 
 Methods are found by name: `decay`, `auf`, `auf-decay` on DFlash; `decay-only`, `b-auf`, `b-auf-d`, `s-auf`, ... on Domino.
+The last two claims are not the paper's but what it leaves open: whether a fixed position prior does as well, and what equal
+training time, rather than equal steps, makes of it (`PRIORS`, `auf-time`).
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ MACRO = "macro"
 TEMPERATURES = ("0", "1")
 DOMINO = ("b-auf", "b-auf-d", "s-auf", "s-auf-d", "f-auf", "f-auf-d")
 """The paper's Table 3: AUF on the base branch alone, on both by the base's support, on each by its own; with decay."""
+PRIORS = ("uniform", "decay-g05", "decay-g1", "decay-g2", "first-1", "first-2")
+"""Weights by position alone, which know nothing of what the drafter gets right."""
 REACH = 0.3
 """r_active below which decay inside AUF has too few slots to act on: that it is inert there says nothing."""
 TAIL = 0.2
@@ -110,6 +114,18 @@ def base_branch(results: Results) -> Found:
     return Found(verdict, f"{found.because}; {beside.because}", [*found.evidence, *beside.evidence])
 
 
+def beyond_priors(results: Results) -> Found:
+    """AUF above every fixed weighting of positions, the tuned ones and the first slots alone among them."""
+    indices = [find(results, "auf", name, "0", MACRO) for name in PRIORS]
+    return _decide(results, indices, {"better"}, {"worse", "equivalent"}, "AUF against weights by position")
+
+
+def equal_time(results: Results) -> Found:
+    """AUF with as many steps as decay's training time has room for."""
+    indices = [find(results, "auf-time", "decay", "0", MACRO)]
+    return _decide(results, indices, {"better"}, {"worse", "equivalent"}, "AUF in decay's time against decay")
+
+
 CLAIMS: tuple[tuple[str, str, Callable[[Results], Found]], ...] = (
     ("AUF > decay on every benchmark at T=0", "paper, Table 2", lambda results: everywhere(results, "0")),
     ("AUF > decay on every benchmark at T=1", "paper, Table 2", lambda results: everywhere(results, "1")),
@@ -117,6 +133,12 @@ CLAIMS: tuple[tuple[str, str, Callable[[Results], Found]], ...] = (
     ("decay is more accurate on the common mask and decodes worse", "paper, section 5.1 and Figure 4", inversion),
     ("support selection transfers to Domino: every AUF variant > decay-only", "paper, Table 4", transfer),
     ("Domino's base branch carries the gain", "paper, section 5.2 and Table 4", base_branch),
+    (
+        "AUF > every position prior: uniform, decay of any γ, first slots alone",
+        "a control, not of the paper",
+        beyond_priors,
+    ),
+    ("AUF > decay at equal training time", "not of the paper", equal_time),
 )
 
 

@@ -24,6 +24,7 @@ from specauf.bench.statistics import (
     verdict,
 )
 from specauf.strict import UserError
+from specauf.study.claims import PRIORS
 from specauf.study.recipe import LOOKUP, Part, Study
 from specauf.study.recordings import chosen, describe
 from specauf.study.records import Place, Subject, cell_subject, load_records, lookup_subjects
@@ -33,10 +34,11 @@ NO_SEED = -1
 """The only row of a method that is not trained."""
 PAIRS = (
     ("auf-decay", "auf"),
+    *(("auf", prior) for prior in PRIORS),
     *((base, other) for base, other in (("b-auf", "s-auf"), ("b-auf", "f-auf"))),
     *((base, other) for base, other in (("b-auf-d", "s-auf-d"), ("b-auf-d", "f-auf-d"))),
 )
-"""Methods that are compared with each other too, in a part that has both: what the paper says of them is a claim."""
+"""Methods that are compared with each other too, in a part that has both: `claims` are made of them."""
 
 Floats = NDArray[np.float64]
 
