@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -17,6 +18,8 @@ from specauf.drafter.config import DFlashConfig
 from specauf.target import Target
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("any-machine", deadline=None)  # no test is a stopwatch
+hypothesis.settings.load_profile("any-machine")
 
 
 def make_target(vocab: int = 61, hidden: int = 32, layers: int = 6, seed: int = 0, scale: float = 3.0) -> Target:

@@ -126,15 +126,19 @@ class Train:
         with ranks.first():  # downloads and prepared data, once
             target = _target(config.target)
             prepared = prepare_data(config, target)
-        if config.train.shard_target and ranks.world > 1:
-            target.shard()
         with terminal.progress("features", float(len(prepared.train.ids)) if config.features.cache else 0) as advance:
             features = feature_cache(config, target, prepared, on_progress=lambda n: advance(n, ""), ranks=ranks)
         run = open_run(config, target, prepared, features, resume=not self.fresh, ranks=ranks)
+        if (
+            config.train.shard_target and ranks.world > 1
+        ):  # not before the drafter has its copies of the target's layers
+            target.shard()
         terminal.say(set_horizon(run.trainer))
         evaluate = None
         if config.train.eval_every and (ranks.main or config.train.shard_target):  # a sharded target needs everyone
-            evaluate = heldout_evaluator(config, target, prepared)
+            evaluate = heldout_evaluator(
+                config, target, prepared, alone=ranks.world == 1 or not config.train.shard_target
+            )
         with terminal.progress(f"training {config.objective.name}", run.trainer.max_steps or 0) as advance:
             advance(run.trainer.done, "")
             run.trainer.run(on_step=lambda row: advance(1, step_note(row)), evaluate=evaluate)
@@ -149,7 +153,7 @@ class Eval:
     checkpoints: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Drafter directories; the first is what the others are compared with."""
     target: TargetConfig = field(default_factory=TargetConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
+    eval: EvalConfig = field(default_factory=lambda: EvalConfig(tasks=("humaneval",)))
     live: int = 0
     """Decode for real too (T=0): so many prompts per task at batch 1, and all of them in one batch. Tokens must be plain
     decoding's, rounds must be replay's."""
@@ -171,11 +175,15 @@ class Eval:
     def run(self, terminal: Terminal) -> int:
         from specauf.bench.compare import evaluate, open_checkpoints
         from specauf.decode.select import Selection
+        from specauf.show import mismatches
 
         selection = Selection.of(self.candidates, self.candidate_temperature)
-        drafters = open_checkpoints(self.checkpoints)
+        drafters, target = open_checkpoints(self.checkpoints), _target(self.target)
+        for name, drafter in drafters.items():
+            for warning in mismatches(target, drafter.config.extra):
+                terminal.say(f"warning: {name}: {warning}")
         results, passed = evaluate(
-            *(_target(self.target), drafters, self.eval, self.out, self.data_dir, self.live, terminal),
+            *(target, drafters, self.eval, self.out, self.data_dir, self.live, terminal),
             selection=selection,
             candidate_pool=self.candidate_pool,
             lookup_first=self.lookup_first,
@@ -218,6 +226,8 @@ class Generate:
 
         selection = Selection.of(self.candidates, self.candidate_temperature)
         drafter = None if str(self.checkpoint) == "prompt-lookup" else load_drafter(self.checkpoint)
+        if drafter is None and (self.lookup_first or self.candidate_pool):
+            raise ConfigError("--lookup-first and --candidate-pool go with a drafter; prompt-lookup is none")
         target = _target(self.target)
         proposer: DrafterProposer | PromptLookup | LookupFirst = PromptLookup(self.block_size)
         if drafter is not None:

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from specauf import provenance
 from specauf.bench.runner import LiveCheck, Recorded, check_live, comparison, measure, recorded
 from specauf.bench.tasks import describe_task, load_task, render_prompts
-from specauf.config import RunConfig, digest, override
+from specauf.config import RunConfig, SamplingConfig, digest, override
 from specauf.data.features import estimate_gb, extract
 from specauf.decode.generate import Generation
 from specauf.decode.propose import DrafterProposer, PromptLookup
@@ -127,7 +127,7 @@ def run_demo(base: RunConfig, minutes: float, console: Console) -> Path:
     evaluation, rounds = measure(target, proposers, tasks)
     compared = comparison(tasks, rounds, "auf", "decay", "equal time")
     compared += comparison(tasks, rounds, EQUAL_STEPS, "decay", "equal steps")
-    live = _decode_live(target, proposers["auf"], tasks, console)
+    live = _decode_live(target, proposers["auf"], tasks, base.eval.sampling, console)
     box = _provenance(base, target, prepared.train.meta)
     results = {
         "title": "Two drafters, one target, the same minutes",
@@ -232,13 +232,15 @@ def _methods(base: RunConfig, plan: Plan, runs: dict[str, Run], evaluation: dict
 
 
 def _decode_live(
-    target: Target, proposer: Replayable, tasks: dict[str, Recorded], console: Console
+    target: Target, proposer: Replayable, tasks: dict[str, Recorded], sampling: SamplingConfig, console: Console
 ) -> dict[str, LiveCheck]:
     checks = {}
     with console.progress("decoding for real, plain and speculative", LIVE_PROMPTS * len(tasks)) as advance:
         for name, task in tasks.items():
             some = task.trajectories[:LIVE_PROMPTS]
-            checks[name] = check_live(target, proposer, some, LIVE_TOKENS, on_done=lambda n: advance(n, ""))
+            checks[name] = check_live(
+                target, proposer, some, LIVE_TOKENS, sampling=sampling, on_done=lambda n: advance(n, "")
+            )
     return checks
 
 

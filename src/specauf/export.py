@@ -55,6 +55,11 @@ def export(
     base = base_model or _known_as(config.extra.get("target"))
     if layout == "speculators" and config.domino:
         raise UserError("speculators has no Domino drafters: export this one with layout zlab, which SGLang loads")
+    if config.draft_vocab_size:
+        raise UserError(
+            f"this drafter knows {config.draft_vocab_size} of the {config.vocab_size} tokens and has no head of its own, which "
+            "no engine reads: use its checkpoint with specauf, or train one without drafter.draft_vocab_size"
+        )
     if layout == "speculators" and base is None:
         raise UserError("a speculators checkpoint names its target: give base_model, a hub id or a directory")
     commands = serving(config, out, layout, base or "TARGET")
@@ -73,6 +78,8 @@ def _results_of(path: Path, config: DFlashConfig) -> dict[str, Any]:
     from specauf.report import page  # which draws, and an export does not
 
     found, target = page.read(path), config.extra.get("target_fingerprint")
+    if "evaluation" not in found:
+        raise UserError(f"{path} is not of `specauf eval`, whose figures a model card has")
     measured = found.get("provenance", {}).get("target", {}).get("fingerprint")
     if target and measured and target != measured:
         raise UserError(
@@ -90,7 +97,7 @@ def nested(config: dict[str, Any], base: str) -> dict[str, Any]:
         "speculators_model_type": "dflash",
         "speculators_version": TESTED_WITH,
         "block_size": size,
-        "draft_vocab_size": config.get("draft_vocab_size") or config["vocab_size"],
+        "draft_vocab_size": config["vocab_size"],
         "aux_hidden_state_layer_ids": [i + 1 for i in config["dflash_config"]["target_layer_ids"]],
         "mask_token_id": config["dflash_config"]["mask_token_id"],
         "sample_from_anchor": False,
@@ -163,6 +170,7 @@ def card(
 def _measured(results: dict[str, Any]) -> list[str]:
     """The card's table of tau, prompt lookup beside it, and what the comparison says."""
     labels = {m["name"]: escape(m["label"]) for m in results["methods"]}
+    drafters = [m["name"] for m in results["methods"] if m.get("kind") == "drafter"]
     tasks = list(results["evaluation"].values())
     names = [n for n in labels if any(n in task["methods"] for task in tasks)]
     rows = ["| τ | " + " | ".join(f"{labels[n]} | before the text loops" for n in names) + " |"]
@@ -178,7 +186,7 @@ def _measured(results: dict[str, Any]) -> list[str]:
             ]
         rows.append(f"| {escape(task['label'])} ({task['prompts']}) | " + " | ".join(cells) + " |")
         taus = {name: found["tau"] for name, found in task["methods"].items()}
-        ahead += max((tau for name, tau in taus.items() if name != LOOKUP), default=0) > taus.get(LOOKUP, 0)
+        ahead += max((taus[name] for name in drafters if name in taus), default=0) > taus.get(LOOKUP, 0)
     settings, made = results.get("settings", {}), results.get("provenance", {})
     said = escape(", ".join(f"{key} {value}" for key, value in settings.items()))
     verdict = (

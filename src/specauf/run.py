@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -253,13 +255,20 @@ def set_horizon(trainer: Trainer) -> str:
     return f"max_steps {trainer.max_steps}"
 
 
-def heldout_evaluator(config: RunConfig, target: Target, prepared: Prepared) -> Callable[[DFlash], dict[str, float]]:
-    """Replay tau on held-out prompts, for the training log."""
-    where = Path(config.out) / "trajectories"
+def heldout_evaluator(
+    config: RunConfig, target: Target, prepared: Prepared, alone: bool = True
+) -> Callable[[DFlash], dict[str, float]]:
+    """Replay tau on held-out prompts, for the training log.
+
+    Not `alone`, as the ranks of a sharded target are, every rank records for itself and keeps nothing: they have to run the
+    target equally often, and would write the same files.
+    """
     prompts = render_prompts(
         target, load_task("heldout", data_dir=data_dir(config))[: config.eval.prompts], config.data.enable_thinking
     )
-    tasks = {"heldout": recorded(target, "Held-out chat", prompts, config.eval, config.drafter.block_size, where)}
+    with contextlib.nullcontext(config.out) if alone else tempfile.TemporaryDirectory() as out:
+        where = Path(out) / "trajectories"
+        tasks = {"heldout": recorded(target, "Held-out chat", prompts, config.eval, config.drafter.block_size, where)}
 
     def evaluate(drafter: DFlash) -> dict[str, float]:
         found, _ = measure(target, {"drafter": DrafterProposer(drafter, target)}, tasks)

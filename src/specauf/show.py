@@ -66,13 +66,13 @@ class Stream:
                 self.shown = len(text)
 
 
-def mismatches(target: Target, trained: Mapping[str, Any], enable_thinking: bool) -> list[str]:
-    """Why a drafter, by what its checkpoint says of its training, is measured off its distribution here."""
+def mismatches(target: Target, trained: Mapping[str, Any], enable_thinking: bool | None = None) -> list[str]:
+    """Why a drafter, by what its checkpoint says of its training, is measured off its distribution here; None: as it says."""
     assert target.tokenizer is not None
     found = []
     if trained.get("template_hash") not in (None, template_hash(target.tokenizer)):
         found.append("this drafter was trained under another chat template than this target's")
-    if trained.get("enable_thinking") not in (None, enable_thinking):
+    if enable_thinking is not None and trained.get("enable_thinking") not in (None, enable_thinking):
         found.append(f"this drafter was trained with enable_thinking={trained['enable_thinking']}")
     if trained.get("target_fingerprint") not in (None, target.fingerprint()):
         found.append("this drafter was trained for another target (the fingerprints differ)")

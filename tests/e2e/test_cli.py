@@ -139,6 +139,7 @@ def test_rollouts_are_training_data_and_a_drafter_goes_on_from_another(
         (["prepare", "{recipe}", "--set", "target.path=./nothing"], "no such directory: ./nothing"),
         (["rollout", "{recipe}", "--out", "x", "--samples", "2"], "2 samples at temperature 0"),
         (["rollout", "{recipe}", "--out", "x", "--temperature", "-1"], "temperature must be >= 0"),
+        (["generate", "prompt-lookup", "hi", "--lookup-first", "2"], "go with a drafter; prompt-lookup is none"),
         (["eval", "x", "--candidates", "0"], "candidates must be at least 1, got 0"),
         (["generate", "x", "hi", "--sampling.proposal", "sampled"], "proposal 'sampled'"),
         (["eval", "/no/such/drafter"], "is not a drafter checkpoint: config.json is missing"),

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from specauf.drafter.checkpoint import build_drafter, load_drafter, save_drafter
 from specauf.drafter.config import DominoHead
+from specauf.drafter.vocabulary import keep_tokens
 from specauf.export import export
 from specauf.strict import ConfigError, UserError
 from specauf.target import Target
@@ -55,6 +56,15 @@ def test_speculators_counts_taps_from_the_embedding_and_names_its_target(checkpo
     assert config["aux_hidden_state_layer_ids"] == [i + 1 for i in ours["dflash_config"]["target_layer_ids"]]
     assert config["speculators_config"]["verifier"]["name_or_path"] == "a/b"
     assert config["draft_vocab_size"] == config["transformer_layer_config"]["vocab_size"] == ours["vocab_size"]
+
+
+def test_a_drafter_with_its_own_vocabulary_is_for_no_engine(target: Target, tmp_path: Path) -> None:
+    drafter = build_drafter(make_geometry(target, draft_vocab_size=16), seed=1)
+    keep_tokens(drafter, torch.arange(16))
+    save_drafter(drafter, tmp_path / "drafter", TRAINED)
+    with pytest.raises(UserError, match=r"16 of the 61 tokens .* no engine reads"):
+        export(tmp_path / "drafter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def results(fingerprint: str, drafter: float = 1.2) -> dict[str, Any]:

@@ -250,6 +250,20 @@ def test_measuring_is_killed_and_goes_on(
     assert collect(study, tiny, Corpus(study, tiny, console).prepared(study.base))["scores"] == results["scores"]
 
 
+def test_another_recipes_recording_is_not_measured_as_this_ones(
+    whole: tuple[recipe.Study, dict[str, Any]], world: Path, tiny: Target
+) -> None:
+    tasks = content(world, whole[0].out)
+    tasks["base"]["eval"]["sampling"] = {"top_k": 5}
+    other = recipe.study_of(tasks, "test")
+    shutil.rmtree(other.out / "measured" / "wide-s0")
+    console = Quiet()
+    run_study(other, ["measure"], ["b"], tiny, console)
+    assert console.said[-1] == "not recorded yet, so not measured: birds at T=0, pairs at T=0"
+    run_study(whole[0], ["measure"], ["b"], tiny, console)
+    assert console.said[-1] == "finished cells are measured"
+
+
 def test_what_has_not_run_is_named(world: Path, tiny: Target, tmp_path: Path) -> None:
     study = recipe.study_of(content(world, tmp_path / "study"), "test")
     console = Quiet()

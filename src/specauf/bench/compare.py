@@ -12,7 +12,7 @@ from specauf import provenance
 from specauf.bench.runner import LiveCheck, Recorded, check_live, comparison, measure, recorded
 from specauf.bench.selection import selected
 from specauf.bench.tasks import describe_task, load_task, render_prompts
-from specauf.config import EvalConfig
+from specauf.config import EvalConfig, SamplingConfig
 from specauf.decode.propose import DrafterProposer, LookupFirst, PromptLookup
 from specauf.decode.replay import Replayable
 from specauf.decode.select import Selection
@@ -20,7 +20,7 @@ from specauf.drafter.checkpoint import load_drafter
 from specauf.drafter.dflash import DFlash
 from specauf.drafter.domino import Domino
 from specauf.files import atomic_write_text
-from specauf.strict import ConfigError, UserError
+from specauf.strict import ConfigError, UserError, require, to_dict
 from specauf.target import Target
 
 
@@ -72,6 +72,9 @@ def evaluate(
     """
     if live and config.sampling.temperature:
         raise ConfigError("--live compares token for token, so it needs temperature 0")
+    require(
+        config.max_new_tokens >= 2, "eval.max_new_tokens must be at least 2: the first is the prefill's, and no round"
+    )
     names, first = list(drafters), next(iter(drafters.values()))
     block, flag = first.config.block_size, _thinking(first)
     drafters = {name: drafter.to(target.device) for name, drafter in drafters.items()}
@@ -87,9 +90,11 @@ def evaluate(
         label: LookupFirst(DrafterProposer(drafters[n], target), lookup_first, lookup) for label, n in behind.items()
     }
     proposers["prompt-lookup"] = PromptLookup(lookup)
+    everything = {
+        task: load_task(task, tasks_dir=config.tasks_dir, data_dir=data_dir)[: config.prompts] for task in config.tasks
+    }
     tasks = {}
-    for task in config.tasks:
-        prompts = load_task(task, tasks_dir=config.tasks_dir, data_dir=data_dir)[: config.prompts]
+    for task, prompts in everything.items():
         label = describe_task(task, tasks_dir=config.tasks_dir).label
         with console.progress(f"recording the target on {label}", len(prompts)) as advance:
             rendered = render_prompts(target, prompts, flag)
@@ -113,13 +118,15 @@ def evaluate(
             **({"block size of prompt lookup": lookup} if lookup != block else {}),
             "new tokens": config.max_new_tokens,
             "prompts": config.prompts,
+            **_sampling(config.sampling),
         },
         "methods": [
             *(
                 {"name": n, "label": n, "kind": "drafter", "steps": d.config.extra.get("steps")}
                 for n, d in drafters.items()
             ),
-            *({"name": label, "label": label, "kind": "drafter"} for label in [*pools, *behind]),
+            *({"name": label, "label": label, "kind": "drafter"} for label in pools),
+            *({"name": label, "label": label, "kind": "both"} for label in behind),
             {"name": "prompt-lookup", "label": "prompt lookup", "kind": "lookup"},
         ],
         "evaluation": evaluation,
@@ -138,11 +145,18 @@ def evaluate(
         )
     passed = all(check["passed"] for check in results["checks"])
     for name, proposer in proposers.items():
-        for task, recording in tasks.items():
+        for recording in tasks.values():
             if live:
-                passed &= _live(target, name, proposer, task, recording, live, results, console)
+                passed &= _live(target, name, proposer, recording, live, config.sampling, results, console)
     atomic_write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
     return results, passed
+
+
+def _sampling(sampling: SamplingConfig) -> dict[str, Any]:
+    """The temperature, and what else is not as it is by default."""
+    usual, known = to_dict(SamplingConfig()), to_dict(sampling)
+    changed = {k.replace("_", " "): v for k, v in known.items() if v != usual[k] and k != "temperature"}
+    return {"temperature": sampling.temperature, **changed}
 
 
 def _name(path: Path) -> str:
@@ -155,16 +169,16 @@ def _live(
     target: Target,
     name: str,
     proposer: Replayable,
-    task: str,
     recording: Recorded,
     count: int,
+    sampling: SamplingConfig,
     results: dict[str, Any],
     console: Progress,
 ) -> bool:
     some = recording.trajectories[:count]
     with console.progress(f"{name} live on {recording.label}", len(some)) as advance:
-        one = check_live(target, proposer, some, recording.limit, on_done=lambda n: advance(n, ""))
-    many = check_live(target, proposer, recording.trajectories, recording.limit, batched=True)
+        one = check_live(target, proposer, some, recording.limit, sampling=sampling, on_done=lambda n: advance(n, ""))
+    many = check_live(target, proposer, recording.trajectories, recording.limit, sampling=sampling, batched=True)
     for how, check in (("batch 1", one), (f"batch {len(many.generations)}", many)):
         rounds = sum(len(g.rounds) for g in check.generations)
         told = f"{len(check.generations)} prompts, {rounds} rounds, {len(check.near_ties)} near ties"

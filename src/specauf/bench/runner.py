@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from specauf.config import EvalConfig, digest
+from specauf.config import EvalConfig, SamplingConfig, digest
 from specauf.decode.acceptance import before_loop, bootstrap, compare, prompt_taus, repeated_share, summarise
 from specauf.decode.generate import Generation, Round, generate
 from specauf.decode.propose import DrafterProposer, LookupFirst
@@ -206,10 +206,14 @@ def check_live(
     trajectories: Sequence[Trajectory],
     limit: int,
     *,
+    sampling: SamplingConfig | None = None,
     batched: bool = False,
     on_done: Callable[[int], None] | None = None,
 ) -> LiveCheck:
-    """Decode recorded prompts (T=0) live, and compare tokens with plain decoding and rounds with replay."""
+    """Decode recorded prompts (T=0) live, and compare tokens with plain decoding and with the recording, rounds with replay.
+
+    `sampling` is what they were recorded with.
+    """
     plain: list[Generation] = []
     live: list[Generation] = []
     groups = [list(trajectories)] if batched else [[t] for t in trajectories]
@@ -217,10 +221,10 @@ def check_live(
     for group in groups:
         prompts = [t.prompt for t in group]
         began = time.perf_counter()
-        plain += generate(target, None, prompts, max_new_tokens=limit, record_margins=True)
+        plain += generate(target, None, prompts, sampling=sampling, max_new_tokens=limit, record_margins=True)
         plain_seconds += time.perf_counter() - began
         began = time.perf_counter()
-        live += generate(target, proposer, prompts, max_new_tokens=limit)
+        live += generate(target, proposer, prompts, sampling=sampling, max_new_tokens=limit)
         live_seconds += time.perf_counter() - began
         if on_done:
             on_done(len(group))
@@ -232,7 +236,9 @@ def check_live(
     replay_seconds = time.perf_counter() - began
     check = LiveCheck(live, plain, live_seconds, plain_seconds, replay_seconds, prefill_seconds, [], [])
     for i, trajectory in enumerate(trajectories):
-        _compare_tokens(check, trajectory.id, live[i], plain[i])
+        _compare_tokens(check, f"{trajectory.id}: speculative and plain decoding", live[i].tokens, plain[i])
+        recording = trajectory.tokens[: len(plain[i].tokens)]
+        _compare_tokens(check, f"{trajectory.id}: the recording and plain decoding", recording, plain[i])
         if trajectory.tokens[: len(live[i].tokens)] == live[i].tokens:
             _compare_rounds(
                 check, target, proposer, trajectory, features[i] if features else None, live[i], replayed[i]
@@ -245,11 +251,11 @@ def _note(check: LiveCheck, text: str, margin: float) -> None:
     (check.problems if margin > MARGIN else check.near_ties).append(f"{text}, top-2 margin {margin:.2e}")
 
 
-def _compare_tokens(check: LiveCheck, name: str, live: Generation, plain: Generation) -> None:
-    if live.tokens != plain.tokens:
-        pairs = enumerate(zip(live.tokens, plain.tokens, strict=False))
-        at = next((i for i, (a, b) in pairs if a != b), min(len(live.tokens), len(plain.tokens)) - 1)
-        _note(check, f"{name}: speculative and plain decoding part at token {at}", plain.margins[at])
+def _compare_tokens(check: LiveCheck, names: str, tokens: list[int], plain: Generation) -> None:
+    if tokens != plain.tokens:
+        pairs = enumerate(zip(tokens, plain.tokens, strict=False))
+        at = next((i for i, (a, b) in pairs if a != b), min(len(tokens), len(plain.tokens) - 1))
+        _note(check, f"{names} part at token {at}", plain.margins[at])
 
 
 def _compare_rounds(
@@ -277,7 +283,7 @@ def _compare_rounds(
         ids = torch.tensor(trajectory.ids)[None].to(target.device)
         anchors = torch.tensor([[len(trajectory.prompt) + at.start]], device=target.device)
         everything = torch.arange(features.shape[0], device=target.device)[None]
-        context = proposer.drafter.context(features[None], everything)
+        context = proposer.drafter.context(features[None].to(proposer.drafter.fc.weight.dtype), everything)
         logits = proposer.one(ids, anchors, context, slot)
         top = logits.topk(2).values
         margin = float(top[0] - top[1])

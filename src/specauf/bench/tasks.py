@@ -194,7 +194,10 @@ def load_task(
         found = [_prompt(record["id"], record["turns"]) for record in assets.human_eval()]
     elif name == "heldout":
         if data_dir is None or not (data_dir / HELDOUT).is_file():
-            raise UserError("the task 'heldout' needs prepared data: run `specauf prepare` first")
+            raise UserError(
+                "the task 'heldout' needs prepared data: run `specauf prepare`, and give `specauf eval` the directory that it "
+                "prints as --data-dir"
+            )
         found = [BenchPrompt(p["id"], p["messages"]) for p in json.loads((data_dir / HELDOUT).read_text())]
     else:
         raise _unknown(name, tasks_dir)

@@ -50,6 +50,13 @@ class DrafterProposer:
     """
 
     def __init__(self, drafter: DFlash, target: Target, candidate_pool: int = 0) -> None:
+        for what in ("hidden_size", "vocab_size"):
+            have, want = getattr(drafter.config, what), int(getattr(target.config, what))
+            if have != want:
+                raise UserError(f"this drafter is for a target with {what} {have}; that of {target.name} is {want}")
+        deepest = max(drafter.config.target_layer_ids)
+        if deepest >= target.num_layers - 1:
+            raise UserError(f"this drafter reads layer {deepest} of its target; {target.name} has {target.num_layers}")
         self.drafter, self.target = drafter.eval(), target
         self.head = draft_head(drafter, target.head_weight, target.head_bias, target.softcap)
         if candidate_pool and not isinstance(drafter, Domino):
@@ -176,6 +183,8 @@ class PromptLookup:
     layer_ids: Sequence[int] = ()
 
     def __init__(self, block_size: int, longest: int = 3) -> None:
+        if block_size < 2:
+            raise UserError(f"prompt lookup needs a block size of at least 2, anchor included; got {block_size}")
         self.block_size, self.longest = block_size, longest
         self._seen: list[_Ngrams] = []
         self.matched: list[int] = []

@@ -257,9 +257,10 @@ def _lookups(results: Results) -> list[str]:
     tasks, methods = results["evaluation"], results["methods"]
     taus = {(m["name"], t): real(e["methods"].get(m["name"], {}).get("tau")) for m in methods for t, e in tasks.items()}
     lookups, sentences = [m["name"] for m in methods if m.get("kind") == "lookup"], []
+    rivals_of = {m["name"] for m in methods if m.get("kind") not in ("lookup", "both")}  # drafters by themselves
     for name in lookups:
         met = [t for t in tasks if taus[name, t] is not None]
-        best = [max((v for (n, u), v in taus.items() if u == t and n not in lookups and v), default=None) for t in met]
+        best = [max((v for (n, u), v in taus.items() if u == t and n in rivals_of and v), default=None) for t in met]
         rivals = f" (best drafter: {series([fixed(v) for v in best])})" if all(best) else ""
         reached = series([f"{fixed(taus[name, t])} on {task_label(results, t)}" for t in met])
         sentences += (

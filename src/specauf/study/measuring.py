@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -45,7 +46,7 @@ def measure_all(
     left, unrecorded = [], []
     for wanted in recordings:
         for task in study.base.eval.tasks:
-            about = describe(study, task, wanted.temperature)
+            about = describe(study, task, wanted.temperature, target)
             told = f"{task} at T={wanted.temperature:g}"
             if about is None:
                 unrecorded.append(told)
@@ -124,7 +125,7 @@ def check_live_all(study: Study, target: Target, part: str, console: Console) ->
     for subject in (*cells, *lookup_subjects(study, part)):
         for task in study.base.eval.tasks if study.live.prompts and subject else ():
             assert subject is not None
-            about = describe(study, task, 0.0)
+            about = describe(study, task, 0.0, target)
             if about is None or read_live(study, subject, task, about):
                 continue
             with claim(study.out / "measured" / subject.name) as mine:
@@ -157,7 +158,12 @@ def _check_live(
     some = [recorded[i] for i in chosen(about["clusters"], study.live.prompts)]
     with console.progress(f"decoding for real: {subject.name}, {about['label']}", len(some)) as advance:
         check = check_live(
-            target, _proposer(subject, target), some, study.live.tokens, on_done=lambda n: advance(n, "")
+            target,
+            _proposer(subject, target),
+            some,
+            study.live.tokens,
+            sampling=dataclasses.replace(study.base.eval.sampling, temperature=0.0),
+            on_done=lambda n: advance(n, ""),
         )
     found = {
         "key": _live_key(study, subject, about),

@@ -262,6 +262,12 @@ def _check(study: Study, where: str) -> None:
         if content in seen:
             raise ConfigError(f"{at} is the same run as methods.{seen[content]}: name one of them in both parts")
         seen[content] = name
+    primary, first = next(iter(study.parts.items()))
+    require(
+        study.live.tokens <= first.max_new_tokens or not study.live.prompts,
+        f"{where}: live.tokens is {study.live.tokens}, which parts.{primary} with max_new_tokens {first.max_new_tokens} does "
+        "not record",
+    )
 
 
 def _check_shared(base: RunConfig, config: RunConfig, at: str) -> None:

@@ -25,14 +25,18 @@ from specauf.study.training import Console
 from specauf.target import Target
 
 
-def describe(study: Study, task: str, temperature: float) -> dict[str, Any] | None:
+def describe(study: Study, task: str, temperature: float, target: Target | None = None) -> dict[str, Any] | None:
     """What is recorded of a task at a temperature; None when nothing is.
 
+    With `target`, also None when it is a recording of another target, other prompts or another sampling than the recipe's.
     Keys: `key` (digest of the tokens), `recording` (the fields of `Recording`), `made_of` (digest of target, prompts and
     sampling), `label`, `clusters` (conversation number of each trajectory), `repeated_share`.
     """
     path = _path(study, task, temperature)
     found: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
+    if found and target:
+        made_of = _made_of(study, target, _prompts(study, task), Recording(**found["recording"]))
+        return found if found["made_of"] == made_of else None
     return found
 
 

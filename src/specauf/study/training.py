@@ -133,10 +133,12 @@ def _train(study: Study, target: Target, corpus: Corpus, cell: Cell, console: Co
     run = open_run(config, target, prepared, corpus.features(config))
     if not run.trainer.done:
         run.trainer.max_steps = horizon
-        (cell.out / "log.jsonl").unlink(missing_ok=True)  # of a process that died before its first checkpoint
     evaluate = None
     if config.train.eval_every:  # the held-out recordings are the study's: every cell replays the same
-        evaluate = heldout_evaluator(dataclasses.replace(config, out=str(study.out)), target, prepared)
+        with turn(
+            study.out / "heldout", lambda: console.say("another process records the held-out prompts: waiting for it")
+        ):
+            evaluate = heldout_evaluator(dataclasses.replace(config, out=str(study.out)), target, prepared)
     with console.progress(
         f"training {cell.name}, {run.trainer.max_steps} steps", run.trainer.max_steps or 0
     ) as advance:
@@ -160,14 +162,17 @@ def steps_of(study: Study, target: Target, corpus: Corpus, cell: Cell, console: 
     with turn(study.out / "calibration", lambda: console.say("another process is calibrating: waiting for it")):
         path = study.out / CALIBRATION
         known: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-        if cell.method not in known:
+        other = study.config(method.minutes_as, cell.seed)
+        both = [to_dict(study.config(name, 0)) for name in (cell.method, method.minutes_as)]
+        of = digest([{k: v for k, v in config.items() if k not in ("out", "eval")} for config in both])
+        if known.get(cell.method, {}).get("of") != of:
             console.say(f"calibrating {cell.method} against {method.minutes_as}: alternating steps, undone afterwards")
-            other = study.config(method.minutes_as, cell.seed)
             trainers = [_bare_trainer(target, corpus, config) for config in (cell.config, other)]
             mine, theirs = calibrate(trainers, steps=10)
             steps = other.train.max_steps or 0
             known[cell.method] = {
                 "as": method.minutes_as,
+                "of": of,
                 "seconds_per_step": mine,
                 "seconds_per_step_of_other": theirs,
                 "steps_of_other": steps,

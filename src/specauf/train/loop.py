@@ -11,9 +11,11 @@ import json
 import logging
 import math
 import re
+import signal
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -277,12 +279,16 @@ class Trainer:
         on_step: Callable[[dict[str, Any]], None] | None = None,
         evaluate: Callable[[DFlash], dict[str, float]] | None = None,
     ) -> None:
-        """Train to `max_steps`, logging every step; on Ctrl-C the state is saved before the interrupt goes on."""
+        """Train to `max_steps`, logging every step. Ctrl-C ends it after the step under way, with the state saved; a second
+        one ends it at once."""
         train = self.config.train
-        journal = (self.out / "log.jsonl").open("a") if self.out else contextlib.nullcontext()
-        with journal as file:
+        # A log without a checkpoint is of a process that died before its first one, or is not to be gone on with.
+        journal = (self.out / "log.jsonl").open("a" if self.done else "w") if self.out else contextlib.nullcontext()
+        with journal as file, interrupts() as asked:
             try:
                 while self.done < (self.max_steps or 0):
+                    if any(self.ranks.gather(bool(asked))):  # every rank stops at the same step
+                        raise KeyboardInterrupt
                     row = self.step()
                     if evaluate and train.eval_every and self.done % train.eval_every == 0:
                         row.update(evaluate(self.drafter))
@@ -294,11 +300,34 @@ class Trainer:
                     if self.out and self.done % train.save_every == 0:
                         checkpoint.save(self, self.out)
             except KeyboardInterrupt:
-                if self.out:
+                if self.out and len(asked) < 2:
                     checkpoint.save(self, self.out)
                 raise
         if self.out:
             checkpoint.save(self, self.out)
+        if asked:  # during the last step: the run is whole, what comes after it is not wanted
+            raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def interrupts() -> Iterator[list[int]]:
+    """The Ctrl-C of this block, collected instead of raised but for the second: a step is taken whole, or not at all."""
+    asked: list[int] = []
+
+    def ask(number: int, frame: object) -> None:
+        asked.append(number)
+        if len(asked) > 1:
+            raise KeyboardInterrupt
+
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # somebody else's, or ignored
+        yield asked
+        return
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def calibrate(trainers: Sequence[Trainer], steps: int = 6, warmup: int = 2) -> list[float]:
@@ -308,7 +337,7 @@ def calibrate(trainers: Sequence[Trainer], steps: int = 6, warmup: int = 2) -> l
     """
     seconds: list[list[float]] = [[] for _ in trainers]
     kept = [
-        ({k: v.clone() for k, v in t.drafter.state_dict().items()}, t.done, t.max_steps, t.seconds, t.survival)
+        ({k: v.clone() for k, v in t.drafter.state_dict().items()}, t.done, t.max_steps, t.seconds, dict(t.survival))
         for t in trainers
     ]
     for trainer in trainers:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
-from tests.conftest import make_geometry
+from tests.conftest import make_geometry, make_target
 
+from specauf.bench.runner import check_live
 from specauf.config import SamplingConfig
 from specauf.decode.generate import Round, generate
 from specauf.decode.propose import DrafterProposer, LookupFirst, PromptLookup, Proposer
@@ -142,3 +144,25 @@ def test_lookup_first_copies_where_enough_tokens_match_and_asks_the_drafter_else
     assert [both.asks_drafter(row) for row in ids.tolist()] == [False, True, True]
     with pytest.raises(UserError, match="ngram 0"):
         LookupFirst(drafter, 0)
+
+
+def test_a_drafter_of_another_target_is_refused(target: Target) -> None:
+    other = make_target(hidden=48)
+    with pytest.raises(UserError, match="hidden_size 48; that of tiny is 32"):
+        DrafterProposer(DFlash(make_geometry(other)), target)
+    deep = DFlash(dataclasses.replace(make_geometry(target), target_layer_ids=(1, 4)))
+    with pytest.raises(UserError, match="reads layer 4 of its target; tiny has 5"):
+        DrafterProposer(deep, make_target(layers=5))
+    with pytest.raises(UserError, match="block size of at least 2"):
+        PromptLookup(1)
+
+
+def test_a_live_check_compares_with_the_recording_under_its_sampling(target: Target, prompts: list[list[int]]) -> None:
+    sampling = SamplingConfig(repetition_penalty=1.5)
+    numbered = [(str(i), p) for i, p in enumerate(prompts[:3])]
+    made = record(target, numbered, limit=12, block_size=5, sampling=sampling)
+    drafter = DrafterProposer(DFlash(make_geometry(target)), target)
+    right = check_live(target, drafter, made, 12, sampling=sampling)
+    assert not right.problems and not right.near_ties
+    wrong = check_live(target, drafter, made, 12)
+    assert any("the recording and plain decoding part at token" in told for told in wrong.problems)

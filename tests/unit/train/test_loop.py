@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -190,7 +192,7 @@ def test_an_objective_that_cannot_be_is_refused_before_anything_is_loaded(sectio
 def test_calibration_leaves_no_trace(target: Target, dataset: TokenDataset) -> None:
     calibrated, plain = make(target, dataset), make(target, dataset)
     assert all(seconds > 0 for seconds in calibrate([calibrated, make(target, dataset, objective="decay")], 2, 1))
-    assert calibrated.done == 0
+    assert calibrated.done == 0 and not calibrated.survival
     assert calibrated.step()["loss"] == plain.step()["loss"]
     assert calibrated.step()["loss"] == plain.step()["loss"]
 
@@ -227,3 +229,43 @@ def test_checkpoints_say_how_they_were_trained(target: Target, dataset: TokenDat
         and extra["template_hash"] == "abc"
     )
     assert extra["enable_thinking"] is False and extra["target_fingerprint"] == target.fingerprint()
+
+
+def test_ctrl_c_ends_the_run_after_a_whole_step(target: Target, dataset: TokenDataset, tmp_path: Path) -> None:
+    trainer = make(target, dataset, tmp_path, max_steps=4)
+    take = trainer.step
+
+    def interrupted() -> dict[str, Any]:
+        if trainer.done == 1:
+            signal.raise_signal(signal.SIGINT)
+        return take()
+
+    trainer.step = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(evaluate=lambda drafter: {"replay_tau": 1.0})
+    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [1, 2]
+    again = make(target, dataset, tmp_path, max_steps=4)
+    assert checkpoint.resume(again, tmp_path) and again.done == 2
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_ctrl_c_saves_nothing(target: Target, dataset: TokenDataset, tmp_path: Path) -> None:
+    trainer = make(target, dataset, tmp_path, max_steps=4)
+
+    def twice() -> dict[str, Any]:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("the second one is not waited for")
+
+    trainer.step = twice  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert not (tmp_path / "checkpoint").exists()
+
+
+def test_the_log_of_a_run_that_left_no_checkpoint_begins_anew(
+    target: Target, dataset: TokenDataset, tmp_path: Path
+) -> None:
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"st')
+    make(target, dataset, tmp_path, max_steps=2).run()
+    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [1, 2]
