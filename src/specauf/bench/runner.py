@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import time
@@ -79,7 +80,7 @@ def recorded(
     """Trajectories from `cache`, or recorded into it; keyed by target, prompts, sampling, length and block size.
 
     A recording that was killed goes on where it stood. `block_size` is the largest that is to be replayed: a smaller
-    one makes the same rounds over it.
+    one makes the same rounds over it, so a recording for larger blocks is taken where there is one.
     """
     if not prompts:
         raise UserError(f"the task {label!r} has no prompts")
@@ -92,7 +93,7 @@ def recorded(
         "limit": limit,
         "block_size": block_size,
     }
-    directory = cache / f"trajectories-{digest(meta)}"
+    directory = _covering(cache, meta) or cache / f"trajectories-{digest(meta)}"
     parts = directory.with_name(f"{directory.name}.parts")
     if not directory.is_dir():
         found = record(
@@ -109,6 +110,18 @@ def recorded(
     shutil.rmtree(parts, ignore_errors=True)
     clusters = [i for i, d in enumerate(dialogues) for _ in range(1 + len(d.later))]
     return Recorded(label, load_trajectories(directory)[0], limit, clusters)
+
+
+def _covering(cache: Path, meta: Mapping[str, Any]) -> Path | None:
+    """A recording in `cache` that differs from what is wanted in nothing but a block size that is larger."""
+    for path in sorted(cache.glob("trajectories-*/meta.json")):
+        other = json.loads(path.read_text())
+        if (
+            all(other.get(k) == v for k, v in meta.items() if k != "block_size")
+            and other["block_size"] >= meta["block_size"]
+        ):
+            return path.parent
+    return None
 
 
 def _identity(dialogue: Dialogue) -> list[Any]:

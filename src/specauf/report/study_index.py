@@ -209,8 +209,16 @@ def absent(results: Results, part: dict[str, Any]) -> dict[str, dict[str, list[s
         name, _, seed = cell.rpartition("-s")
         wanted.append((name or cell, seed if name else ""))
     found: dict[str, dict[str, list[str]]] = {"missing": {}, "training": {}, "unmeasured": {}}
+    begun = {  # measured somewhere: `unmeasured` says where not
+        (s.get("method"), str(seed))
+        for s in results.get("scores") or []
+        if s.get("part") == part.get("key")
+        for seed in s.get("seeds") or []
+    }
     for name, seed in dict.fromkeys(wanted):
         state = states.get((name, seed), "missing")
+        if state == "done" and (name, seed) in begun:
+            continue
         kind = {"done": "unmeasured", "training": "training"}.get(state, "missing")
         found[kind].setdefault(name, []).append(seed)
     return found

@@ -174,6 +174,7 @@ def test_what_a_recording_is_keyed_by(
     alone = [dialogues[1]]
     assert fresh(alone) and not fresh([alone[0][:2]]), "a single answer is keyed by its id and prompt alone"
     assert fresh(dialogues[:1]) and fresh([dialogues[0]._replace(later=("else",))])
+    assert not fresh(alone, block=BLOCK - 1), "a longer recording serves a smaller block"
     assert fresh(alone, block=BLOCK + 1) and fresh(alone, dataclasses.replace(PLAN, max_new_tokens=LIMIT + 1))
     assert fresh(alone, dataclasses.replace(PLAN, sampling=SamplingConfig(1.0)))
 
