@@ -105,6 +105,21 @@ def test_one_verdict_decides_its_claims_alone(key: str, verdict: str, changed: d
     assert verdicts(study(**{key: verdict})) == only(**changed)
 
 
+def test_a_position_prior_that_does_as_well_is_named() -> None:
+    results = study(auf__first_1__0__macro="undecided")
+    results["comparisons"] = [r for r in results["comparisons"] if r["b"] != "decay-g2"]
+    for row in results["comparisons"]:
+        if row["b"] in PRIORS:
+            row |= {"seeds": 1, "noise_floor": 0.06}
+    told = claims(results)[6]
+    assert told["verdict"] == "undecided" and len(told["evidence"]) == 5
+    assert "first-1 +0.010 (undecided)" in told["because"] and "as much as 0.060 from seed to seed" in told["because"]
+    assert told["because"].endswith("; not run: decay-g2")
+    results = study()
+    results["comparisons"] = [r for r in results["comparisons"] if r["b"] != "decay-g2"]
+    assert claims(results)[6]["verdict"] == "undecided", "all of those that were run, but not all"
+
+
 def test_missing_comparisons_are_not_run() -> None:
     results = study()
     results["comparisons"] = [r for r in results["comparisons"] if r["temperature"] == "0" and r["a"] != "f-auf"]

@@ -115,9 +115,27 @@ def base_branch(results: Results) -> Found:
 
 
 def beyond_priors(results: Results) -> Found:
-    """AUF above every fixed weighting of positions, the tuned ones and the first slots alone among them."""
-    indices = [find(results, "auf", name, "0", MACRO) for name in PRIORS]
-    return _decide(results, indices, {"better"}, {"worse", "equivalent"}, "AUF against weights by position")
+    """AUF above every fixed weighting of positions, the tuned ones and the first slots alone among them.
+
+    Each is told by name, since one of them that does as well says more than how many do not.
+    """
+    labels = {m["name"]: m.get("label", m["name"]) for m in results["methods"]}
+    found = {name: find(results, "auf", name, "0", MACRO) for name in PRIORS}
+    known = {name: i for name, i in found.items() if i is not None}
+    if not known:
+        return Found("not run", "AUF is compared with no weights by position")
+    rows = {name: results["comparisons"][i] for name, i in known.items()}
+    each = [f"{labels.get(n, n)} {row['difference']:+.3f} ({row['verdict']})" for n, row in rows.items()]
+    because = f"AUF's macro-average tau, less that of {', '.join(each)}"
+    if floors := [row["noise_floor"] for row in rows.values() if row["seeds"] == 1 and row["noise_floor"]]:
+        because += f"; two single runs differ by as much as {max(floors):.3f} from seed to seed"
+    if absent := [labels.get(name, name) for name in PRIORS if name not in known]:
+        because += f"; not run: {', '.join(absent)}"
+    verdicts = {standing(row) for row in rows.values()}
+    if verdicts & {"worse", "equivalent"}:
+        return Found("not reproduced", because, list(known.values()))
+    sure = verdicts == {"better"} and not absent
+    return Found("reproduced" if sure else "undecided", because, list(known.values()))
 
 
 def equal_time(results: Results) -> Found:
