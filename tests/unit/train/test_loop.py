@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,15 @@ def test_checkpoints_say_how_they_were_trained(target: Target, dataset: TokenDat
     assert extra["enable_thinking"] is False and extra["target_fingerprint"] == target.fingerprint()
 
 
+@pytest.fixture
+def foreground() -> Iterator[None]:
+    """As on a terminal: a shell starts what runs in its background with Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("foreground")
 def test_ctrl_c_ends_the_run_after_a_whole_step(target: Target, dataset: TokenDataset, tmp_path: Path) -> None:
     trainer = make(target, dataset, tmp_path, max_steps=4)
     take = trainer.step
@@ -249,6 +259,7 @@ def test_ctrl_c_ends_the_run_after_a_whole_step(target: Target, dataset: TokenDa
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.usefixtures("foreground")
 def test_a_second_ctrl_c_saves_nothing(target: Target, dataset: TokenDataset, tmp_path: Path) -> None:
     trainer = make(target, dataset, tmp_path, max_steps=4)
 
