@@ -16,7 +16,7 @@ import tyro
 
 from specauf import config as configuration
 from specauf.config import EvalConfig, SamplingConfig, TargetConfig
-from specauf.console import Terminal, print_results
+from specauf.console import Terminal, print_results, quiet_transformers
 from specauf.data.rollouts import RolloutConfig
 from specauf.data.sources import Ledger
 from specauf.strict import ConfigError, UserError, choose, require
@@ -302,17 +302,18 @@ class Demo:
     def run(self, terminal: Terminal) -> int:
         from specauf import assets
         from specauf.demo import DEMO, run_demo
+        from specauf.report import page
 
         choose(self.drafter, ("dflash", "domino"), "drafter")
         require(self.minutes >= 2, f"--minutes must be at least 2, got {self.minutes:g}")
         out = self.out or Path("runs") / f"demo-{self.drafter}-b{self.block_size}-{self.minutes:g}min"
         kind = [f"drafter.block_size={self.block_size}", f"drafter.kind={self.drafter}"]
         base = configuration.override(DEMO, [f"out={out}", *kind, *self.set])
-        _quiet_transformers()
+        quiet_transformers()
         terminal.say("assets: the target (93 MB to download once), the corpus (27 MB), the prompts")
         assets.smollm2(), assets.sharegpt(), assets.human_eval()
         index = run_demo(base, self.minutes, terminal)
-        print_results(terminal, _read_results(index))
+        print_results(terminal, page.read(index.parent))
         terminal.say(f"\nthe page: {index}")
         return 0
 
@@ -361,15 +362,8 @@ class Doctor:
 def _target(config: TargetConfig) -> Target:
     from specauf.target import Target
 
-    _quiet_transformers()
+    quiet_transformers()
     return Target.load(config)
-
-
-def _read_results(index: Path) -> dict[str, Any]:
-    from specauf.report import page
-
-    found: dict[str, Any] = page.read(index.parent / "results.json")
-    return found
 
 
 def _verbs() -> Any:
@@ -379,14 +373,6 @@ def _verbs() -> Any:
         named = Annotated[verb, tyro.conf.subcommand(verb.__name__.lower())]  # type: ignore[valid-type]
         union = named if union is None else union | named
     return union
-
-
-def _quiet_transformers() -> None:
-    """Its weight-loading bars and notices are not this program's output."""
-    from transformers.utils import logging as notices
-
-    notices.set_verbosity_error()
-    notices.disable_progress_bar()
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -72,3 +72,11 @@ def print_results(terminal: Terminal, results: dict[str, Any]) -> None:
         terminal.say(f"{'ok' if check['passed'] else 'FAILED'}: {check['name']}: {check['value']}")
     for item in results.get("speedups", []):
         terminal.say(f"{item['name']}: {item['ratio']:.1f} times faster ({item['note']})")
+
+
+def quiet_transformers() -> None:
+    """Its weight-loading bars and notices are not this program's output."""
+    from transformers.utils import logging as notices
+
+    notices.set_verbosity_error()
+    notices.disable_progress_bar()

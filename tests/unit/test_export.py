@@ -67,6 +67,12 @@ def test_a_drafter_with_its_own_vocabulary_is_for_no_engine(target: Target, tmp_
     assert not (tmp_path / "out").exists()
 
 
+def test_a_studys_results_are_no_table_for_a_card(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text('{"kind": "study", "title": "t", "methods": [], "parts": []}')
+    with pytest.raises(UserError, match="is not of `specauf eval`"):
+        export(checkpoint, tmp_path / "out", results=tmp_path / "results.json")
+
+
 def results(fingerprint: str, drafter: float = 1.2) -> dict[str, Any]:
     one = {"interval": [drafter - 0.1, drafter + 0.1], "tau_before_loop": 1.1}
     methods = {"mine": {"tau": drafter, **one}, "prompt-lookup": {"tau": 1.5, **one}}

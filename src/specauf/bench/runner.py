@@ -113,7 +113,7 @@ def recorded(
 
 
 def _covering(cache: Path, meta: Mapping[str, Any]) -> Path | None:
-    """A recording in `cache` that differs from what is wanted in nothing but a block size that is larger."""
+    """A recording in `cache` that differs from what is wanted in its block size alone, which is as large or larger."""
     for path in sorted(cache.glob("trajectories-*/meta.json")):
         other = json.loads(path.read_text())
         if (

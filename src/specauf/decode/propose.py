@@ -229,7 +229,7 @@ class LookupFirst:
 
     def start(self, rows: int, max_length: int) -> None:
         self.lookup.start(rows, max_length)
-        self.drafter.start(rows, max_length + self.block_size)
+        self.drafter.start(rows, max_length)
 
     def observe(self, features: Tensor, positions: Tensor) -> None:
         self.drafter.observe(features, positions)
