@@ -144,6 +144,8 @@ class Roller:
 
 Planned = tuple[str, list[Sample]]
 """Why a conversation is dropped (or nothing), and its samples."""
+Answered = tuple[list[int], list[int], str, list[Message]]
+"""Ids, mask, stop and messages of a `Sample` that has ended."""
 
 
 def rollout(
@@ -158,9 +160,10 @@ def rollout(
 ) -> TokenDataset:
     """Answer `conversations` (in training order, from the corpus that was prepared as `source`) into the directory `out`.
 
-    Goes on at the first missing part when `out` was begun with the same settings, `drafter` (a digest) among them. With
-    `max_tokens`, the conversations are the shortest prefix with that many generated tokens. Raises `UserError` when
-    `out` was begun with other settings or holds something else, or when nothing is left to train on.
+    Answers that `out` has already are taken as they are, when it was begun with the same settings, `drafter` (a digest)
+    among them. With `max_tokens`, the conversations are the shortest prefix with that many generated tokens; an
+    unfinished directory goes on with another `max_tokens` too. Raises `UserError` when `out` was begun with other
+    settings or holds something else, or when nothing is left to train on.
     """
     plan = roller.plan
     made_of = {
@@ -174,14 +177,17 @@ def rollout(
     if (out / META).is_file():
         return TokenDataset.load(out)
     planned, queue = list[Planned](), _plan(roller, conversations)
-    tokens = number = 0
-    seconds = 0.0
+    found, seconds = _answered(out / PARTS)
+    tokens = 0
     while window := _window(queue, planned, plan, tokens, roller.data.max_length):
         for batch in (window[i : i + plan.batch_size] for i in range(0, len(window), plan.batch_size)):
-            spent, reused = _part(roller, out / PARTS / f"{number:05d}", batch)
-            tokens, seconds, number = tokens + _generated(batch), seconds + spent, number + 1
+            for sample in batch:
+                if told := found.get(sample.uid):
+                    sample.ids, sample.mask, sample.stop, sample.messages = told
+            spent = _part(roller, out / PARTS, [s for s in batch if not s.stop])
+            tokens, seconds = tokens + _generated(batch), seconds + spent
             if on_progress:
-                on_progress(len(batch), _generated(batch), 0.0 if reused else spent)
+                on_progress(len(batch), _generated(batch), spent)
     kept = _settle(planned, len(conversations), ledger, plan.max_tokens)
     if not kept:
         raise UserError("\n".join([f"{out}: no rollout is left to train on", *ledger.lines()]))
@@ -202,17 +208,24 @@ def rollout(
 
 
 def _claim(out: Path, made_of: dict[str, Any]) -> None:
-    """Write the settings into a new directory, or make sure that it was begun with them."""
+    """Write the settings into a new directory, or make sure that it was begun with them.
+
+    How many tokens are wanted may change until the rollouts are finished: each number takes a prefix of the same samples.
+    """
     path = out / SETTINGS
-    if not path.is_file():
-        if out.exists() and any(out.iterdir()):
-            raise UserError(f"{out} holds something else than rollouts: choose another --out")
+    found: dict[str, Any] = {}
+    if path.is_file():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        free = () if (out / META).is_file() else ("max_tokens",)
+        changed = [
+            f"{k} {found.get(k)!r}, now {v!r}" for k, v in made_of.items() if found.get(k) != v and k not in free
+        ]
+        if changed:
+            raise UserError(f"{out} was begun with {'; '.join(changed)}: repeat that command, or choose another --out")
+    elif out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} holds something else than rollouts: choose another --out")
+    if found != made_of:
         atomic_write_text(path, json.dumps(made_of, indent=1) + "\n")
-        return
-    found = json.loads(path.read_text(encoding="utf-8"))
-    changed = [f"{key} {found.get(key)!r}, now {value!r}" for key, value in made_of.items() if found.get(key) != value]
-    if changed:
-        raise UserError(f"{out} was begun with {'; '.join(changed)}: repeat that command, or choose another --out")
 
 
 def _question(messages: Sequence[Message]) -> list[Message]:
@@ -252,25 +265,34 @@ def _window(
     return sorted(window, key=lambda s: len(s.pending))
 
 
-def _part(roller: Roller, directory: Path, batch: list[Sample]) -> tuple[float, bool]:
-    """Answer the batch, or read the answers that `directory` has. Returns (seconds it took, whether they were there)."""
-    try:
-        part = TokenDataset.load(directory)
-    except UserError:  # not there, or cut by a kill
-        began = time.perf_counter()
-        roller.roll(batch)
-        seconds = time.perf_counter() - began
-        told = [{"stop": s.stop, "messages": _plain(s.messages)} for s in batch]
-        directory.mkdir(parents=True, exist_ok=True)
-        rows = [_row(s) for s in batch]
-        TokenDataset.from_rows(rows, {"key": directory.name, "seconds": seconds, "samples": told}).save(directory)
-        return seconds, False
-    if part.uid.tolist() != [s.uid for s in batch]:
-        raise UserError(f"{directory} answers other samples than planned: delete {directory.parent.parent} and repeat")
-    for i, (sample, told) in enumerate(zip(batch, part.meta["samples"], strict=True)):
-        sample.ids, sample.mask = part[i].input_ids.tolist(), part[i].loss_mask.int().tolist()
-        sample.stop, sample.messages = told["stop"], [Message(**m) for m in told["messages"]]
-    return float(part.meta["seconds"]), True
+def _part(roller: Roller, parts: Path, batch: list[Sample]) -> float:
+    """Answer the batch, if there is anything in it, and keep the answers. Returns the seconds it took."""
+    if not batch:
+        return 0.0
+    began = time.perf_counter()
+    roller.roll(batch)
+    seconds = time.perf_counter() - began
+    directory = parts / digest([s.uid for s in batch])
+    directory.mkdir(parents=True, exist_ok=True)
+    told = [{"stop": s.stop, "messages": _plain(s.messages)} for s in batch]
+    meta = {"key": directory.name, "seconds": seconds, "samples": told}
+    TokenDataset.from_rows([_row(s) for s in batch], meta).save(directory)
+    return seconds
+
+
+def _answered(parts: Path) -> tuple[dict[int, Answered], float]:
+    """The samples that the parts of an earlier run answer, by uid, and the seconds that they took."""
+    found, seconds = dict[int, Answered](), 0.0
+    for directory in sorted(parts.iterdir()) if parts.is_dir() else []:
+        try:
+            part = TokenDataset.load(directory)
+        except UserError:  # cut by a kill
+            continue
+        seconds += float(part.meta["seconds"])
+        for i, (uid, told) in enumerate(zip(part.uid.tolist(), part.meta["samples"], strict=True)):
+            row, messages = part[i], [Message(**m) for m in told["messages"]]
+            found[uid] = (row.input_ids.tolist(), row.loss_mask.int().tolist(), told["stop"], messages)
+    return found, seconds
 
 
 def _settle(planned: Sequence[Planned], total: int, ledger: Ledger, max_tokens: int | None) -> list[Sample]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+from collections.abc import Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from specauf.data.rollouts import RolloutConfig, rollout_meta
 from specauf.data.sources import Ledger
 from specauf.decode.generate import generate
 from specauf.decode.propose import PromptLookup
-from specauf.decode.rollout import PARTS, SHORT, TEXT, Roller, rollout
+from specauf.decode.rollout import PARTS, SHORT, TEXT, Roller, Sample, rollout
 from specauf.strict import UserError
 from specauf.target import Target
 
@@ -193,7 +194,8 @@ def test_a_killed_run_goes_on_at_the_first_missing_part_to_the_same_bytes(
         world.roll(plan, on_progress=kill)
     with pytest.raises(UserError, match="not finished"):
         rollout_meta(str(world.out / "out"))
-    (world.out / "out" / PARTS / "00002" / META).unlink()  # as if killed while writing the third
+    third = max((world.out / "out" / PARTS).iterdir(), key=lambda part: part.stat().st_mtime_ns)
+    (third / META).unlink()  # as if killed while writing it
     seconds: list[float] = []
     data = world.roll(plan, on_progress=lambda samples, tokens, spent: seconds.append(spent))
     assert [s > 0 for s in seconds[:3]] == [False, False, True] and len(seconds) > 3
@@ -201,6 +203,29 @@ def test_a_killed_run_goes_on_at_the_first_missing_part_to_the_same_bytes(
         assert (world.out / "out" / name).read_bytes() == (world.root / whole / name).read_bytes(), name
     assert not (world.out / "out" / PARTS).exists()
     assert rows(world.roll(plan, on_progress=kill)) == rows(data), "finished: read, not made again"
+
+
+def test_an_unfinished_run_goes_on_with_more_tokens_or_fewer_and_repeats_no_answer(
+    world: World, sampled: TokenDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rolled, roll = list[int](), Roller.roll
+
+    def count(roller: Roller, batch: Sequence[Sample]) -> None:
+        rolled.extend(s.uid for s in batch)
+        roll(roller, batch)
+
+    def kill(samples: int, tokens: int, seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Roller, "roll", count)
+    for wanted in (10_000, 200):
+        with pytest.raises(KeyboardInterrupt):
+            world.roll(dataclasses.replace(SAMPLED, max_tokens=wanted), on_progress=kill)
+    some = world.roll(dataclasses.replace(SAMPLED, max_tokens=100))
+    assert rows(some) == rows(sampled)[: len(some)] and some.meta["rollout"]["max_tokens"] == 100
+    assert len(set(rolled)) == len(rolled) and set(rolled) >= set(some.uid.tolist())
+    with pytest.raises(UserError, match="begun with max_tokens 100, now 200"):
+        world.roll(dataclasses.replace(SAMPLED, max_tokens=200))
 
 
 def test_held_out_conversations_never_appear_and_their_prompts_come_along(world: World, greedy: TokenDataset) -> None:
