@@ -123,8 +123,9 @@ def run_demo(base: RunConfig, minutes: float, console: Console) -> Path:
     block = base.drafter.block_size
     proposers: dict[str, Replayable] = {name: DrafterProposer(drafter, target) for name, drafter in drafters.items()}
     proposers["prompt-lookup"] = PromptLookup(block)
-    console.say("replaying every drafter over the recorded trajectories")
-    evaluation, rounds = measure(target, proposers, tasks)
+    trajectories = sum(len(task.trajectories) for task in tasks.values())
+    with console.progress("replaying every drafter", trajectories * len(proposers)) as advance:
+        evaluation, rounds = measure(target, proposers, tasks, advance)
     compared = comparison(tasks, rounds, "auf", "decay", "equal time")
     compared += comparison(tasks, rounds, EQUAL_STEPS, "decay", "equal steps")
     live = _decode_live(target, proposers["auf"], tasks, base.eval.sampling, console)

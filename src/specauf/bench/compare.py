@@ -78,7 +78,8 @@ def evaluate(
     names, first = list(drafters), next(iter(drafters.values()))
     block, flag = first.config.block_size, _thinking(first)
     drafters = {name: drafter.to(target.device) for name, drafter in drafters.items()}
-    proposers: dict[str, Replayable] = {n: DrafterProposer(d, target) for n, d in drafters.items()}
+    alone = {n: DrafterProposer(d, target) for n, d in drafters.items()}
+    proposers: dict[str, Replayable] = {**alone}
     causal = [n for n, d in drafters.items() if isinstance(d, Domino)] if candidate_pool else []
     pools = {f"{n}, pool {candidate_pool}": n for n in causal}
     proposers |= {label: DrafterProposer(drafters[n], target, candidate_pool) for label, n in pools.items()}
@@ -86,9 +87,7 @@ def evaluate(
         raise ConfigError("--candidate-pool is for Domino drafters, and none of these is one")
     lookup = lookup_block or block
     behind = {f"{n}, lookup first": n for n in names} if lookup_first else {}
-    proposers |= {
-        label: LookupFirst(DrafterProposer(drafters[n], target), lookup_first, lookup) for label, n in behind.items()
-    }
+    proposers |= {label: LookupFirst(alone[n], lookup_first, lookup) for label, n in behind.items()}
     proposers["prompt-lookup"] = PromptLookup(lookup)
     everything = {
         task: load_task(task, tasks_dir=config.tasks_dir, data_dir=data_dir)[: config.prompts] for task in config.tasks
@@ -107,7 +106,9 @@ def evaluate(
                 out / "trajectories",
                 lambda n, advance=advance: advance(n, ""),  # type: ignore[misc]
             )
-    evaluation, rounds = measure(target, proposers, tasks)
+    trajectories = sum(len(task.trajectories) for task in tasks.values())
+    with console.progress("replaying", trajectories * len(proposers)) as advance:
+        evaluation, rounds = measure(target, proposers, tasks, advance)
     box = provenance.for_report()
     results: dict[str, Any] = {
         "title": "Acceptance by replay",

@@ -21,11 +21,13 @@ from specauf.decode.replay import (
     Dialogue,
     Replayable,
     Trajectory,
+    acceptances,
     load_trajectories,
     record,
     replay,
     save_trajectories,
     trajectory_features,
+    walk,
 )
 from specauf.strict import UserError, to_dict
 from specauf.target import Target
@@ -131,17 +133,30 @@ def _identity(dialogue: Dialogue) -> list[Any]:
 
 
 def measure(
-    target: Target, proposers: Proposers, tasks: Mapping[str, Recorded]
+    target: Target,
+    proposers: Proposers,
+    tasks: Mapping[str, Recorded],
+    on_progress: Callable[[int, str], None] | None = None,
 ) -> tuple[dict[str, Any], dict[str, dict[str, list[list[Round]]]]]:
-    """(the `evaluation` section of a report, rounds by task and method), every method over the same trajectories."""
+    """(the `evaluation` section of a report, rounds by task and method), every method over the same trajectories.
+
+    `on_progress` is told of every trajectory that a method was replayed over, and which method.
+    """
     evaluation: dict[str, Any] = {}
     rounds: dict[str, dict[str, list[list[Round]]]] = {}
     for name, task in tasks.items():
         tokens = [min(len(t.tokens), task.limit) for t in task.trajectories]
-        rounds[name] = {
-            method: replay(p, task.trajectories, task.features_for(target, p.layer_ids), task.limit)
-            for method, p in proposers.items()
-        }
+        rounds[name] = {}
+        accepted: dict[Replayable, list[Tensor]] = {}
+        for method, p in proposers.items():
+            features = task.features_for(target, p.layer_ids) or [None] * len(tokens)
+            behind = accepted.get(p.drafter) if isinstance(p, LookupFirst) else None
+            accepted[p] = []
+            for t, tapped, own in zip(task.trajectories, features, behind or [None] * len(tokens), strict=True):
+                accepted[p].append(acceptances(p, t, tapped, task.limit, own=own))
+                if on_progress:
+                    on_progress(1, method)
+            rounds[name][method] = [walk(a.tolist(), t) for a, t in zip(accepted[p], task.trajectories, strict=True)]
         evaluation[name] = {
             "label": task.label,
             "prompts": len(task.trajectories),

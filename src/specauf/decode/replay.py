@@ -220,9 +220,14 @@ def acceptances(
     trajectory: Trajectory,
     features: Float[Tensor, "s taps_h"] | None,
     limit: int,
+    *,
+    own: Int[Tensor, " anchors"] | None = None,
     chunk: int = 128,
 ) -> Int[Tensor, " anchors"]:
-    """A at every anchor of the trajectory that live decoding could start a round from before `limit` tokens."""
+    """A at every anchor of the trajectory that live decoding could start a round from before `limit` tokens.
+
+    `own` is what is known of the drafter behind a lookup: its own A at every anchor.
+    """
     ids = torch.tensor(trajectory.ids)
     first, count = len(trajectory.prompt), len(trajectory.tokens)
     stop = min(limit, count) - 1  # rounds start while fewer than `limit` tokens are committed, and not at the last one
@@ -240,7 +245,9 @@ def acceptances(
         run = leading_run((copied == labels[:, : copied.shape[1]]) & within, torch.ones_like(within))
         if isinstance(proposer, PromptLookup):
             return run
-        return torch.where(matched >= proposer.ngram, run, acceptances(proposer.drafter, trajectory, features, limit))
+        if own is None:
+            own = acceptances(proposer.drafter, trajectory, features, limit)
+        return torch.where(matched >= proposer.ngram, run, own)
     if features is None:
         raise ValueError("a trained drafter is replayed over the trajectory's features")
     head, device = proposer.head, proposer.target.device
