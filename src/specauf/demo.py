@@ -252,8 +252,9 @@ def segments(target: Target, generation: Generation) -> list[dict[str, str]]:
         if not parts or parts[-1][0] != drafted:
             parts.append((drafted, []))
         parts[-1][1].append(token)
-    decode = target.tokenizer.decode  # type: ignore[union-attr]
-    return [{"text": decode(tokens), "kind": "draft" if drafted else "target"} for drafted, tokens in parts]
+    assert target.tokenizer is not None
+    decode = target.tokenizer.decode
+    return [{"text": str(decode(tokens)), "kind": "draft" if drafted else "target"} for drafted, tokens in parts]
 
 
 def _live_section(target: Target, checks: dict[str, LiveCheck], tasks: dict[str, Recorded]) -> dict[str, Any]:

@@ -60,7 +60,7 @@ class Stream:
         assert self.target.tokenizer is not None
         for token, was_draft in zip(tokens, drafted, strict=True):
             self.tokens.append(token)
-            text = self.target.tokenizer.decode(self.tokens)
+            text = str(self.target.tokenizer.decode(self.tokens))
             if not text.endswith("\ufffd"):
                 self.terminal.rich.print(Text(text[self.shown :], style="green" if was_draft else ""), end="")
                 self.shown = len(text)

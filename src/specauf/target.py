@@ -48,9 +48,9 @@ class Target:
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         if head is None or embedding is None:
             raise UserError(f"{name}: this model has no LM head or no input embedding; specauf needs a causal LM")
-        self.head_weight: Tensor = head.weight
+        self.head_weight: Tensor = head.get_parameter("weight")
         self.head_bias: Tensor | None = getattr(head, "bias", None)
-        self.embed_weight: Tensor = embedding.weight
+        self.embed_weight: Tensor = embedding.get_parameter("weight")
         if model.config.tie_word_embeddings and head.weight is not embedding.weight:
             raise UserError(f"{name}: the config ties embedding and head, but the loaded weights are not tied")
         self.softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
@@ -74,7 +74,7 @@ class Target:
             tokenizer = AutoTokenizer.from_pretrained(path, **options)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"target.path: cannot load {config.path!r} as a causal LM: {error}") from error
-        return cls(model.to(device), tokenizer, EMBEDDED if embedded else config.path)
+        return cls(model.to(device), tokenizer, EMBEDDED if embedded else config.path)  # type: ignore[arg-type]
 
     @property
     def device(self) -> torch.device:

@@ -149,11 +149,12 @@ def measure(
         rounds[name] = {}
         accepted: dict[Replayable, list[Tensor]] = {}
         for method, p in proposers.items():
-            features = task.features_for(target, p.layer_ids) or [None] * len(tokens)
-            behind = accepted.get(p.drafter) if isinstance(p, LookupFirst) else None
+            features = task.features_for(target, p.layer_ids)
+            own = accepted.get(p.drafter) if isinstance(p, LookupFirst) else None
             accepted[p] = []
-            for t, tapped, own in zip(task.trajectories, features, behind or [None] * len(tokens), strict=True):
-                accepted[p].append(acceptances(p, t, tapped, task.limit, own=own))
+            for i, t in enumerate(task.trajectories):
+                known = own[i] if own else None
+                accepted[p].append(acceptances(p, t, features[i] if features else None, task.limit, own=known))
                 if on_progress:
                     on_progress(1, method)
             rounds[name][method] = [walk(a.tolist(), t) for a, t in zip(accepted[p], task.trajectories, strict=True)]

@@ -84,8 +84,12 @@ def selected(
         for task, recording in tasks.items():
             count, label = len(recording.trajectories), f"{name}, {recording.label}, {selection}"
             with progress(f"live: {label}", count) as advance:
+
+                def done(n: int, advance: Callable[[float, str], None] = advance) -> None:
+                    advance(n, "")
+
                 row, problems = measure_selection(
-                    target, proposer, recording, rounds[task][name], selection, config, lambda n, a=advance: a(n, "")
+                    target, proposer, recording, rounds[task][name], selection, config, done
                 )
             rows.append({"name": name, "task": task, **row})
             if config.sampling.temperature == 0:

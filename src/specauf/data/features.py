@@ -46,7 +46,7 @@ class FeatureCache:
             for length in lengths:
                 self.where.append((number, first, length))
                 first += length
-            with safe_open(directory / f"shard-{number:05d}.safetensors", "pt") as file:  # type: ignore[no-untyped-call]
+            with safe_open(directory / f"shard-{number:05d}.safetensors", "pt") as file:
                 self._shards.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
 
     def __len__(self) -> int:

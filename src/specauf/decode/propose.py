@@ -26,8 +26,10 @@ class Proposer(Protocol):
     """Proposes the B-1 tokens after each row's last committed token. Rows of a batch may differ in length."""
 
     block_size: int
-    layer_ids: Sequence[int]
-    """Target layers whose outputs `observe` wants."""
+
+    @property
+    def layer_ids(self) -> Sequence[int]:
+        """Target layers whose outputs `observe` wants."""
 
     def start(self, rows: int, max_length: int) -> None:
         """Begin a batch of `rows` sequences of at most `max_length` tokens."""

@@ -144,7 +144,8 @@ def _flex(
 @functools.cache
 def _kernel(device: str) -> Callable[..., Any]:
     """Compiled once, on first use; on a CPU, where only the tests come, as it is."""
-    return torch.compile(flex_attention) if device == "cuda" else flex_attention
+    kernel: Callable[..., Any] = flex_attention
+    return torch.compile(kernel) if device == "cuda" else kernel
 
 
 def flex_mask(anchors: Int[Tensor, "b n"], rows: int, slots: int, s: int) -> BlockMask:

@@ -190,7 +190,7 @@ class DFlash(nn.Module):
     def context(self, features: Float[Tensor, "b s taps_h"], positions: Int[Tensor, "b s"]) -> list[ContextKV]:
         """Keys and values of the context in every layer, from the tapped hidden states in the order of the ids."""
         projected = self.hidden_norm(self.fc(features))
-        return [layer.self_attn.context(projected, positions) for layer in self.layers]
+        return [layer.self_attn.context(projected, positions) for layer in self.layers]  # type: ignore[operator, union-attr]
 
     def forward(
         self, embeds: Float[Tensor, "b n slots h"], anchors: Int[Tensor, "b n"], context: list[ContextKV]

@@ -45,7 +45,7 @@ def copy_layers(drafter: DFlash, layers: nn.ModuleList, final_norm: nn.Module, i
     noise = drafter.fc.weight * 0.1  # the other taps begin small, not silent: what is silent together learns together
     drafter.fc.weight.copy_(noise)
     drafter.fc.weight[:, -hidden:] += torch.eye(hidden)
-    drafter.hidden_norm.weight.copy_(_gain(layers[ids[-1]].input_layernorm, hidden))
+    drafter.hidden_norm.weight.copy_(_gain(layers[ids[-1]].get_submodule("input_layernorm"), hidden))
     drafter.norm.weight.copy_(_gain(final_norm, hidden))
 
 
@@ -61,7 +61,7 @@ def _copy(own: Layer, theirs: nn.Module, number: int) -> None:
             )
         parameter.copy_(found[name])
     for name in ("input_layernorm", "post_attention_layernorm"):
-        own.get_submodule(name).weight.copy_(_gain(theirs.get_submodule(name), hidden))  # type: ignore[operator, union-attr]
+        own.get_submodule(name).weight.copy_(_gain(theirs.get_submodule(name), hidden))  # type: ignore[operator]
     for side in ("q", "k"):
         norm, name = own.self_attn.get_parameter(f"{side}_norm.weight"), f"self_attn.{side}_norm.weight"
         if name in found:

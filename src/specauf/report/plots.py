@@ -14,12 +14,13 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.gridspec import SubplotSpec
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, MultipleLocator
@@ -44,7 +45,7 @@ KNOWN = {
     "uniform": ("#1d8265", "^"),
 }
 SPARE = (("#9c7a00", "v"), ("#2a93b8", "P"), ("#5b4ba8", "X"))
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans", "font.size": 9, "text.color": INK, "axes.labelcolor": SOFT, "axes.edgecolor": SOFT,
     "axes.titlesize": 9.5, "axes.titlelocation": "left", "axes.titlecolor": INK, "axes.titlepad": 8,
     "axes.linewidth": 0.7, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
@@ -54,7 +55,7 @@ STYLE = {
     "axes.unicode_minus": True, "axes.formatter.useoffset": False, "axes.formatter.limits": (-4, 6),
 }  # fmt: skip
 FONTS = 'system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif'
-GAPS = {"w_pad": 0.06, "h_pad": 0.06, "wspace": 0.03, "hspace": 0.04}
+GAPS: dict[str, Any] = {"w_pad": 0.06, "h_pad": 0.06, "wspace": 0.03, "hspace": 0.04}
 PANELS = (
     ("loss", "Loss"),
     ("simulated_tau", "Simulated τ"),
@@ -69,7 +70,7 @@ class Style:
 
     colour: str
     marker: str
-    dash: str
+    dash: Literal["-", "--", ":"]
     hollow: bool
 
     def mark(self, size: float = 5.5, pale: bool = False) -> dict[str, Any]:
@@ -302,18 +303,24 @@ def panels(
     return figure, list(axes.flat[:count])
 
 
+def _place(ax: Axes) -> SubplotSpec:
+    place = ax.get_subplotspec()
+    assert place is not None  # `panels` makes them in a grid
+    return place
+
+
 def bottom(axes: Sequence[Axes]) -> list[Axes]:
     """The last visible panel of each column."""
     last: dict[int, Axes] = {}
     for ax in axes:
-        last[ax.get_subplotspec().colspan.start] = ax
+        last[_place(ax).colspan.start] = ax
     return list(last.values())
 
 
 def left_label(axes: Sequence[Axes], text: str) -> None:
     """On the first panel of each row."""
     for ax in axes:
-        if ax.get_subplotspec().is_first_col():
+        if _place(ax).is_first_col():
             ax.set_ylabel(text)
 
 

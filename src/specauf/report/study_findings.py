@@ -113,8 +113,8 @@ def missing(results: Results) -> list[str]:
 def _gaps(results: Results, part: dict[str, Any]) -> dict[str, list[str]]:
     """`T = 0 and T = 1 on MBPP` -> labels of methods without a number there."""
     heats: dict[tuple[str, tuple[str, ...]], list[str]] = {}
-    for name, temperature, tasks in index.unmeasured(results, part):
-        heats.setdefault((name, tuple(tasks)), []).append(f"T = {clean(temperature)}")
+    for name, temperature, without in index.unmeasured(results, part):
+        heats.setdefault((name, tuple(without)), []).append(f"T = {clean(temperature)}")
     found: dict[str, list[str]] = {}
     for (name, tasks), at in heats.items():
         every = len(tasks) > len(index.tasks(results))

@@ -39,7 +39,7 @@ Rows = list[list[str]]
 
 
 def method_label(results: Results, name: str) -> str:
-    found = next((m for m in results["methods"] if m["name"] == name), {})
+    found: dict[str, Any] = next((m for m in results["methods"] if m["name"] == name), {})
     return clean(found.get("label") or name)
 
 
@@ -315,7 +315,9 @@ def meta(results: Results) -> list[str]:
     """What stands under the title: date, target, data, machine."""
     facts = results.get("provenance") or {}
     machine = facts.get("machine") or {}
-    parts = [re.sub(r"^(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d).*", r"\1 \2", clean(results.get("created") or ""))]
+    parts: list[str | None] = [
+        re.sub(r"^(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d).*", r"\1 \2", clean(results.get("created") or ""))
+    ]
     parts += [(facts.get(key) or {}).get("name") for key in ("target", "data")]
     parts += [machine.get("cpu"), f"{machine['cores']} cores" if machine.get("cores") else None]
     return [clean(part) for part in parts if part]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -37,6 +38,11 @@ class Batch(NamedTuple):
     """The target's final hidden states, when the objective reads its distribution and a cache holds them."""
     argmax: Int[Tensor, "b s"] | None = None
     """What the target says follows each position, when the labels are the target's and a cache holds it."""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The same batch with every tensor changed."""
+        fields: Any = (change(x) if isinstance(x, torch.Tensor) else x for x in self)
+        return Batch(*fields)
 
 
 @dataclass
@@ -87,7 +93,8 @@ class Batches:
         batch = Batch(ids, mask, torch.tensor([e.uid for e in examples]), epoch, None)
         if self.features is None:
             return batch
-        return batch._replace(**{name: self._stored(name, chosen, longest) for name in ("features", *self.extras)})
+        stored: dict[str, Any] = {n: self._stored(n, chosen, longest) for n in ("features", *self.extras)}
+        return batch._replace(**stored)
 
     def _stored(self, name: str, chosen: list[int], longest: int) -> Tensor:
         """What the cache holds of these conversations, padded with zeros."""
@@ -121,13 +128,12 @@ class Prefetcher:
             self._ahead = index, self._worker.submit(self._load, index)
         found = self._ahead[1].result()
         self._ahead = index + self.stride, self._worker.submit(self._load, index + self.stride)
-        moved = (t.to(self.device, non_blocking=True) if isinstance(t, torch.Tensor) else t for t in found)
-        batch = Batch(*moved)
+        batch = found.map(lambda t: t.to(self.device, non_blocking=True))
         self.waited += time.perf_counter() - began
         return batch
 
     def _load(self, index: int) -> Batch:
         found = self.batches[index]
         if self.device.type == "cuda":  # only pinned memory is copied while the device works
-            found = Batch(*(t.pin_memory() if isinstance(t, torch.Tensor) else t for t in found))
+            found = found.map(torch.Tensor.pin_memory)
         return found

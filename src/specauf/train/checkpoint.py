@@ -45,7 +45,7 @@ def _content(plugin: str | None) -> str:
 def provenance_of(trainer: Trainer) -> dict[str, Any]:
     """What a drafter's `config.json` remembers of its training, under `specauf`."""
     config = trainer.config
-    said = [
+    said: list[dict[str, Any]] = [
         {"objective": b.objective.name, "gamma": b.objective.gamma, "options": dict(b.objective.options)}
         for b in trainer.branches
     ]

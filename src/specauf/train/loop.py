@@ -166,9 +166,8 @@ class Trainer:
         said = self.target.embed(prefix_tokens(batch.input_ids, blocks.anchors, size - 1))
         corrected = Corrected(self.drafter, rows, said)
         stages: dict[Side, list[int]] = {s: cuts[p] for s, p in (("base", "base_"), ("final", "")) if p in cuts}  # type: ignore[misc]
-        found = two_branch_loss(
-            *(rows, corrected, blocks, *self.branches, lam, head, expansion, bias), cuts=stages, **how
-        )
+        base, final = self.branches
+        found = two_branch_loss(rows, corrected, blocks, base, final, lam, head, expansion, bias, cuts=stages, **how)
         return found.terms, {"": View(found.final, corrected, expansion), "base_": View(found.base, rows)}
 
     def step(self) -> dict[str, Any]:
@@ -336,10 +335,8 @@ def calibrate(trainers: Sequence[Trainer], steps: int = 6, warmup: int = 2) -> l
     Weights, moments and counters are put back afterwards: calibration leaves no trace in a run.
     """
     seconds: list[list[float]] = [[] for _ in trainers]
-    kept = [
-        ({k: v.clone() for k, v in t.drafter.state_dict().items()}, t.done, t.max_steps, t.seconds, dict(t.survival))
-        for t in trainers
-    ]
+    weights = [{k: v.clone() for k, v in t.drafter.state_dict().items()} for t in trainers]
+    counters = [(t.done, t.max_steps, t.seconds, dict(t.survival)) for t in trainers]
     for trainer in trainers:
         trainer.max_steps = trainer.max_steps or 10**6
     for turn in range(warmup + steps):
@@ -347,8 +344,8 @@ def calibrate(trainers: Sequence[Trainer], steps: int = 6, warmup: int = 2) -> l
             row = trainer.step()
             if turn >= warmup:
                 times.append(row["seconds"])
-    for trainer, (weights, *rest) in zip(trainers, kept, strict=True):
-        trainer.drafter.load_state_dict(weights)
-        trainer.done, trainer.max_steps, trainer.seconds, trainer.survival = rest
+    for trainer, kept, counted in zip(trainers, weights, counters, strict=True):
+        trainer.drafter.load_state_dict(kept)
+        trainer.done, trainer.max_steps, trainer.seconds, trainer.survival = counted
         trainer.optimizer.state.clear()
     return [sorted(times)[len(times) // 2] for times in seconds]

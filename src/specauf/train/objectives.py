@@ -28,7 +28,7 @@ def objectives_of(config: RunConfig) -> tuple[Branch, ...]:
             wanted.variant or "", (wanted.name, wanted.final or wanted.name, wanted.support)
         )
         shared = wanted.final is None  # then the options are those of both
-        found = (
+        found: tuple[Branch, ...] = (
             Branch(_objective(config, base, wanted.options), "base"),
             Branch(_objective(config, final, wanted.options if shared else wanted.final_options), side),
         )

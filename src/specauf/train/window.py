@@ -49,7 +49,7 @@ class Window:
         for i, part in enumerate(self.parts):
             for parameter, kept in zip(self.parameters, part.grads or [None] * len(self.parameters), strict=True):
                 parameter.grad = kept
-            terms.num[i].backward(retain_graph=i + 1 < len(self.parts))  # type: ignore[no-untyped-call]
+            terms.num[i].backward(retain_graph=i + 1 < len(self.parts))
             part.grads = [parameter.grad for parameter in self.parameters]
             part.num += float(terms.num[i].detach())
             part.den += float(terms.den[i])
