@@ -2,7 +2,8 @@
 
 What an assistant turn adds to the rendering, from the generation prompt to its end, is supervised. The boundaries come
 from rendering prefixes of the conversation and never from looking for markers in the text, so they hold for any
-template under which a longer conversation only appends; a template under which it does not is refused.
+template under which a longer conversation only appends. Some rewrite an answer once another question follows (Qwen3 drops
+its think block): then it is supervised as it stands in the history, between what all renderings of it have in common.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def render(
     """Token ids of the whole conversation (one tokenisation of the full text) and their loss mask, cut to `max_length`.
 
     Turns that begin beyond `max_length` tokens may go unchecked. Raises `UnstableTemplate` when a boundary is not one:
-    a prefix renders differently on its own, or a token straddles it; `UserError` when the tokenizer has no offsets.
+    the last answer does not begin as its generation prompt says, an earlier one is not found again, or a token straddles
+    it; `UserError` when the tokenizer has no offsets.
     """
     turns = _plain(messages)
     full = text = _render_text(tokenizer, turns, enable_thinking)
@@ -62,15 +64,22 @@ def render(
             continue
         start = _render_text(tokenizer, turns[:i], enable_thinking, generation_prompt=True)
         end = _render_text(tokenizer, turns[: i + 1], enable_thinking)
-        if not (len(start) < len(end) and full.startswith(start) and full.startswith(end)):
+        span: tuple[int, int] | None = None
+        if len(start) < len(end) and full.startswith(start) and full.startswith(end):
+            span = len(start), len(end)
+        elif i + 1 < len(turns):
+            before = _render_text(tokenizer, turns[:i], enable_thinking)
+            answers = (turn["content"], turn["content"].strip())  # some templates trim
+            span = next(filter(None, (_in_history(tokenizer, full, before, start, end, a) for a in answers)), None)
+        if span is None:
             raise UnstableTemplate(f"message {i} ({_differ(full, start, end)})")
-        spans.append((len(start), len(end)))
-        if len(end) >= enough and _splits_at(tokenizer, full, len(end)):
-            encoded = _encode(tokenizer, end)
+        spans.append(span)
+        if span[1] >= enough and _splits_at(tokenizer, full, span[1]):
+            encoded = _encode(tokenizer, full[: span[1]])
             if len(encoded[0]) >= (max_length or 0):
-                text = end
+                text = full[: span[1]]
                 break
-            encoded, enough = None, 2 * len(end)
+            encoded, enough = None, 2 * span[1]
     ids, offsets = encoded or _encode(tokenizer, full)
     starts, ends = [a for a, _ in offsets], [b for _, b in offsets]
     limit = len(ids) if max_length is None else min(max_length, len(ids))
@@ -81,6 +90,32 @@ def render(
             break
         mask[first:last] = [True] * (last - first)
     return Rendered(ids[:limit], mask[:limit])
+
+
+def _in_history(
+    tokenizer: PreTrainedTokenizerBase, full: str, before: str, start: str, end: str, answer: str
+) -> tuple[int, int] | None:
+    """Where an answer that the template rewrites later lies in `full`, its end of turn included; None when it is not there.
+
+    `before`, `start` and `end` are the renderings up to it, with its generation prompt, and with it as the last message.
+    """
+    if answer not in end:
+        return None
+    header = _common(full, start)
+    floor = len(before) if full.startswith(before) and start.startswith(before) else len(start)
+    first = full.rfind(answer, floor, header + len(answer))
+    if first < 0:
+        return None
+    bare = first + len(answer)
+    last = bare + _common(full[bare:], end[end.rindex(answer) + len(answer) :])
+    while bare < last < len(full) and not _splits_at(tokenizer, full, last):
+        last -= 1  # what begins the next turn may begin like the rest of this one
+    return (first, last) if last > bare else None
+
+
+def _common(a: str, b: str) -> int:
+    """Length of the longest prefix of both."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages, enable_thinking: bool) -> list[int]:
@@ -204,6 +239,6 @@ def _splits_at(tokenizer: PreTrainedTokenizerBase, text: str, position: int) -> 
 def _differ(full: str, start: str, end: str) -> str:
     for prefix in (start, end):
         if not full.startswith(prefix):
-            at = next((i for i, (a, b) in enumerate(zip(prefix, full, strict=False)) if a != b), len(full))
+            at = _common(prefix, full)
             return f"its prefix renders {prefix[at : at + 20]!r} where the whole has {full[at : at + 20]!r}"
     return "it adds nothing to the rendering"

@@ -122,11 +122,29 @@ def test_a_cut_is_made_only_where_a_special_token_begins(make_tokenizer: Make) -
         render(tokenizer, messages, enable_thinking=False, max_length=2)
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused_but_its_single_turns_pass(make_tokenizer: Make) -> None:
+@pytest.mark.parametrize(("thinking", "last"), [(False, "b"), (True, "<think>\n\n</think>\n\nb")])
+@pytest.mark.parametrize("first", ["a", "<b", "assistant\n", " the <think> "])
+def test_an_answer_that_the_template_rewrites_later_is_supervised_as_the_history_has_it(
+    make_tokenizer: Make, thinking: bool, last: str, first: str
+) -> None:
     tokenizer = make_tokenizer(THINKING)
-    with pytest.raises(UnstableTemplate, match=r"message 1.*<think>"):
-        render(tokenizer, talk("q", "a", "r", "b"), enable_thinking=False)
+    rendered = render(tokenizer, talk("q", first, "r", "<think", "s", "b"), enable_thinking=thinking)
+    assert supervised(tokenizer, rendered) == f"{first}<|im_end|>\n<think<|im_end|>\n{last}<|im_end|>\n"
+    whole = str(tokenizer.decode(rendered.input_ids))
+    assert whole.count("</think>") == 1, "the whole conversation is what the template shows, earlier answers rewritten"
     assert supervised(tokenizer, render(tokenizer, talk("q", "a"), enable_thinking=False)) == "a<|im_end|>\n"
+
+
+def test_a_template_that_ends_every_rendering_is_no_obstacle(make_tokenizer: Make) -> None:
+    tokenizer = make_tokenizer(CHATML + "{% if not add_generation_prompt %}{{ '<|im_end|>' }}{% endif %}")
+    rendered = render(tokenizer, talk("q", "a", "r", "b"), enable_thinking=False)
+    assert supervised(tokenizer, rendered) == "a<|im_end|>\nb<|im_end|>\n<|im_end|>"
+
+
+def test_an_earlier_answer_that_the_history_does_not_repeat_is_refused(make_tokenizer: Make) -> None:
+    tokenizer = make_tokenizer(CHATML.replace("m['content']", "(m['content'] if loop.last else '...')"))
+    with pytest.raises(UnstableTemplate, match="message 1"):
+        render(tokenizer, talk("q", "answer", "r", "b"), enable_thinking=False)
 
 
 def test_a_generation_prompt_that_the_history_does_not_repeat_is_refused(make_tokenizer: Make) -> None:
