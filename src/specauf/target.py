@@ -74,7 +74,23 @@ class Target:
             tokenizer = AutoTokenizer.from_pretrained(path, **options)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"target.path: cannot load {config.path!r} as a causal LM: {error}") from error
-        return cls(model.to(device), tokenizer, EMBEDDED if embedded else config.path)  # type: ignore[arg-type]
+        target = cls(model.to(device), tokenizer, EMBEDDED if embedded else config.path)  # type: ignore[arg-type]
+        target.require_own_logits()
+        return target
+
+    @torch.no_grad()
+    def require_own_logits(self) -> None:
+        """Raises `UserError` when the model makes its logits otherwise than `logits` does: some scale them, say."""
+        ids = torch.zeros(1, 2, dtype=torch.long, device=self.device)
+        theirs, ours = (
+            self.model(input_ids=ids, use_cache=False).logits.float(),
+            self.logits(self.run(ids).final).float(),
+        )
+        if float((theirs - ours).abs().max()) > 0.03 * float(theirs.abs().max()):  # bfloat16 rounds to 0.004
+            raise UserError(
+                f"{self.name}: {type(self.model).__name__} does more to its logits than an LM head, a bias and a soft cap "
+                "(a scale, perhaps); specauf would decode and train on another distribution"
+            )
 
     @property
     def device(self) -> torch.device:

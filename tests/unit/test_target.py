@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -37,6 +39,21 @@ def test_fingerprint_tells_targets_apart_and_is_stable() -> None:
     other.model.model.layers[2].mlp.up_proj.weight.data[0, 0] += 1
     assert one.fingerprint() != other.fingerprint()
     assert one.fingerprint() != make_target(seed=1).fingerprint()
+
+
+def test_a_model_that_scales_its_logits_is_refused() -> None:
+    target = make_target()
+    target.require_own_logits()
+    forward = target.model.forward
+
+    def scaled(**inputs: Any) -> Any:
+        out = forward(**inputs)
+        out.logits = out.logits / 8
+        return out
+
+    target.model.forward = scaled
+    with pytest.raises(UserError, match="a scale, perhaps"):
+        target.require_own_logits()
 
 
 def test_the_last_layer_is_refused(target: Target) -> None:

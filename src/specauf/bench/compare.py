@@ -77,7 +77,7 @@ def evaluate(
     )
     names, first = list(drafters), next(iter(drafters.values()))
     block, flag = first.config.block_size, _thinking(first)
-    drafters = {name: drafter.to(target.device) for name, drafter in drafters.items()}
+    drafters = {name: drafter.to(target.embed_weight) for name, drafter in drafters.items()}  # its dtype, as live
     alone = {n: DrafterProposer(d, target) for n, d in drafters.items()}
     proposers: dict[str, Replayable] = {**alone}
     causal = [n for n, d in drafters.items() if isinstance(d, Domino)] if candidate_pool else []

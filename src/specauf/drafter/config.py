@@ -81,6 +81,11 @@ class DFlashConfig:
             raise ConfigError(
                 f"target_layer_ids {list(self.target_layer_ids)}: need ids from 0 to {self.num_target_layers - 2}"
             )
+        if list(self.target_layer_ids) != sorted(set(self.target_layer_ids)):
+            # Engines collect the layers as they pass them: `fc` would read other columns than in training.
+            raise ConfigError(
+                f"target_layer_ids {list(self.target_layer_ids)}: name each layer once, in ascending order"
+            )
         if self.draft_vocab_size is not None and not 2 <= self.draft_vocab_size < self.vocab_size:
             raise ConfigError(
                 f"draft_vocab_size {self.draft_vocab_size} must be at least 2 and less than the target's vocabulary, "

@@ -23,8 +23,10 @@ def identity(trainer: Trainer) -> str:
     meta = getattr(trainer.batches.dataset, "meta", {})
     return digest(
         {
-            "data": dump(config.data) + (meta["key"] if "rollout" in meta else ""),  # rollouts may be made again
+            "target": trainer.target.fingerprint(),
+            "data": dump(config.data) + str(meta.get("key")),  # a corpus or rollouts may be made again in their place
             "drafter": drafter.to_json() | {"specauf": drafter.extra.get("init_from", {}).get("weights")},
+            "init_layers": config.drafter.init_layers,
             "objective": dump(config.objective) + _content(config.objective.plugin),
             "train": {
                 k: v
@@ -93,7 +95,8 @@ def save(trainer: Trainer, out: Path) -> None:
 def resume(trainer: Trainer, out: Path) -> bool:
     """Continue from `out/checkpoint` if there is one; the main rank cuts the log back to the step it stands at.
 
-    Raises `UserError` when the checkpoint was made with another data, drafter, objective or optimizer configuration.
+    Raises `UserError` when the checkpoint was made with another target, data, drafter, objective, optimizer configuration
+    or `train.max_steps`.
     """
     directory = out / "checkpoint"
     if not (directory / "state.json").is_file():
@@ -102,6 +105,12 @@ def resume(trainer: Trainer, out: Path) -> bool:
     if state["identity"] != identity(trainer):
         raise UserError(
             f"{directory} was trained with another configuration; resume with the same recipe, or choose another `out`"
+        )
+    wanted = trainer.config.train.max_steps
+    if wanted is not None and wanted != state["max_steps"]:
+        raise UserError(
+            f"{directory} follows a learning rate that ends at step {state['max_steps']}, not {wanted}: go on with "
+            f"train.max_steps={state['max_steps']}, or begin another `out` with drafter.init_from={directory}"
         )
     trainer.drafter.load_state_dict(load_drafter(directory).state_dict())
     named = dict(trainer.drafter.named_parameters())

@@ -108,6 +108,12 @@ def test_the_last_layer_cannot_be_tapped(target: Target) -> None:
         )
 
 
+@pytest.mark.parametrize("ids", [(3, 1), (1, 1, 3)])
+def test_taps_out_of_order_are_refused_as_engines_would_sort_them(target: Target, ids: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigError, match="ascending"):
+        DFlashConfig.for_target(target.config, block_size=4, num_hidden_layers=1, mask_token_id=3, target_layer_ids=ids)
+
+
 def test_pending_rows_are_the_whole_forwards_rows_with_the_same_gradients(target: Target) -> None:
     """Whatever slots are asked for, in whatever stages: the last layer's query side for them alone."""
     g = torch.Generator().manual_seed(5)

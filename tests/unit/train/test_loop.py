@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import signal
@@ -213,6 +214,18 @@ def test_resuming_with_another_objective_is_refused(target: Target, dataset: Tok
     make(target, dataset, tmp_path, max_steps=1).run()
     with pytest.raises(UserError, match="another configuration"):
         checkpoint.resume(make(target, dataset, tmp_path, objective="decay"), tmp_path)
+
+
+def test_resuming_on_another_target_or_to_another_horizon_is_refused(
+    target: Target, dataset: TokenDataset, tmp_path: Path
+) -> None:
+    make(target, dataset, tmp_path, max_steps=1).run()
+    with pytest.raises(UserError, match="ends at step 1, not 2"):
+        checkpoint.resume(make(target, dataset, tmp_path, max_steps=2), tmp_path)
+    changed = copy.copy(target)
+    changed.__dict__["_fingerprint"] = "another"
+    with pytest.raises(UserError, match="another configuration"):
+        checkpoint.resume(make(changed, dataset, tmp_path, max_steps=1), tmp_path)
 
 
 def test_too_few_conversations_is_a_clear_error(target: Target, dataset: TokenDataset) -> None:
