@@ -172,8 +172,12 @@ def open_run(
     *,
     resume: bool = True,
     ranks: Ranks | None = None,
+    horizon: int | None = None,
 ) -> Run:
-    """Build the trainer and continue from `config.out` if a checkpoint is there. Writes config.yaml and run.json."""
+    """Build the trainer and continue from `config.out` if a checkpoint is there. Writes config.yaml and run.json.
+
+    `horizon` goes before `train.max_steps`.
+    """
     ranks = ranks or Ranks()
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -181,6 +185,7 @@ def open_run(
     require_unused_mask(prepared, drafter.config.mask_token_id)
     batches = Batches(prepared.train, features, config.train, stored_extras(config))
     trainer = Trainer(config, drafter, target, batches, out, ranks)
+    trainer.max_steps = horizon or trainer.max_steps
     if resume:
         checkpoint.resume(trainer, out)
     known = draft_vocabulary(drafter, target, prepared.train)

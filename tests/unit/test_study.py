@@ -286,6 +286,25 @@ def test_a_changed_recipe_is_refused_by_the_keys(study: recipe.Study, tiny: Targ
         ConfigError, match=r"auf-s0 was trained from another recipe \(train.lr: 0.0006 then, 0.001 now\)"
     ):
         run_study(recipe.study_of(changed, "test"), ["train"], ["b"], tiny, Quiet())
+    with pytest.raises(ConfigError, match="auf-s0 was trained from another recipe"):  # nor reported under these names
+        run_study(recipe.study_of(changed, "test"), ["report"], ["a"], tiny, Quiet())
+
+
+def test_a_horizon_that_was_begun_is_kept(
+    world: Path, tiny: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = content(world, tmp_path / "study")
+    data["methods"]["time"] = {"label": "time", "set": ["objective.name=auf"], "minutes_as": "decay"}
+    data["parts"] = {"c": {"title": "c", "methods": ["time"], "baseline": "time"}}
+    study, console = recipe.study_of(data, "test"), Quiet()
+    monkeypatch.setattr("specauf.study.training.calibrate", lambda trainers, steps: (1.0, 1.5))
+    console.stop_at = ("training time-s0", 4)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(study, ["train"], [], tiny, console)
+    (study.out / "calibration.json").unlink()
+    monkeypatch.setattr("specauf.study.training.calibrate", lambda trainers, steps: (1.0, 9.0))
+    run_study(study, ["train"], [], tiny, console := Quiet())
+    assert "training time-s0, 6 steps" in console.said and console.said[-1] == "1 of 1 cells are trained"
 
 
 def test_a_method_starts_from_another_and_has_its_time(world: Path, tiny: Target, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from specauf.files import atomic_write_text
 from specauf.study import results
+from specauf.study.cells import check_unchanged
 from specauf.study.measuring import check_live_all, measure_all
 from specauf.study.recipe import Study, known_parts
 from specauf.study.recordings import record_all
@@ -23,6 +24,8 @@ def run_study(
     primary, keys = next(iter(study.parts)), known_parts(study, parts)
     wanted = [stage for stage in STAGES if stage in stages or not stages]
     console.say(f"{study.title}: {study.out}; target {target.name}, fingerprint {target.fingerprint()}")
+    for cell in study.cells():  # of every part: the report shows them all under the recipe's names
+        check_unchanged(cell)
     corpus, recordings = Corpus(study, target, console), study.recordings(keys)
     if "train" in wanted:
         cells = study.cells(keys)

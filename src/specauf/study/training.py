@@ -25,7 +25,7 @@ from specauf.run import (
     step_note,
 )
 from specauf.strict import UserError, to_dict
-from specauf.study.cells import check_unchanged, claim, finished, turn
+from specauf.study.cells import claim, finished, progress, turn
 from specauf.study.recipe import Cell, Study
 from specauf.target import Target
 from specauf.train.batches import Batches
@@ -88,10 +88,9 @@ def train_cells(study: Study, target: Target, corpus: Corpus, cells: Sequence[Ce
     list again as long as it trained something, since meanwhile another process may have died.
     """
     waiting = {cell.name: why for cell in cells if (why := _awaits(study, cell))}
-    for cell in cells:  # all of them first: a changed recipe is said before an hour is spent
-        check_unchanged(cell)
+    for cell in cells:  # all of them first: an objective that cannot be is said before an hour is spent
         if cell.name not in waiting:
-            stored_extras(cell.config)  # and an objective that cannot be
+            stored_extras(cell.config)
     for name, why in waiting.items():
         console.say(f"{name} waits: {why}")
     left: list[str] = []
@@ -128,11 +127,9 @@ def _awaits(study: Study, cell: Cell) -> str | None:
 
 def _train(study: Study, target: Target, corpus: Corpus, cell: Cell, console: Console) -> None:
     config = cell.config
-    horizon = steps_of(study, target, corpus, cell, console)
+    horizon = progress(cell.out)[1] or steps_of(study, target, corpus, cell, console)
     prepared = corpus.prepared(config)
-    run = open_run(config, target, prepared, corpus.features(config))
-    if not run.trainer.done:
-        run.trainer.max_steps = horizon
+    run = open_run(config, target, prepared, corpus.features(config), horizon=horizon)
     evaluate = None
     if config.train.eval_every:  # the held-out recordings are the study's: every cell replays the same
         with turn(

@@ -96,7 +96,7 @@ def resume(trainer: Trainer, out: Path) -> bool:
     """Continue from `out/checkpoint` if there is one; the main rank cuts the log back to the step it stands at.
 
     Raises `UserError` when the checkpoint was made with another target, data, drafter, objective, optimizer configuration
-    or `train.max_steps`.
+    or horizon.
     """
     directory = out / "checkpoint"
     if not (directory / "state.json").is_file():
@@ -106,7 +106,7 @@ def resume(trainer: Trainer, out: Path) -> bool:
         raise UserError(
             f"{directory} was trained with another configuration; resume with the same recipe, or choose another `out`"
         )
-    wanted = trainer.config.train.max_steps
+    wanted = trainer.max_steps
     if wanted is not None and wanted != state["max_steps"]:
         raise UserError(
             f"{directory} follows a learning rate that ends at step {state['max_steps']}, not {wanted}: go on with "
