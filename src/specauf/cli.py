@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from specauf import config as configuration
-from specauf.config import EvalConfig, SamplingConfig, TargetConfig
+from specauf.config import EvalConfig, SamplingConfig, TargetConfig, TargetOf
 from specauf.console import Terminal, print_results, quiet_transformers
 from specauf.data.rollouts import RolloutConfig
 from specauf.data.sources import Ledger
@@ -152,7 +152,7 @@ class Eval:
 
     checkpoints: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Drafter directories; the first is what the others are compared with."""
-    target: TargetConfig = field(default_factory=TargetConfig)
+    target: TargetOf = field(default_factory=TargetOf)
     eval: EvalConfig = field(default_factory=lambda: EvalConfig(tasks=("humaneval",)))
     live: int = 0
     """Decode for real too (T=0): so many prompts per task at batch 1, and all of them in one batch. Tokens must be plain
@@ -175,12 +175,13 @@ class Eval:
     def run(self, terminal: Terminal) -> int:
         from specauf.bench.compare import evaluate, open_checkpoints
         from specauf.decode.select import Selection
-        from specauf.show import mismatches
+        from specauf.show import exposed, mismatches
 
         selection = Selection.of(self.candidates, self.candidate_temperature)
-        drafters, target = open_checkpoints(self.checkpoints), _target(self.target)
+        drafters = open_checkpoints(self.checkpoints)
+        target = _target(self.target.of(next(iter(drafters.values())).config.extra))
         for name, drafter in drafters.items():
-            for warning in mismatches(target, drafter.config.extra):
+            for warning in mismatches(target, drafter.config.extra) + exposed(drafter.config.extra, self.eval):
                 terminal.say(f"warning: {name}: {warning}")
         results, passed = evaluate(
             *(target, drafters, self.eval, self.out, self.data_dir, self.live, terminal),
@@ -200,7 +201,7 @@ class Generate:
     checkpoint: Annotated[Path, tyro.conf.Positional]
     """A drafter directory, or `prompt-lookup`."""
     prompt: Annotated[str, tyro.conf.Positional]
-    target: TargetConfig = field(default_factory=TargetConfig)
+    target: TargetOf = field(default_factory=TargetOf)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     max_new_tokens: int = 128
     block_size: int = 8
@@ -228,7 +229,7 @@ class Generate:
         drafter = None if str(self.checkpoint) == "prompt-lookup" else load_drafter(self.checkpoint)
         if drafter is None and (self.lookup_first or self.candidate_pool):
             raise ConfigError("--lookup-first and --candidate-pool go with a drafter; prompt-lookup is none")
-        target = _target(self.target)
+        target = _target(self.target.of(drafter.config.extra if drafter else {"target": "smollm2-135m"}))
         proposer: DrafterProposer | PromptLookup | LookupFirst = PromptLookup(self.block_size)
         if drafter is not None:
             for warning in mismatches(target, drafter.config.extra, self.enable_thinking):

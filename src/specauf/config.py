@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from specauf.strict import ConfigError, choose, from_dict, nearest, require, to_dict
+from specauf.strict import ConfigError, UserError, choose, from_dict, nearest, require, to_dict
 
 OBJECTIVES = (
     *("uniform", "decay", "first-k", "auf", "soft-auf", "sampled-auf", "first-error"),
@@ -41,6 +42,26 @@ class TargetConfig:
     device: str = "auto"
     """`auto` is cuda when there is one, else cpu."""
     trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class TargetOf:
+    """The target that a drafter is run with: the one it was trained for, unless another is named."""
+
+    path: str | None = None
+    """As in a recipe; what the checkpoint says when not given."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """The training run's when not given."""
+    device: str = "auto"
+    trust_remote_code: bool = False
+
+    def of(self, trained: Mapping[str, Any]) -> TargetConfig:
+        """`trained` is what a checkpoint says of its training. Raises `UserError` when it names no target and none is given."""
+        path = self.path or trained.get("target")
+        if path is None:
+            raise UserError("the checkpoint does not say which target it is for: give --target.path")
+        dtype = self.dtype or trained.get("target_dtype", TargetConfig.dtype)
+        return TargetConfig(path, dtype, self.device, self.trust_remote_code)
 
 
 @dataclass(frozen=True)

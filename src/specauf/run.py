@@ -14,7 +14,7 @@ from typing import Any
 
 from specauf import assets, provenance
 from specauf.bench.runner import measure, recorded
-from specauf.bench.tasks import load_task, render_prompts, task_texts
+from specauf.bench.tasks import describe_task, load_task, render_prompts, task_texts
 from specauf.config import RunConfig, digest, dump
 from specauf.data.dataset import Prepared, TokenDataset, prepare, training_order
 from specauf.data.features import FeatureCache, build_features
@@ -69,7 +69,10 @@ def prepare_data(config: RunConfig, target: Target) -> Prepared:
     if target.tokenizer is None:
         raise UserError(f"{target.name} has no tokenizer")
     return prepare(
-        config.data, target.tokenizer, data_dir(config), source=corpus_path(config), excluded_prompts=excluded
+        *(config.data, target.tokenizer, data_dir(config)),
+        source=corpus_path(config),
+        excluded_prompts=excluded,
+        kept_out=[describe_task(name, tasks_dir=config.eval.tasks_dir).label for name in config.eval.tasks],
     )
 
 
@@ -133,7 +136,7 @@ def _warm(directory: Path, geometry: DFlashConfig) -> DFlash:
         have, want = getattr(found.config, name), getattr(geometry, name)
         if have != want:
             raise ConfigError(f"drafter.init_from: {directory} has {name}={have}, the recipe needs {want}")
-    origin = {"path": str(directory), "weights": weights_hash(directory)}
+    origin = {"path": str(directory), "weights": weights_hash(directory), "trained": dict(found.config.extra)}
     drafter = build_drafter(dataclasses.replace(geometry, extra={"init_from": origin}))
     drafter.load_state_dict(found.state_dict())
     return drafter

@@ -7,7 +7,8 @@ from typing import Any
 
 from rich.text import Text
 
-from specauf.config import SamplingConfig
+from specauf.bench.tasks import describe_task
+from specauf.config import EvalConfig, SamplingConfig
 from specauf.console import Terminal
 from specauf.data.chat import template_hash
 from specauf.decode.generate import generate
@@ -77,3 +78,11 @@ def mismatches(target: Target, trained: Mapping[str, Any], enable_thinking: bool
     if trained.get("target_fingerprint") not in (None, target.fingerprint()):
         found.append("this drafter was trained for another target (the fingerprints differ)")
     return found
+
+
+def exposed(trained: Mapping[str, Any], config: EvalConfig) -> list[str]:
+    """The tasks whose prompts may be in a drafter's training data, by what its checkpoint says was kept out of it."""
+    kept_out = (trained.get("data") or {}).get("kept_out")
+    labels = [describe_task(task, tasks_dir=config.tasks_dir).label for task in config.tasks]
+    seen = [label for label in labels if kept_out is not None and label not in kept_out]
+    return [f"the prompts of {', '.join(seen)} were not kept out of its training data"] if seen else []

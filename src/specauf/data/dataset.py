@@ -116,13 +116,15 @@ def prepare(
     *,
     source: Path,
     excluded_prompts: Iterable[str] = (),
+    kept_out: Sequence[str] = (),
     max_prompt_tokens: int = 256,
 ) -> Prepared:
     """Read, split, render and store the corpus `source` in `out`, or reuse what is there if nothing changed.
 
     Training conversations come in the order of a hash of (seed, uid), so a smaller `max_conversations` takes a prefix
     of a larger one. Held-out prompts longer than `max_prompt_tokens`, or repeated, are left out and counted in
-    `train.meta["heldout"]`. Raises `UserError` when the corpus or the template leaves nothing to train on.
+    `train.meta["heldout"]`. `kept_out` names the tasks that `excluded_prompts` are of. Raises `UserError` when the corpus
+    or the template leaves nothing to train on.
     """
     excluded = sorted(set(excluded_prompts))
     meta: dict[str, Any] = {
@@ -153,6 +155,7 @@ def prepare(
         "conversation_ids": names,
         "ledger": ledger.to_dict(),
         "heldout": counts,
+        "kept_out": list(kept_out),
     }
     dataset = TokenDataset.from_rows(rows, meta)
     (out / META).unlink(missing_ok=True)

@@ -60,11 +60,28 @@ def provenance_of(trainer: Trainer) -> dict[str, Any]:
         "reduction": config.objective.reduction,
         "labels": config.objective.labels,
         "target": trainer.target.name,
+        "target_dtype": config.target.dtype,
         "target_fingerprint": trainer.target.fingerprint(),
         "template_hash": getattr(trainer.batches.dataset, "meta", {}).get("template_hash"),
         "enable_thinking": config.data.enable_thinking,
+        "data": _data_of(trainer),
         "steps": trainer.done,
         "max_steps": trainer.max_steps,
+    }
+
+
+def _data_of(trainer: Trainer) -> dict[str, Any]:
+    """What the drafter was trained on: `kept_out` are the tasks whose prompts it never saw, None when that is not known;
+    `rollouts` says how the target's own answers were drawn, None for a corpus's."""
+    dataset, config = trainer.batches.dataset, trainer.config
+    meta: dict[str, Any] = getattr(dataset, "meta", {})
+    rollouts = meta.get("rollout")
+    return {
+        "path": config.data.path,
+        "conversations": trainer.batches.examples,
+        "max_length": config.data.max_length,
+        "kept_out": meta.get("kept_out"),
+        "rollouts": rollouts and {"tokens": rollouts["tokens"], "temperature": rollouts["sampling"]["temperature"]},
     }
 
 
