@@ -207,12 +207,13 @@ def load_task(
 def task_texts(names: Sequence[str], tasks_dir: str | None = None) -> list[str]:
     """Every user turn of the tasks that do not come from the corpus, to be kept out of the training data.
 
-    A turn that wraps code in a fence is there twice, with its wording and bare.
+    A turn that wraps code in a fence, or ends in the request to reason, is there twice, with its wording and bare.
     """
     prompts = [p for name in names if name != "heldout" for p in load_task(name, tasks_dir=tasks_dir)]
     asked = [m["content"] for p in prompts for m in p.messages if m["role"] == "user"]
     turns = asked + [turn for p in prompts for turn in p.later]
-    return turns + [code for turn in turns for code in re.findall(r"```\w*\n(.*?)```", turn, re.DOTALL)]
+    bare = [turn.removesuffix(REASON) for turn in turns if turn.endswith(REASON)]
+    return turns + bare + [code for turn in turns for code in re.findall(r"```\w*\n(.*?)```", turn, re.DOTALL)]
 
 
 def render_prompts(target: Target, prompts: Sequence[BenchPrompt], enable_thinking: bool) -> list[Dialogue]:

@@ -25,6 +25,8 @@ ROLES = {
 CHUNK = 1 << 23
 _SEPARATOR = re.compile(r"[\s,]*")
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_PART = re.compile(r"(?=.[a-z]*[A-Z0-9])([A-Za-z0-9]{7})_\d+")
+"""A ShareGPT id, QWJhYvA_12: seven random characters name the chat, the number its part. `Example_12` is none."""
 
 
 class Message(NamedTuple):
@@ -226,6 +228,19 @@ def _strip_trailing(messages: list[Message]) -> list[Message]:
     return messages[: max((i for i, m in enumerate(messages, 1) if m.role == "assistant"), default=0)]
 
 
+_LEFT_OUT = {
+    "tools": "tools left out",
+    "tool_calls": "tool calls left out",
+    "function_call": "tool calls left out",
+    **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), "reasoning left out"),
+}
+"""Fields of a record or a message that no chat template is given, and what the ledger calls their loss."""
+
+
+def _left_out(record: dict[str, Any], items: list[dict[str, Any]]) -> list[str]:
+    return sorted({why for part in (record, *items) for key, why in _LEFT_OUT.items() if part.get(key)})
+
+
 _STEPS = (
     ("leading assistant turns removed", _strip_leading),
     ("same-role neighbours merged", _merge),
@@ -245,9 +260,10 @@ def content_hash(messages: Iterable[Message]) -> str:
 def normalise(record: Any, ledger: Ledger) -> Conversation | None:
     """A conversation of non-empty `system`, `user` and `assistant` turns that ends in an assistant turn, or None.
 
-    Takes ShareGPT (`conversations`: `from`, `value`) and OpenAI (`messages`: `role`, `content`) records. Empty
-    messages, assistant turns before the first user turn and what follows the last answer are removed, neighbours of one
-    role are merged; each repair is counted in `ledger.changed`, and a None in `ledger.dropped`.
+    Takes ShareGPT (`conversations`: `from`, `value`) and OpenAI (`messages`: `role`, `content`) records, with an `id` and a
+    `system` prompt beside them if there are any. Empty messages, assistant turns before the first user turn and what
+    follows the last answer are removed, neighbours of one role are merged; each repair is counted in `ledger.changed`, as
+    are tools and reasoning that are left out, and a None in `ledger.dropped`.
     """
     repairs = []
     try:
@@ -257,6 +273,9 @@ def normalise(record: Any, ledger: Ledger) -> Conversation | None:
         if items is None:
             raise _Unusable("neither conversations nor messages")
         raw = [_message(item) for item in items]
+        if (system := record.get("system")) and not (raw and raw[0].role == "system"):
+            raw.insert(0, _message({"role": "system", "content": system}))
+        repairs += _left_out(record, items)
         messages = [_repair(m) for m in raw]
         if messages != raw:
             repairs.append("undecodable characters replaced")
@@ -312,7 +331,8 @@ def split(
 ) -> tuple[list[Conversation], list[Conversation]]:
     """(train, held out), each in the given order. `heldout` is the expected share of *groups* that are held out.
 
-    A group is everything linked by `id.split('_')[0]` or by the first user turn, so that neither occurs on both sides.
+    A group is everything linked by the first user turn, or by the chat of which ids in ShareGPT's form (`QWJhYvA_12`) name
+    parts, so that neither occurs on both sides.
     Which groups are held out depends on the seed and on a group's own members, not on the order of the file.
     """
     conversations = list(conversations)
@@ -325,7 +345,7 @@ def split(
             key = parent[key]
         return key
 
-    keys = [(f"id:{c.id.split('_')[0] or c.id}", f"turn:{c.first_user}") for c in conversations]
+    keys = [(f"id:{_chat(c.id)}", f"turn:{c.first_user}") for c in conversations]
     for pair in keys:
         low, high = sorted(map(root, pair))
         parent[high] = low  # a root is always the least key of its group
@@ -334,6 +354,11 @@ def split(
     for conversation, (key, _) in zip(conversations, keys, strict=True):
         sides[held[root(key)]].append(conversation)
     return sides
+
+
+def _chat(identity: str) -> str:
+    part = _PART.fullmatch(identity)
+    return part[1] if part else identity
 
 
 def counter(seed: int, stream: str, key: object) -> float:

@@ -148,10 +148,14 @@ def test_a_directory_or_a_task_that_is_not_there_is_named(tmp_path: Path) -> Non
 
 
 def test_every_turn_is_kept_out_of_the_training_data(tmp_path: Path) -> None:
-    records = [{"id": "1", "turns": ["first", "do\n```python\nx = 1\n```", "third"]}, {"id": "2", "turns": ["alone"]}]
+    records = [
+        {"id": "1", "turns": ["first", "do\n```python\nx = 1\n```", "third"]},
+        {"id": "2", "turns": [f"2 + 2?{REASON}"]},
+    ]
     write(tmp_path / "own.jsonl", records)
     texts = task_texts(["own", "heldout"], str(tmp_path))
-    assert sorted(texts) == sorted(["first", "do\n```python\nx = 1\n```", "third", "alone", "x = 1\n"])
+    code = "do\n```python\nx = 1\n```"
+    assert sorted(texts) == sorted(["first", code, "third", f"2 + 2?{REASON}", "2 + 2?\n", "x = 1\n"])
 
 
 @pytest.mark.skipif(

@@ -21,7 +21,7 @@ def records(n: int = 60) -> list[dict[str, Any]]:
     """Chats of two pieces each; every tenth piece asks what another chat asks."""
     return [
         {
-            "id": f"chat{i // 2}_{i % 2}",
+            "id": f"chat{i // 2:03}_{i % 2}",
             "conversations": [
                 {"from": "human", "value": f"question {i - (i % 10 == 0) * 3}"},
                 {"from": "gpt", "value": f"answer {i} " + "the fox " * (i % 5)},
@@ -54,7 +54,7 @@ def rows(data: TokenDataset) -> list[tuple[int, list[int], list[bool]]]:
 
 def test_examples_have_the_promised_types_and_supervise_the_answers(run: Prepare, tokenizer: Any) -> None:
     data = run().train
-    index = data.meta["conversation_ids"].index("chat2_0")
+    index = data.meta["conversation_ids"].index("chat002_0")
     uid, ids, mask = data[index]
     assert (ids.dtype, mask.dtype) == (torch.int64, torch.bool) and ids.shape == mask.shape and uid >= 0
     assert (
@@ -222,7 +222,7 @@ def test_a_template_that_supervises_nothing_is_an_error_with_the_ledger(
 
 
 def test_a_corpus_in_one_group_is_warned_about(run: Prepare) -> None:
-    corpus = [{**record, "id": f"dataset_{i}"} for i, record in enumerate(records())]
+    corpus = [{**record, "id": f"QWJhYvA_{i}"} for i, record in enumerate(records())]
     prepared = run(corpus, heldout=0.02)
     assert prepared.heldout == [] and any("held-out" in warning for warning in prepared.ledger.warnings)
 

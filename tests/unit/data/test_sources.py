@@ -198,6 +198,21 @@ def test_an_unusable_record_is_dropped_for_one_counted_reason_and_not_as_a_repai
     assert ledger.dropped == {reason: 1} and not ledger.changed
 
 
+def test_a_system_prompt_beside_the_turns_is_one() -> None:
+    conversation, _ = one({"system": "be brief", **share(("human", "q"), ("gpt", "a"))})
+    inside, _ = one(share(("system", "be brief"), ("human", "q"), ("gpt", "a")))
+    assert conversation == inside
+    both, _ = one({"system": "be long", **share(("system", "be brief"), ("human", "q"), ("gpt", "a"))})
+    assert both == inside
+
+
+def test_what_a_template_is_not_given_is_counted() -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "reasoning_content": "hm"}]
+    conversation, ledger = one({"messages": turns, "tools": [{"name": "search"}]})
+    assert conversation is not None
+    assert ledger.changed == {"reasoning left out": 1, "tools left out": 1}
+
+
 def test_half_a_surrogate_pair_is_replaced_and_counted() -> None:
     conversation, ledger = one(
         json.loads(
@@ -299,7 +314,7 @@ def test_a_ledger_survives_json_and_prints_every_count() -> None:
 
 def chats(keys: list[tuple[int, int]]) -> list[Conversation]:
     return [
-        Conversation(f"chat{a}_{i}", (Message("user", f"question  {q}"), Message("assistant", str(i))))
+        Conversation(f"chat{a:03}_{i}", (Message("user", f"question  {q}"), Message("assistant", str(i))))
         for i, (a, q) in enumerate(keys)
     ]
 
@@ -324,6 +339,13 @@ def test_the_split_does_not_depend_on_the_order_of_the_file(
     shuffled = list(conversations)
     order.shuffle(shuffled)
     assert set(split(conversations, 0.5, seed)[1]) == set(split(shuffled, 0.5, seed)[1])
+
+
+def test_numbered_ids_are_not_the_parts_of_one_chat() -> None:
+    """`train_17` is record 17 of a file: a group of all of them would be held out as a whole, or not at all."""
+    for name in ("train", "example", "Example", "gsm8k-train"):
+        numbered = [c._replace(id=f"{name}_{i}") for i, c in enumerate(chats([(0, i) for i in range(400)]))]
+        assert 15 < len(split(numbered, 0.1, 0)[1]) < 70, name
 
 
 def test_the_split_keeps_the_share_and_depends_on_the_seed() -> None:
