@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 a check failed, 2 a mistake that the message says how to m
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 import warnings
@@ -16,7 +17,7 @@ import tyro
 
 from specauf import config as configuration
 from specauf.config import EvalConfig, SamplingConfig, TargetConfig, TargetOf
-from specauf.console import Terminal, print_results, quiet_transformers
+from specauf.console import Terminal, exit_code, print_results, quiet_transformers
 from specauf.data.rollouts import RolloutConfig
 from specauf.data.sources import Ledger
 from specauf.strict import ConfigError, UserError, choose, require
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from specauf.target import Target
     from specauf.train.distributed import Ranks
 
+MENDABLE = (errno.EACCES, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOSPC, errno.EROFS)
+"""What the file system says of a user's path or disk; other errors of it are ours, with their traceback."""
 Recipe = Annotated[Path, tyro.conf.Positional]
 Overrides = Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="SECTION.KEY=VALUE ...")]
 
@@ -126,19 +129,17 @@ class Train:
         with ranks.first():  # downloads and prepared data, once
             target = _target(config.target)
             prepared = prepare_data(config, target)
+        for line in () if prepared.reused else prepared.ledger.lines():
+            terminal.say(line)
         with terminal.progress("features", float(len(prepared.train.ids)) if config.features.cache else 0) as advance:
             features = feature_cache(config, target, prepared, on_progress=lambda n: advance(n, ""), ranks=ranks)
         run = open_run(config, target, prepared, features, resume=not self.fresh, ranks=ranks)
-        if (
-            config.train.shard_target and ranks.world > 1
-        ):  # not before the drafter has its copies of the target's layers
-            target.shard()
+        if sharded := config.train.shard_target and ranks.world > 1:
+            target.shard()  # not before the drafter has its copies of the target's layers
         terminal.say(set_horizon(run.trainer))
         evaluate = None
-        if config.train.eval_every and (ranks.main or config.train.shard_target):  # a sharded target needs everyone
-            evaluate = heldout_evaluator(
-                config, target, prepared, alone=ranks.world == 1 or not config.train.shard_target
-            )
+        if config.train.eval_every and (ranks.main or sharded):  # a sharded target needs everyone
+            evaluate = heldout_evaluator(config, target, prepared, alone=not sharded)
         with terminal.progress(f"training {config.objective.name}", run.trainer.max_steps or 0) as advance:
             advance(run.trainer.done, "")
             run.trainer.run(on_step=lambda row: advance(1, step_note(row)), evaluate=evaluate)
@@ -184,11 +185,8 @@ class Eval:
             for warning in mismatches(target, drafter.config.extra) + exposed(drafter.config.extra, self.eval):
                 terminal.say(f"warning: {name}: {warning}")
         results, passed = evaluate(
-            *(target, drafters, self.eval, self.out, self.data_dir, self.live, terminal),
-            selection=selection,
-            candidate_pool=self.candidate_pool,
-            lookup_first=self.lookup_first,
-            lookup_block=self.lookup_block,
+            *(target, drafters, self.eval, self.out, self.data_dir, self.live, terminal, selection),
+            *(self.candidate_pool, self.lookup_first, self.lookup_block),
         )
         print_results(terminal, results)
         return 0 if passed else 1
@@ -255,8 +253,7 @@ class Report:
         from specauf.report import page
 
         where = self.results if self.results.is_dir() else self.results.parent
-        index = page.write(page.read(self.results), self.out or where)
-        terminal.say(str(index))
+        terminal.say(str(page.write(page.read(self.results), self.out or where)))
         return 0
 
 
@@ -302,21 +299,22 @@ class Demo:
 
     def run(self, terminal: Terminal) -> int:
         from specauf import assets
-        from specauf.demo import DEMO, run_demo
+        from specauf.demo import demo_recipe, run_demo
         from specauf.report import page
 
         choose(self.drafter, ("dflash", "domino"), "drafter")
         require(self.minutes >= 2, f"--minutes must be at least 2, got {self.minutes:g}")
         out = self.out or Path("runs") / f"demo-{self.drafter}-b{self.block_size}-{self.minutes:g}min"
         kind = [f"drafter.block_size={self.block_size}", f"drafter.kind={self.drafter}"]
-        base = configuration.override(DEMO, [f"out={out}", *kind, *self.set])
+        base = demo_recipe([f"out={out}", *kind, *self.set])
         quiet_transformers()
         terminal.say("assets: the target (93 MB to download once), the corpus (27 MB), the prompts")
         assets.smollm2(), assets.sharegpt(), assets.human_eval()
         index = run_demo(base, self.minutes, terminal)
-        print_results(terminal, page.read(index.parent))
+        results = page.read(index.parent)
+        print_results(terminal, results)
         terminal.say(f"\nthe page: {index}")
-        return 0
+        return exit_code(results)
 
 
 @dataclass(frozen=True)
@@ -333,6 +331,7 @@ class Study:
     """Only these of the recipe's parts."""
 
     def run(self, terminal: Terminal) -> int:
+        from specauf.report import page
         from specauf.study import recipe
 
         study = recipe.load(self.recipe, self.set)
@@ -340,9 +339,10 @@ class Study:
         from specauf.study.stages import run_study
 
         index = run_study(study, self.stage, self.parts, _target(study.base.target), terminal)
-        if index is not None:
-            terminal.say(f"the page: {index}")
-        return 0
+        if index is None:
+            return 0
+        terminal.say(f"the page: {index}")
+        return exit_code(page.read(index.parent))
 
 
 @dataclass(frozen=True)
@@ -385,6 +385,11 @@ def main(arguments: list[str] | None = None) -> int:
         return tyro.cli(_verbs(), args=arguments, prog="specauf", description=__doc__).run(terminal)
     except UserError as error:
         print(f"specauf: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in MENDABLE:
+            raise
+        print(f"specauf: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nspecauf: interrupted; the same command goes on from here", file=sys.stderr)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -152,7 +152,6 @@ class DrafterConfig:
         for name in ("gru_hidden_dim", "emb_dim"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"drafter.{name} must be >= 1, got {value}")
-            require(value is None or self.kind == "domino", f"drafter.{name} is Domino's: set drafter.kind=domino")
         require(self.pure_draft_prefix_len >= 0, "drafter.pure_draft_prefix_len must be >= 0")
         require(
             self.draft_vocab_size is None or self.draft_vocab_size >= 2,
@@ -205,8 +204,16 @@ class ObjectiveConfig:
         require(self.gamma is None or self.gamma > 0, f"objective.gamma must be > 0, got {self.gamma}")
         if self.variant is not None:
             choose(self.variant, VARIANTS, "variant")
-            given = [n for n, v in (("final", self.final), ("options", self.options)) if v]
-            require(not given, f"objective.variant says the objective of both branches: leave out objective.{given}")
+            said = {"final": self.final, "options": self.options, "final_options": self.final_options}
+            given = [n for n, v in said.items() if v] + ["support"] * (self.support != "final")
+            require(
+                not given,
+                f"objective.variant says the objective of both branches: leave out objective.{', objective.'.join(given)}",
+            )
+        require(
+            self.final is not None or not self.final_options,
+            "objective.final_options are of objective.final, which is not set: options are both branches' then",
+        )
         for name in ("lambda_base_start", "lambda_base_decay_ratio"):
             require(0 <= getattr(self, name) <= 1, f"objective.{name} is a share in [0, 1], got {getattr(self, name)}")
         require(self.logits_rows >= 1, f"objective.logits_rows must be >= 1, got {self.logits_rows}")
@@ -291,6 +298,16 @@ class EvalConfig:
             require(getattr(self, name) >= 1, f"eval.{name} must be >= 1, got {getattr(self, name)}")
 
 
+DOMINO = {
+    "drafter": ("gru_hidden_dim", "emb_dim", "pure_draft_prefix_len", "shift_label"),
+    "objective": (
+        *("variant", "final", "final_options", "support"),
+        *("lambda_base_start", "lambda_base_decay_ratio"),
+    ),
+}
+"""Fields without effect on a DFlash drafter, which therefore may not be set."""
+
+
 @dataclass(frozen=True)
 class RunConfig:
     out: str = "runs/default"
@@ -307,6 +324,15 @@ class RunConfig:
             not (self.train.shard_target and self.features.cache),
             "train.shard_target is for a target that runs in every step, and features.cache keeps it out of them: set one",
         )
+        for section, names in DOMINO.items():
+            chosen = getattr(self, section)
+            for name in names if self.drafter.kind == "dflash" else ():
+                default = next(f for f in fields(chosen) if f.name == name)
+                unset = default.default_factory() if callable(default.default_factory) else default.default
+                require(
+                    getattr(chosen, name) == unset,
+                    f"{section}.{name} is for a drafter with two branches: set drafter.kind=domino",
+                )
 
 
 def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunConfig:

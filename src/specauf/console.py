@@ -74,6 +74,11 @@ def print_results(terminal: Terminal, results: dict[str, Any]) -> None:
         terminal.say(f"{item['name']}: {item['ratio']:.1f} times faster ({item['note']})")
 
 
+def exit_code(results: dict[str, Any]) -> int:
+    """1 when a check of the results did not pass."""
+    return int(not all(check["passed"] for check in results.get("checks", ())))
+
+
 def quiet_transformers() -> None:
     """Its weight-loading bars and notices are not this program's output."""
     from transformers.utils import logging as notices

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +38,7 @@ from specauf.run import (
     step_note,
     training_log,
 )
-from specauf.strict import from_dict, to_dict
+from specauf.strict import from_dict, require, to_dict
 from specauf.target import Target
 from specauf.train.loop import calibrate
 
@@ -62,6 +62,16 @@ DEMO = from_dict(
     },
 )
 """The demo's recipe; recipes/smollm2_cpu.yaml is the same thing for one drafter and longer."""
+
+
+def demo_recipe(overrides: Sequence[str]) -> RunConfig:
+    """The demo's recipe with overrides. Raises `ConfigError` when they decide what the budget does, or sample: live and
+    plain decoding are compared token for token."""
+    base = override(DEMO, overrides)
+    planned = base.train.max_steps is None and base.train.minutes is None
+    require(planned, "the demo turns its own --minutes into train.max_steps")
+    require(base.eval.sampling.temperature == 0, "the demo decodes at eval.sampling.temperature=0; use specauf eval")
+    return base
 
 
 class Console(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import uuid
@@ -49,7 +50,7 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
     """
     path = _destination(path)
     if path.exists() and not path.is_dir():
-        raise NotADirectoryError(f"{path} is a file, a directory is to be written there")
+        raise NotADirectoryError(errno.ENOTDIR, "is a file, where a directory is to be written", str(path))
     temporary, old = _sibling(path, "tmp"), _sibling(path, "old")
     temporary.mkdir()
     try:

@@ -70,6 +70,13 @@ class Target:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
         try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            why = str(error).partition("\n")[0]
+            raise UserError(
+                f"target.device: {device!r} cannot be used here ({why}): try cpu, cuda, cuda:1, mps or auto"
+            ) from None
+        try:
             model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype), **options)
             tokenizer = AutoTokenizer.from_pretrained(path, **options)
         except (OSError, ValueError, KeyError) as error:

@@ -32,7 +32,7 @@ def test_prepare_train_eval_generate_and_report(world: Path, capsys: pytest.Capt
     assert main(["train", recipe]) == 0, "a finished run is finished, not an error"
 
     prepared = next((world / "cache" / "prepared").iterdir())
-    command = ["eval", str(world / "run" / "checkpoint"), "--target.path", str(world / "target"), "--live", "2"]
+    command = ["eval", str(world / "run" / "checkpoint"), "--live", "2"]  # its own target
     command += ["--eval.tasks", "birds", "heldout", "--eval.tasks-dir", str(world / "tasks"), "--eval.prompts", "3"]
     command += ["--eval.max-new-tokens", "12", "--data-dir", str(prepared), "--out", str(world / "eval")]
     command += ["--lookup-first", "2", "--lookup-block", "6"]
@@ -47,15 +47,14 @@ def test_prepare_train_eval_generate_and_report(world: Path, capsys: pytest.Capt
     assert "vllm serve hub/target --speculative-config" in capsys.readouterr().out
     card = (world / "shipped" / "README.md").read_text()
     assert "| prompt lookup | before the text loops |" in card and "Held-out chat" in card
-    say = ["generate", str(world / "shipped"), "the cat", "--target.path", str(world / "target")]
-    assert main(say) == 0, "bfloat16 weights run in the target's dtype"
+    assert main(["generate", str(world / "shipped"), "the cat"]) == 0, "bfloat16 weights run in the target's dtype"
 
     assert main(["report", str(world / "eval" / "results.json"), "--out", str(world / "page")]) == 0
     assert main(["report", str(world / "eval")]) == 0 and (world / "eval" / "index.html").is_file()
     assert (world / "page" / "index.html").is_file() and (world / "page" / "report.md").is_file()
 
     capsys.readouterr()
-    assert main(["generate", str(world / "run" / "checkpoint"), "the cat", "--target.path", str(world / "target")]) == 0
+    assert main(["generate", str(world / "run" / "checkpoint"), "the cat"]) == 0
     assert "the text is the target's own, token for token" in capsys.readouterr().out
 
 
@@ -77,6 +76,8 @@ def test_self_selection_and_the_drawn_proposal_are_told_apart(world: Path, capsy
     assert main([*measure, "--eval.sampling.temperature", "1", "--eval.sampling.proposal", "sampled"]) == 2
     assert "replay measures deterministic proposals alone" in capsys.readouterr().err
 
+    assert main(["generate", drafter, "the cat"]) == 2
+    assert "does not say which target it is for: give --target.path" in capsys.readouterr().err
     say = ["generate", drafter, "the cat", *where, "--max-new-tokens", "12"]
     assert main([*say, "--candidates", "3"]) == 0
     told = capsys.readouterr().out
@@ -112,7 +113,8 @@ def test_rollouts_are_training_data_and_a_drafter_goes_on_from_another(
     warm = [f"out={world}/second", f"drafter.init_from={world}/first/checkpoint", *changes]
     assert main(["train", recipe, "--set", *warm]) == 0
     told = json.loads((world / "second" / "checkpoint" / "config.json").read_text())["specauf"]
-    assert told["init_from"]["path"] == f"{world}/first/checkpoint"
+    assert told["init_from"]["path"] == f"{world}/first/checkpoint" and told["data"]["path"] == str(out)
+    assert told["init_from"]["trained"]["steps"] == 2 and told["data"]["rollouts"]["temperature"] == 1.0
     assert main(["train", recipe, "--set", *warm]) == 0, "a warm run resumes like any other"
     capsys.readouterr()
     assert main(["train", recipe, "--set", *warm, "drafter.block_size=5"]) == 2
@@ -144,6 +146,8 @@ def test_rollouts_are_training_data_and_a_drafter_goes_on_from_another(
         (["generate", "x", "hi", "--sampling.proposal", "sampled"], "proposal 'sampled'"),
         (["eval", "/no/such/drafter"], "is not a drafter checkpoint: config.json is missing"),
         (["report", "/no/such.json"], "/no/such.json"),
+        (["train", "{recipe}", "--set", "out={recipe}"], "recipe.yaml: File exists"),
+        (["demo", "--set", "train.max_steps=5"], "the demo turns its own --minutes into train.max_steps"),
         (["demo", "--drafter", "eagle"], "unknown drafter 'eagle'"),
     ],
 )

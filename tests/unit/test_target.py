@@ -66,3 +66,5 @@ def test_a_path_that_is_no_model_is_a_clear_error(tmp_path) -> None:  # type: ig
         Target.load(TargetConfig(path=str(tmp_path / "nothing")))
     with pytest.raises(UserError, match="cannot load"):
         Target.load(TargetConfig(path=str(tmp_path)))
+    with pytest.raises(UserError, match=r"target\.device: 'gpu' cannot be used here"):
+        Target.load(TargetConfig(path=str(tmp_path), device="gpu"))

@@ -275,8 +275,9 @@ def _check_shared(base: RunConfig, config: RunConfig, at: str) -> None:
         same = getattr(base, section) == getattr(config, section)
         require(same, f"{at}: `set` changes {section}, which all methods share")
     require(config.train.seed == base.train.seed, f"{at}: `set` changes train.seed; seeds belong to the parts")
-    same = config.data.enable_thinking == base.data.enable_thinking
-    require(same, f"{at}: `set` changes data.enable_thinking, which all methods share")
+    for name in ("enable_thinking", "seed", "heldout"):  # another split would train on what the others are measured by
+        same = getattr(config.data, name) == getattr(base.data, name)
+        require(same, f"{at}: `set` changes data.{name}, which all methods share")
     require(config.train.minutes is None, f"{at}: train.minutes is not for studies; give max_steps, or minutes_as")
     require(config.train.max_steps is not None, f"{at}: train.max_steps is not set, in `base` or here")
 

@@ -117,7 +117,7 @@ def train_cells(study: Study, target: Target, corpus: Corpus, cells: Sequence[Ce
 def _awaits(study: Study, cell: Cell) -> str | None:
     """What is missing of the data that a method has for itself, which is made by hand and perhaps later."""
     path = cell.config.data.path
-    if path == study.base.data.path or finished(cell.out) or Path(path).expanduser().is_file():
+    if path in (study.base.data.path, "sharegpt") or finished(cell.out) or Path(path).expanduser().is_file():
         return None
     try:
         return None if rollout_meta(path) else f"its data.path {path} is not there"

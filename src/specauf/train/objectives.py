@@ -33,9 +33,6 @@ def objectives_of(config: RunConfig) -> tuple[Branch, ...]:
             Branch(_objective(config, final, wanted.options if shared else wanted.final_options), side),
         )
     else:
-        for name in ("variant", "final"):
-            if getattr(wanted, name) is not None:
-                raise ConfigError(f"objective.{name} is for a drafter with two branches: set drafter.kind=domino")
         found = (Branch(_objective(config, wanted.name, wanted.options), "base"),)
     for objective, _ in found:
         if "rollouts" in objective.rule.needs and rollout_meta(config.data.path) is None:
