@@ -270,16 +270,16 @@ class Export:
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     base_model: str | None = None
     """The target as others know it, e.g. Qwen/Qwen3-8B; the training run's own when not given."""
-    results: Path | None = None
-    """A results.json of `specauf eval`, for the card."""
+    results: tuple[Path, ...] = ()
+    """results.json files of `specauf eval`, for the card."""
     license: str | None = None
     """For the card, e.g. apache-2.0."""
 
     def run(self, terminal: Terminal) -> int:
-        from specauf.export import export
+        from specauf.export import NOT_SERVED, export
 
         options = {k: getattr(self, k) for k in ("layout", "dtype", "base_model", "results", "license")}
-        for command in export(self.checkpoint, self.out, **options):
+        for command in export(self.checkpoint, self.out, **options) or [NOT_SERVED]:
             terminal.say(command)
         return 0
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from specauf import assets, files
-from specauf.drafter.checkpoint import load_drafter, save_drafter
+from specauf.drafter.checkpoint import fingerprint, load_drafter, save_drafter
 from specauf.drafter.config import DFlashConfig
 from specauf.report.words import escape, fixed, span
 from specauf.strict import UserError, choose
@@ -26,6 +27,7 @@ LOOKUP = "prompt-lookup"
 WRITTEN = {"config.json", "model.safetensors", "README.md"}
 NOT_OF_A_LAYER = ("architectures", "block_size", "num_target_layers", "dflash_config", "draft_vocab_size", "specauf")
 """Keys of our config.json that speculators keeps elsewhere, or not at all."""
+NOT_SERVED = "No engine serves this drafter: SGLang takes Domino's with `pure_draft_prefix_len` 1, in bfloat16."
 TESTED_WITH = "0.9.0"
 """The release of speculators whose format this is."""
 
@@ -37,21 +39,22 @@ def export(
     layout: str = "zlab",
     dtype: str = "bfloat16",
     base_model: str | None = None,
-    results: Path | None = None,
+    results: Sequence[Path] = (),
     license: str | None = None,
 ) -> list[str]:
-    """Write `out` anew, whole or not at all; returns the commands that serve it.
+    """Write `out` anew, whole or not at all; returns the commands that serve it, none when no engine does.
 
     `base_model` is the target as others know it, a hub id; what the checkpoint was trained with when not given. `results`,
-    a results.json of `specauf eval`, fills the card's table. Raises `UserError` for what a layout cannot hold, and when
-    `out` has files that an export does not write.
+    results.json files of `specauf eval`, are the card's tables. Raises `UserError` for what a layout cannot hold, for results
+    of another drafter or target, and when `out` has files that an export does not write.
     """
     choose(layout, LAYOUTS, "layout")
     choose(dtype, DTYPES, "dtype")
     if out.is_dir() and (others := sorted({p.name for p in out.iterdir()} - WRITTEN)):
         raise UserError(f"{out} holds {others[0]}, which an export would delete: give a directory of its own")
-    drafter = load_drafter(checkpoint).to(getattr(torch, dtype))
-    config = drafter.config
+    drafter = load_drafter(checkpoint)
+    config, weights = drafter.config, fingerprint(drafter)
+    drafter = drafter.to(getattr(torch, dtype))
     base = base_model or _known_as(config.extra.get("target"))
     if layout == "speculators" and config.domino:
         raise UserError("speculators has no Domino drafters: export this one with layout zlab, which SGLang loads")
@@ -62,8 +65,8 @@ def export(
         )
     if layout == "speculators" and base is None:
         raise UserError("a speculators checkpoint names its target: give base_model, a hub id or a directory")
-    commands = serving(config, out, layout, base or "TARGET")
-    found = _results_of(results, config) if results else None
+    commands = serving(config, out, layout, base or "TARGET", dtype)
+    found = [_results_of(path, config, weights) for path in results]
     with files.atomic_dir(out) as directory:
         save_drafter(drafter, directory)
         if layout == "speculators":
@@ -74,7 +77,7 @@ def export(
     return commands
 
 
-def _results_of(path: Path, config: DFlashConfig) -> dict[str, Any]:
+def _results_of(path: Path, config: DFlashConfig, weights: str) -> dict[str, Any]:
     from specauf.report import page  # which draws, and an export does not
 
     found, target = page.read(path), config.extra.get("target_fingerprint")
@@ -84,6 +87,11 @@ def _results_of(path: Path, config: DFlashConfig) -> dict[str, Any]:
     if target and measured and target != measured:
         raise UserError(
             f"{path} was measured on another target ({measured}) than the drafter was trained for ({target})"
+        )
+    drafters = {m["weights"] for m in found["methods"] if "weights" in m}
+    if drafters and weights not in drafters:
+        raise UserError(
+            f"{path} measured other weights ({', '.join(sorted(drafters))}) than this drafter's ({weights})"
         )
     return found
 
@@ -114,7 +122,7 @@ def nested(config: dict[str, Any], base: str) -> dict[str, Any]:
     }
 
 
-def serving(config: DFlashConfig, out: Path, layout: str, base: str) -> list[str]:
+def serving(config: DFlashConfig, out: Path, layout: str, base: str, dtype: str) -> list[str]:
     """Command lines of the engines that load the layout."""
     where, target = shlex.quote(str(out)), shlex.quote(base)
     if layout == "speculators":
@@ -124,7 +132,8 @@ def serving(config: DFlashConfig, out: Path, layout: str, base: str) -> list[str
     sglang = f"python -m sglang.launch_server --model-path {target} --speculative-algorithm DFLASH"
     sglang += f" --speculative-draft-model-path {where}"
     if config.domino:  # vLLM has no Domino; SGLang corrects 2048 candidates unless told otherwise
-        return [f"{sglang} --dtype bfloat16 --speculative-domino-candidate-pool-size 0"]
+        served = config.domino.pure_draft_prefix_len == 1 and dtype == "bfloat16"
+        return [f"{sglang} --dtype bfloat16 --speculative-domino-candidate-pool-size 0"] * served
     return [vllm, sglang]
 
 
@@ -134,7 +143,7 @@ def card(
     dtype: str,
     base: str | None,
     commands: list[str],
-    results: dict[str, Any] | None,
+    results: Sequence[dict[str, Any]],
     license: str | None,
 ) -> str:
     """The model card: what the drafter is, how it was trained, what was measured, how it is run."""
@@ -150,8 +159,8 @@ def card(
         "mask token": config.mask_token_id,
         "objective": f"{objective}, reduction {told.get('reduction', 'not recorded')}, labels {told.get('labels', 'data')}",
         "steps": f"{told.get('steps', 'not recorded')} of {told.get('max_steps', '?')}",
-        **({"began as target layers": ", ".join(map(str, told["init_layers"]))} if "init_layers" in told else {}),
-        "target": f"{told.get('target', 'not recorded')}, fingerprint {told.get('target_fingerprint', 'not recorded')}",
+        **_history(told),
+        "target": f"{_display(told.get('target'))}, fingerprint {told.get('target_fingerprint', 'not recorded')}",
         "chat template": f"{told.get('template_hash')}, enable_thinking {told.get('enable_thinking', False)}",
     }
     lines = [
@@ -160,22 +169,47 @@ def card(
         "A masked block drafter for speculative decoding, trained with specauf: it proposes a block of tokens at once, the "
         "target keeps the prefix it agrees with. The text is the target's own.",
         "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items()),
-        *(_measured(results) if results else []),
-        "## Use\n\n```sh\n" + "\n".join(commands) + "\n```",
+        *(["## Measured"] if results else []),
+        *(text for found in results for text in _measured(found)),
+        "## Use",
+        "```sh\n" + "\n".join(commands) + "\n```" if commands else NOT_SERVED,
         "Acceptance is highest under the chat template and thinking flag above.",
     ]
     return "\n".join(lines[: len(head)]) + "\n\n" + "\n\n".join(lines[len(head) :]) + "\n"
 
 
+def _history(told: Mapping[str, Any]) -> dict[str, str]:
+    """Where the weights began and what they were trained on, as far as a checkpoint remembers."""
+    rows, data, before = dict[str, str](), told.get("data"), told.get("init_from")
+    if data:
+        rollouts, kept_out = data.get("rollouts"), data.get("kept_out")
+        rows["trained on"] = (
+            f"{data['conversations']:,} conversations of {data['path']}, to {data['max_length']} tokens"
+        )
+        if rollouts:
+            answers = f"{rollouts['tokens']:,} tokens at T={rollouts['temperature']:g}"
+            rows["trained on"] += f": the target's own answers, {answers}"
+        if kept_out is not None:
+            rows["prompts kept out of it"] = ", ".join(kept_out) or "none"
+    if "init_layers" in told:
+        rows["began as target layers"] = ", ".join(map(str, told["init_layers"]))
+    if before:
+        rows["went on from"] = f"{before['path']}, weights {before['weights']}"
+        if trained := before.get("trained"):
+            rows["went on from"] += f", {trained.get('steps', '?')} steps of {trained.get('objective', '?')}"
+            rows |= {f"{key} (before that)": value for key, value in _history(trained).items()}
+    return rows
+
+
 def _measured(results: dict[str, Any]) -> list[str]:
-    """The card's table of tau, prompt lookup beside it, and what the comparison says."""
+    """One of the card's tables of tau, prompt lookup beside it, and what the comparison says."""
     labels = {m["name"]: escape(m["label"]) for m in results["methods"]}
-    drafters = [m["name"] for m in results["methods"] if m.get("kind") == "drafter"]
+    kinds = {m["name"]: m.get("kind") for m in results["methods"]}
     tasks = list(results["evaluation"].values())
     names = [n for n in labels if any(n in task["methods"] for task in tasks)]
     rows = ["| τ | " + " | ".join(f"{labels[n]} | before the text loops" for n in names) + " |"]
     rows.append("|---|" + "---:|---:|" * len(names))
-    ahead = 0
+    ahead = {"drafter": 0, "both": 0}
     for task in tasks:
         cells: list[str] = []
         for name in names:
@@ -186,14 +220,16 @@ def _measured(results: dict[str, Any]) -> list[str]:
             ]
         rows.append(f"| {escape(task['label'])} ({task['prompts']}) | " + " | ".join(cells) + " |")
         taus = {name: found["tau"] for name, found in task["methods"].items()}
-        ahead += max((taus[name] for name in drafters if name in taus), default=0) > taus.get(LOOKUP, 0)
+        for kind in ahead:
+            best = max((tau for name, tau in taus.items() if kinds.get(name) == kind), default=0)
+            ahead[kind] += best > taus.get(LOOKUP, 0)
     settings, made = results.get("settings", {}), results.get("provenance", {})
     said = escape(", ".join(f"{key} {value}" for key, value in settings.items()))
-    verdict = (
-        f"a drafter has the higher mean on {ahead} of {len(tasks)} tasks" if ahead else "no drafter here is above it"
-    )
+    alone = f"a drafter has the higher mean on {ahead['drafter']} of {len(tasks)} tasks"
+    verdict = alone if ahead["drafter"] else "no drafter here is above it"
+    if "both" in kinds.values():
+        verdict += f", and behind lookup on {ahead['both']}"
     return [
-        "## Measured",
         "\n".join(rows),
         f"Tokens per round, 95 % intervals over prompts ({said}; specauf {made.get('version')}, commit "
         f"{str(made.get('commit'))[:7]}, {str(made.get('created'))[:10]}). Prompt lookup copies from the context and needs "
@@ -204,6 +240,11 @@ def _measured(results: dict[str, Any]) -> list[str]:
 def _between(interval: Any) -> str:
     pair = span(interval)
     return f"[{fixed(pair[0])}, {fixed(pair[1])}]" if pair else ""
+
+
+def _display(target: str | None) -> str:
+    """A target's name, and of the embedded default how its weights were rounded."""
+    return assets.SMOLLM2_NAME if target == "smollm2-135m" else target or "not recorded"
 
 
 def _known_as(target: str | None) -> str | None:

@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from specauf.drafter.checkpoint import build_drafter, load_drafter, save_drafter
+from specauf.drafter.checkpoint import build_drafter, fingerprint, load_drafter, save_drafter
 from specauf.drafter.config import DominoHead
 from specauf.drafter.vocabulary import keep_tokens
 from specauf.export import export
@@ -70,16 +70,16 @@ def test_a_drafter_with_its_own_vocabulary_is_for_no_engine(target: Target, tmp_
 def test_a_studys_results_are_no_table_for_a_card(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text('{"kind": "study", "title": "t", "methods": [], "parts": []}')
     with pytest.raises(UserError, match="is not of `specauf eval`"):
-        export(checkpoint, tmp_path / "out", results=tmp_path / "results.json")
+        export(checkpoint, tmp_path / "out", results=[tmp_path / "results.json"])
 
 
-def results(fingerprint: str, drafter: float = 1.2) -> dict[str, Any]:
+def results(target: str, drafter: float = 1.2, weights: str = "") -> dict[str, Any]:
     one = {"interval": [drafter - 0.1, drafter + 0.1], "tau_before_loop": 1.1}
     methods = {"mine": {"tau": drafter, **one}, "prompt-lookup": {"tau": 1.5, **one}}
     return {
         "title": "t",
         "methods": [
-            {"name": "mine", "label": "mine", "kind": "drafter"},
+            {"name": "mine", "label": "mine", "kind": "drafter", **({"weights": weights} if weights else {})},
             {"name": "prompt-lookup", "label": "prompt lookup", "kind": "lookup"},
         ],
         "evaluation": {"birds": {"label": "Birds", "prompts": 3, "methods": methods}},
@@ -88,7 +88,7 @@ def results(fingerprint: str, drafter: float = 1.2) -> dict[str, Any]:
             "commit": "abcdef0123",
             "version": "9",
             "created": "2026",
-            "target": {"fingerprint": fingerprint},
+            "target": {"fingerprint": target},
         },
     }
 
@@ -98,9 +98,40 @@ def test_the_card_has_the_competitors_figures_beside_the_drafters(
     checkpoint: Path, tmp_path: Path, tau: float, told: str
 ) -> None:
     (tmp_path / "results.json").write_text(json.dumps(results("0123456789ab", tau)))
-    export(checkpoint, tmp_path / "out", results=tmp_path / "results.json")
+    export(checkpoint, tmp_path / "out", results=[tmp_path / "results.json"])
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"| Birds (3) | {tau:.3f} [{tau - 0.1:.3f}, {tau + 0.1:.3f}] | 1.100 | 1.500" in card and told in card
+
+
+def test_results_are_of_this_drafter_in_whatever_dtype_it_was_measured(checkpoint: Path, tmp_path: Path) -> None:
+    shipped, path = tmp_path / "shipped", tmp_path / "results.json"
+    export(checkpoint, shipped)
+    (weights,) = {fingerprint(load_drafter(at)) for at in (checkpoint, shipped)}
+    path.write_text(json.dumps(results("0123456789ab", weights=weights)))
+    export(checkpoint, shipped, results=[path, path])
+    assert (shipped / "README.md").read_text().count("| Birds (3) |") == 2
+    path.write_text(json.dumps(results("0123456789ab", weights="ba9876543210")))
+    with pytest.raises(UserError, match=rf"measured other weights \(ba9876543210\) than this drafter's \({weights}\)"):
+        export(checkpoint, shipped, results=[path])
+
+
+def test_the_card_tells_what_a_drafter_was_trained_on_and_from(target: Target, tmp_path: Path) -> None:
+    corpus = {"path": "sharegpt", "conversations": 2200, "max_length": 384, "kept_out": ["GSM8K"], "rollouts": None}
+    answers = {**corpus, "path": "runs/own", "kept_out": None, "rollouts": {"tokens": 240020, "temperature": 0.0}}
+    before = {"path": "runs/first", "weights": "ba9876543210"}
+    before["trained"] = {"steps": 7, "objective": "auf", "init_layers": [0, 1], "data": corpus}  # type: ignore[assignment]
+    drafter = build_drafter(make_geometry(target))
+    save_drafter(drafter, tmp_path / "drafter", {**TRAINED, "data": answers, "init_from": before})
+    export(tmp_path / "drafter", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    for row in (
+        "| trained on | 2,200 conversations of runs/own, to 384 tokens: the target's own answers, 240,020 tokens at T=0 |",
+        "| went on from | runs/first, weights ba9876543210, 7 steps of auf |",
+        "| trained on (before that) | 2,200 conversations of sharegpt, to 384 tokens |",
+        "| prompts kept out of it (before that) | GSM8K |",
+        "| began as target layers (before that) | 0, 1 |",
+    ):
+        assert row in card
 
 
 def test_what_cannot_be_exported_is_said_and_nothing_is_written(
@@ -108,13 +139,15 @@ def test_what_cannot_be_exported_is_said_and_nothing_is_written(
 ) -> None:
     (tmp_path / "results.json").write_text(json.dumps(results("ba9876543210")))
     with pytest.raises(UserError, match="measured on another target"):
-        export(checkpoint, tmp_path / "out", results=tmp_path / "results.json")
+        export(checkpoint, tmp_path / "out", results=[tmp_path / "results.json"])
     with pytest.raises(ConfigError, match="did you mean 'zlab'"):
         export(checkpoint, tmp_path / "out", layout="z-lab")
     head = dataclasses.replace(make_geometry(target), domino=DominoHead(8, 4))
     domino = save_drafter(build_drafter(head), tmp_path / "domino")
     with pytest.raises(UserError, match="no Domino drafters"):
         export(domino, tmp_path / "out", layout="speculators", base_model="a/b")
+    assert export(domino, tmp_path / "kept", dtype="float32") == []
+    assert "No engine serves this drafter" in (tmp_path / "kept" / "README.md").read_text()
     (sglang,) = export(domino, tmp_path / "served")
     assert "--model-path TARGET" in sglang and sglang.endswith("--speculative-domino-candidate-pool-size 0")
     with pytest.raises(UserError, match="names its target"):

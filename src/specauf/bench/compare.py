@@ -16,7 +16,7 @@ from specauf.config import EvalConfig, SamplingConfig
 from specauf.decode.propose import DrafterProposer, LookupFirst, PromptLookup
 from specauf.decode.replay import Replayable
 from specauf.decode.select import Selection
-from specauf.drafter.checkpoint import load_drafter
+from specauf.drafter.checkpoint import fingerprint, load_drafter
 from specauf.drafter.dflash import DFlash
 from specauf.drafter.domino import Domino
 from specauf.files import atomic_write_text
@@ -123,7 +123,13 @@ def evaluate(
         },
         "methods": [
             *(
-                {"name": n, "label": n, "kind": "drafter", "steps": d.config.extra.get("steps")}
+                {
+                    "name": n,
+                    "label": n,
+                    "kind": "drafter",
+                    "steps": d.config.extra.get("steps"),
+                    "weights": fingerprint(d),
+                }
                 for n, d in drafters.items()
             ),
             *({"name": label, "label": label, "kind": "drafter"} for label in pools),

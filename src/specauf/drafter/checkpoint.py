@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -75,3 +76,11 @@ def load_drafter(directory: str | Path, device: str | torch.device = "cpu") -> D
     except UserError as error:
         raise UserError(f"{directory}/model.safetensors: {error}") from None
     return drafter
+
+
+def fingerprint(drafter: DFlash) -> str:
+    """Twelve hex digits of a drafter's weights as bfloat16 has them: an export's are its checkpoint's."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(drafter.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().bfloat16().contiguous().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:12]
