@@ -277,6 +277,7 @@ def heldout_evaluator(
     with contextlib.nullcontext(config.out) if alone else tempfile.TemporaryDirectory() as out:
         where = Path(out) / "trajectories"
         tasks = {"heldout": recorded(target, "Held-out chat", prompts, config.eval, config.drafter.block_size, where)}
+    tasks["heldout"].keep_features = True
 
     def evaluate(drafter: DFlash) -> dict[str, float]:
         found, _ = measure(target, {"drafter": DrafterProposer(drafter, target)}, tasks)

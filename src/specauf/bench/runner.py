@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,34 +40,44 @@ log = logging.getLogger(__name__)
 MARGIN = 1e-4
 """A divergence between two float32 computations is rounding below this top-2 margin, and a bug above it."""
 
+CHUNK = 64
+"""Trajectories whose features are in memory at once."""
+
 Proposers = Mapping[str, Replayable]
 
 
 @dataclass
 class Recorded:
-    """A task's trajectories, and the features of every drafter's layers once something asked for them."""
+    """A task's trajectories."""
 
     label: str
     trajectories: list[Trajectory]
     limit: int
     clusters: list[int]
     """The conversation that each trajectory belongs to: answers of one are not independent."""
-    features: dict[tuple[int, ...], list[Tensor]] = field(default_factory=dict)
-    seconds_prefill: float = 0.0
+    keep_features: bool = False
+    """Keep what the target says of them from one measurement to the next: for the few that a training run repeats."""
+    _features: dict[tuple[int, ...], list[Tensor]] = field(default_factory=dict)
 
     def texts(self) -> list[list[int]]:
         """The generated tokens up to the limit."""
         return [t.tokens[: self.limit] for t in self.trajectories]
 
-    def features_for(self, target: Target, layer_ids: Sequence[int]) -> list[Tensor] | None:
+    def chunks(self) -> Iterator[range]:
+        """The trajectories' numbers, a chunk at a time; the features of one are let go before the next."""
+        for start in range(0, len(self.trajectories), CHUNK):
+            yield range(start, min(start + CHUNK, len(self.trajectories)))
+            if not self.keep_features:
+                self._features.clear()
+
+    def features_of(self, target: Target, layer_ids: Sequence[int], chunk: range) -> Sequence[Tensor | None]:
+        """The tapped features of a chunk's trajectories, computed once; Nones when there are no layers."""
         if not layer_ids:
-            return None
-        key = tuple(layer_ids)
-        if key not in self.features:
-            began = time.perf_counter()
-            self.features[key] = trajectory_features(target, self.trajectories, key)
-            self.seconds_prefill = time.perf_counter() - began
-        return self.features[key]
+            return [None] * len(chunk)
+        key = (chunk.start, *layer_ids)
+        if key not in self._features:
+            self._features[key] = trajectory_features(target, [self.trajectories[i] for i in chunk], layer_ids)
+        return self._features[key]
 
 
 def recorded(
@@ -146,18 +156,19 @@ def measure(
     rounds: dict[str, dict[str, list[list[Round]]]] = {}
     for name, task in tasks.items():
         tokens = [min(len(t.tokens), task.limit) for t in task.trajectories]
-        rounds[name] = {}
-        accepted: dict[Replayable, list[Tensor]] = {}
-        for method, p in proposers.items():
-            features = task.features_for(target, p.layer_ids)
-            own = accepted.get(p.drafter) if isinstance(p, LookupFirst) else None
-            accepted[p] = []
-            for i, t in enumerate(task.trajectories):
-                known = own[i] if own else None
-                accepted[p].append(acceptances(p, t, features[i] if features else None, task.limit, own=known))
-                if on_progress:
-                    on_progress(1, method)
-            rounds[name][method] = [walk(a.tolist(), t) for a, t in zip(accepted[p], task.trajectories, strict=True)]
+        accepted: dict[str, list[Tensor]] = {method: [] for method in proposers}
+        for chunk in task.chunks():
+            for method, p in proposers.items():
+                alone = [accepted[m] for m, q in proposers.items() if isinstance(p, LookupFirst) and q is p.drafter]
+                for i, features in zip(chunk, task.features_of(target, p.layer_ids, chunk), strict=True):
+                    known = alone[0][i] if alone and i < len(alone[0]) else None  # not computed twice
+                    accepted[method].append(acceptances(p, task.trajectories[i], features, task.limit, own=known))
+                    if on_progress:
+                        on_progress(1, method)
+        rounds[name] = {
+            method: [walk(a.tolist(), t) for a, t in zip(found, task.trajectories, strict=True)]
+            for method, found in accepted.items()
+        }
         evaluation[name] = {
             "label": task.label,
             "prompts": len(task.trajectories),

@@ -12,13 +12,13 @@ import pytest
 import torch
 from tests.conftest import CHATML, make_geometry, make_target
 
-from specauf.bench.runner import recorded
+from specauf.bench.runner import measure, recorded
 from specauf.bench.tasks import BenchPrompt, load_task, render_prompts
 from specauf.config import EvalConfig, SamplingConfig
 from specauf.data.chat import prompt_ids
 from specauf.decode import replay as replaying
 from specauf.decode.generate import generate
-from specauf.decode.propose import DrafterProposer, PromptLookup
+from specauf.decode.propose import DrafterProposer, LookupFirst, PromptLookup
 from specauf.decode.replay import Dialogue, record, replay, trajectory_features
 from specauf.drafter.dflash import DFlash
 from specauf.strict import UserError
@@ -200,3 +200,23 @@ def test_a_smaller_block_makes_the_same_rounds_over_a_larger_recording(
         ]
         live = generate(target, proposer, prompts, max_new_tokens=limit)
         assert rounds[0] == rounds[1] == [g.rounds for g in live]
+
+
+def test_a_measurement_does_not_depend_on_how_many_features_are_held(
+    target: Target, prompts: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drafter = DrafterProposer(DFlash(make_geometry(target, block_size=4)), target)
+    proposers = {"behind": LookupFirst(drafter, 2), "drafter": drafter, "lookup": PromptLookup(4)}  # in either order
+    tasks = {"own": recorded(target, "own", [(str(i), p) for i, p in enumerate(prompts)], PLAN, 4, tmp_path)}
+    whole = measure(target, proposers, tasks)
+    monkeypatch.setattr("specauf.bench.runner.CHUNK", 1)
+    asked: list[int] = []
+    monkeypatch.setattr(
+        "specauf.bench.runner.trajectory_features",
+        lambda *a, original=trajectory_features: asked.append(len(a[1])) or original(*a),
+    )
+    assert measure(target, proposers, tasks) == whole
+    assert asked == [1] * len(prompts) and not tasks["own"]._features
+    tasks["own"].keep_features = True
+    assert measure(target, proposers, tasks) == measure(target, proposers, tasks) == whole
+    assert asked == [1] * 2 * len(prompts), "kept for the second of them"
