@@ -5,21 +5,30 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
 
-from rich.console import Console
+from rich.console import Console as Rich
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 PLAIN_EVERY = 15.0
 """Seconds between two plain progress lines."""
 
 
+class Console(Protocol):
+    """How demo and study talk; `Terminal` prints, tests listen."""
+
+    def say(self, text: str) -> None: ...
+
+    def progress(self, label: str, total: float) -> AbstractContextManager[Callable[[float, str], None]]:
+        """Yields advance(amount, note)."""
+
+
 class Terminal:
-    """Implements `demo.Console`."""
+    """A `Console`, and `rich` for what it cannot say."""
 
     def __init__(self, silent: bool = False) -> None:
-        self.rich = Console(highlight=False, quiet=silent)
+        self.rich = Rich(highlight=False, quiet=silent)
         self.lively = sys.stdout.isatty() and not silent
 
     def say(self, text: str) -> None:

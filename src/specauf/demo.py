@@ -10,22 +10,22 @@ import dataclasses
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from specauf import provenance
 from specauf.bench.runner import LiveCheck, Recorded, check_live, comparison, measure, recorded
 from specauf.bench.tasks import describe_task, load_task, render_prompts
 from specauf.config import RunConfig, SamplingConfig, digest, override
+from specauf.console import Console
 from specauf.data.features import estimate_gb, extract
 from specauf.decode.generate import Generation
 from specauf.decode.propose import DrafterProposer, PromptLookup
 from specauf.decode.replay import Replayable
 from specauf.drafter.checkpoint import load_drafter, save_drafter
-from specauf.files import atomic_write_text
+from specauf.files import atomic_write_text, read_rows
 from specauf.report import page
 from specauf.run import (
     Run,
@@ -36,7 +36,6 @@ from specauf.run import (
     prepare_data,
     settings_of,
     step_note,
-    training_log,
 )
 from specauf.strict import from_dict, require, to_dict
 from specauf.target import Target
@@ -72,15 +71,6 @@ def demo_recipe(overrides: Sequence[str]) -> RunConfig:
     require(planned, "the demo turns its own --minutes into train.max_steps")
     require(base.eval.sampling.temperature == 0, "the demo decodes at eval.sampling.temperature=0; use specauf eval")
     return base
-
-
-class Console(Protocol):
-    """How the demo talks; the CLI prints, tests listen."""
-
-    def say(self, text: str) -> None: ...
-
-    def progress(self, label: str, total: float) -> AbstractContextManager[Callable[[float, str], None]]:
-        """Yields advance(amount, note)."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +140,7 @@ def run_demo(base: RunConfig, minutes: float, console: Console) -> Path:
         "methods": _methods(base, plan, runs, evaluation),
         "evaluation": evaluation,
         "comparisons": compared,
-        "training": {name: training_log(out / name) for name in runs},
+        "training": {name: read_rows(out / name / "log.jsonl") for name in runs},
         **_live_section(target, live, tasks),
     }
     index = page.write(results, out / "report")
@@ -222,7 +212,7 @@ def _methods(base: RunConfig, plan: Plan, runs: dict[str, Run], evaluation: dict
         labels = {name: label.replace("AUF", "B-AUF+D") for name, label in labels.items()}
     methods: list[dict[str, Any]] = []
     for name, label in labels.items():
-        log = training_log(Path(base.out) / ("auf" if name == EQUAL_STEPS else name))
+        log = read_rows(Path(base.out) / ("auf" if name == EQUAL_STEPS else name) / "log.jsonl")
         if name == EQUAL_STEPS:
             log = log[: plan.steps["decay"]]
         methods.append(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -285,11 +284,6 @@ def heldout_evaluator(
         return {"replay_tau": found["heldout"]["methods"]["drafter"]["tau"]}
 
     return evaluate
-
-
-def training_log(out: Path) -> list[dict[str, Any]]:
-    path = out / "log.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def step_note(row: dict[str, Any]) -> str:

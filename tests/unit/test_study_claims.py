@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from specauf.files import read_rows
 from specauf.study.claims import CLAIMS, DOMINO, PRIORS, claims, find, standing
-from specauf.study.training_log import read_log, summary, thinned
+from specauf.study.training_log import summary, thinned
 
 TASKS = ("gsm8k", "alpaca")
 NAMES = ("T=0", "T=1", "inert", "inversion", "transfer", "base", "priors", "time")
@@ -211,4 +212,4 @@ def test_a_summary_counts_what_training_saw(tmp_path: Any) -> None:
     assert (found["steps"], found["seconds_per_step"], found["train_seconds"]) == (5, 1.0, 6.0)
     assert (found["tokens_seen"], found["blocks_seen"], found["epochs"], found["clipped_share"]) == (50, 20, 1.0, 0.2)
     (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
-    assert read_log(tmp_path) == [{"step": 1}, {"step": 2}] and summary([]) == {"steps": 0}
+    assert read_rows(tmp_path / "log.jsonl") == [{"step": 1}, {"step": 2}] and summary([]) == {"steps": 0}

@@ -151,18 +151,3 @@ def compact(cache: DynamicCache, n: int, path: Int[Tensor, "b m"]) -> None:
             index = path[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
             new[:, :, : path.shape[1]] = new.gather(2, index)  # gathered whole before it is written
     cache.crop(path.shape[1] - n)
-
-
-def expected_best_of(
-    chance: Float[Tensor, "... k"], candidates: int, hits: Bool[Tensor, "... k"] | None = None
-) -> Float[Tensor, ...]:
-    """E[max A] of that many blocks whose slots are drawn independently: sum_m 1 - (1 - P_m)^K, from logits alone.
-
-    `chance` is the marginal probability of the right token of each slot at T_s, P_m its cumulative product. With `hits`
-    (is the argmax right?), one of the candidates is the greedy chain.
-    """
-    drawn = candidates if hits is None else candidates - 1
-    missed = (1 - chance.cumprod(-1)) ** drawn
-    if hits is not None:
-        missed = missed * (1 - hits.to(missed.dtype).cumprod(-1))
-    return (1 - missed).sum(-1)

@@ -12,6 +12,7 @@ from typing import Any
 
 from specauf.bench.runner import check_live
 from specauf.config import digest
+from specauf.console import Console
 from specauf.decode.propose import DrafterProposer, PromptLookup
 from specauf.decode.replay import Replayable, replay, trajectory_features
 from specauf.drafter.checkpoint import load_drafter
@@ -20,7 +21,6 @@ from specauf.study.cells import claim
 from specauf.study.recipe import Recording, Study
 from specauf.study.recordings import chosen, describe, open_recorded
 from specauf.study.records import Place, Subject, add_records, cell_subject, load_records, lookup_subjects, records
-from specauf.study.training import Console
 from specauf.target import Target
 
 CHUNK = 16

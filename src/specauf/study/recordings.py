@@ -15,13 +15,13 @@ from typing import Any
 from specauf.bench.runner import Recorded, recorded
 from specauf.bench.tasks import BenchPrompt, describe_task, load_task, render_prompts
 from specauf.config import EvalConfig, digest
+from specauf.console import Console
 from specauf.decode.acceptance import repeated_share
 from specauf.files import atomic_write_text
 from specauf.run import data_dir
 from specauf.strict import to_dict
 from specauf.study.cells import claim
 from specauf.study.recipe import Recording, Study
-from specauf.study.training import Console
 from specauf.target import Target
 
 

@@ -12,6 +12,7 @@ from specauf.bench.statistics import MARGIN
 from specauf.bench.tasks import describe_task
 from specauf.config import RunConfig, digest
 from specauf.data.dataset import Prepared
+from specauf.files import read_rows
 from specauf.run import settings_of
 from specauf.strict import UserError, to_dict
 from specauf.study.cells import progress
@@ -21,7 +22,7 @@ from specauf.study.recipe import LOOKUP, Study
 from specauf.study.recordings import describe
 from specauf.study.records import cell_subject, lookup_subjects
 from specauf.study.scores import Measured, comparisons, methods_of, scores
-from specauf.study.training_log import read_log, summary, thinned
+from specauf.study.training_log import summary, thinned
 from specauf.target import Target
 from specauf.train.objectives import objectives_of
 
@@ -152,7 +153,7 @@ def _seeds(study: Study, name: str) -> list[int]:
 def _cell(study: Study, name: str, seed: int) -> dict[str, Any]:
     out = study.cell_dir(name, seed)
     done, horizon = progress(out)
-    log = read_log(out)
+    log = read_rows(out / "log.jsonl")
     state = "done" if horizon is not None and done >= horizon else "training" if log else "missing"
     wanted = horizon or study.config(name, seed).train.max_steps
     where = str((out / "checkpoint").relative_to(study.out)) if horizon is not None else None
@@ -176,7 +177,7 @@ def _lookups(study: Study) -> list[dict[str, Any]]:
 
 
 def _training(study: Study, name: str) -> dict[str, list[dict[str, Any]]]:
-    logs = {str(seed): read_log(study.cell_dir(name, seed)) for seed in _seeds(study, name)}
+    logs = {str(seed): read_rows(study.cell_dir(name, seed) / "log.jsonl") for seed in _seeds(study, name)}
     return {seed: thinned(log) for seed, log in logs.items() if log}
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from specauf.console import Console
 from specauf.files import atomic_write_text
 from specauf.study import results
 from specauf.study.cells import check_unchanged
 from specauf.study.measuring import check_live_all, measure_all
 from specauf.study.recipe import Study, known_parts
 from specauf.study.recordings import record_all
-from specauf.study.training import Console, Corpus, train_cells
+from specauf.study.training import Corpus, train_cells
 from specauf.target import Target
 
 STAGES = ("train", "record", "measure", "report")

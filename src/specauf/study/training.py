@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from specauf.config import RunConfig, digest
+from specauf.console import Console
 from specauf.data.dataset import Prepared
 from specauf.data.features import FeatureCache
 from specauf.data.rollouts import rollout_meta
@@ -33,15 +34,6 @@ from specauf.train.loop import Trainer, calibrate
 from specauf.train.objectives import stored_extras
 
 CALIBRATION = "calibration.json"
-
-
-class Console(Protocol):
-    """How a study talks; the CLI prints, tests listen."""
-
-    def say(self, text: str) -> None: ...
-
-    def progress(self, label: str, total: float) -> AbstractContextManager[Callable[[float, str], None]]:
-        """Yields advance(amount, note)."""
 
 
 @dataclass

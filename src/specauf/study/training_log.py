@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import json
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 ROWS = 200
@@ -22,18 +20,6 @@ FIGURES = (
     "replay_tau",
     "credit",
 )
-
-
-def read_log(out: Path) -> list[dict[str, Any]]:
-    """The rows of a cell's log; a last line that a kill cut short is left out."""
-    path = out / "log.jsonl"
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
 
 
 def thinned(log: Sequence[Mapping[str, Any]], rows: int = ROWS) -> list[dict[str, Any]]:

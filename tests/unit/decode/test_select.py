@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from jaxtyping import Bool, Float
 from tests.conftest import make_geometry
 from transformers import DynamicCache, LlamaConfig
 
@@ -11,7 +12,7 @@ from specauf.config import SamplingConfig
 from specauf.decode.generate import Generation, generate
 from specauf.decode.propose import DrafterProposer, PromptLookup
 from specauf.decode.replay import record
-from specauf.decode.select import Selection, build_tree, choose, compact, expected_best_of, sample_candidates
+from specauf.decode.select import Selection, build_tree, choose, compact, sample_candidates
 from specauf.decode.verify import uniform
 from specauf.drafter.dflash import DFlash
 from specauf.strict import ConfigError, UserError
@@ -162,6 +163,21 @@ def test_the_cache_keeps_the_path_of_each_row() -> None:
     for layer in range(2):
         assert (cache.layers[layer].keys - layer).flatten(1).tolist() == [[0, 1, 2, 4], [6, 7, 8, 11]]
         assert cache.layers[layer].values.flatten(1).tolist() == [[0, -1, -2, -4], [-6, -7, -8, -11]]
+
+
+def expected_best_of(
+    chance: Float[Tensor, "... k"], candidates: int, hits: Bool[Tensor, "... k"] | None = None
+) -> Float[Tensor, ...]:
+    """E[max A] of that many blocks whose slots are drawn independently: sum_m 1 - (1 - P_m)^K, from logits alone.
+
+    `chance` is the marginal probability of the right token of each slot at T_s, P_m its cumulative product. With `hits`
+    (is the argmax right?), one of the candidates is the greedy chain.
+    """
+    drawn = candidates if hits is None else candidates - 1
+    missed = (1 - chance.cumprod(-1)) ** drawn
+    if hits is not None:
+        missed = missed * (1 - hits.to(missed.dtype).cumprod(-1))
+    return (1 - missed).sum(-1)
 
 
 @pytest.mark.parametrize("greedy", [False, True])
