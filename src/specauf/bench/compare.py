@@ -75,6 +75,8 @@ def evaluate(
     require(
         config.max_new_tokens >= 2, "eval.max_new_tokens must be at least 2: the first is the prefill's, and no round"
     )
+    if selection and any(isinstance(d, Domino) for d in drafters.values()):
+        raise ConfigError("--candidates draws the slots of a block one by one: Domino's depend on one another")
     names, first = list(drafters), next(iter(drafters.values()))
     block, flag = first.config.block_size, _thinking(first)
     drafters = {name: drafter.to(target.embed_weight) for name, drafter in drafters.items()}  # its dtype, as live
