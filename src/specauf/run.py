@@ -61,9 +61,21 @@ def data_dir(config: RunConfig) -> Path:
 
 
 def prepare_data(config: RunConfig, target: Target) -> Prepared:
-    """Tokens, held-out prompts and the ledger, reused when nothing changed. Rollouts are read as they are."""
-    if rollout_meta(config.data.path):
-        return open_rollouts(config.data, target)
+    """Tokens, held-out prompts and the ledger, reused when nothing changed. Rollouts are read as they are.
+
+    Raises `UserError` when training would replay held-out prompts and there are none, which is known before an hour of
+    features.
+    """
+    prepared = open_rollouts(config.data, target) if rollout_meta(config.data.path) else _prepare(config, target)
+    if config.train.eval_every and not prepared.heldout:
+        raise UserError(
+            f"train.eval_every={config.train.eval_every} replays held-out prompts, and data.heldout={config.data.heldout} "
+            "gave none: raise it, or set train.eval_every=0"
+        )
+    return prepared
+
+
+def _prepare(config: RunConfig, target: Target) -> Prepared:
     excluded = task_texts(config.eval.tasks, config.eval.tasks_dir)
     if target.tokenizer is None:
         raise UserError(f"{target.name} has no tokenizer")
