@@ -88,12 +88,12 @@ def _results_of(path: Path, config: DFlashConfig, weights: str) -> dict[str, Any
         raise UserError(
             f"{path} was measured on another target ({measured}) than the drafter was trained for ({target})"
         )
-    drafters = {m["weights"] for m in found["methods"] if "weights" in m}
-    if drafters and weights not in drafters:
-        raise UserError(
-            f"{path} measured other weights ({', '.join(sorted(drafters))}) than this drafter's ({weights})"
-        )
-    return found
+    drafters = {m["name"]: m["weights"] for m in found["methods"] if "weights" in m}
+    if drafters and weights not in drafters.values():
+        known = ", ".join(sorted(drafters.values()))
+        raise UserError(f"{path} measured other weights ({known}) than this drafter's ({weights})")
+    others = {name for name, theirs in drafters.items() if theirs != weights}
+    return found | {"methods": [m for m in found["methods"] if not {m["name"], m.get("of")} & others]}
 
 
 def nested(config: dict[str, Any], base: str) -> dict[str, Any]:

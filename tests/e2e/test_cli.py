@@ -137,7 +137,10 @@ def test_rollouts_are_training_data_and_a_drafter_goes_on_from_another(
         (["train", "{recipe}", "--set", "train.lr=-1"], "train.lr must be > 0"),
         (["train", "{recipe}", "--set", "train.lrr=1"], "did you mean 'lr'?"),
         (["train", "{recipe}", "--set", "train.max_steps=null"], "set train.max_steps or train.minutes"),
-        (["train", "{recipe}", "--set", "data.heldout=0", "train.eval_every=2"], "data.heldout=0.0 gave none: raise it"),
+        (
+            ["train", "{recipe}", "--set", "data.heldout=0", "train.eval_every=2"],
+            "data.heldout=0.0 gave none: raise it",
+        ),
         (["prepare", "{recipe}", "--set", "data.path=/no/such.json"], "no such file: /no/such.json"),
         (["prepare", "{recipe}", "--set", "target.path=./nothing"], "no such directory: ./nothing"),
         (["rollout", "{recipe}", "--out", "x", "--samples", "2"], "2 samples at temperature 0"),

@@ -110,6 +110,17 @@ def test_results_are_of_this_drafter_in_whatever_dtype_it_was_measured(checkpoin
     path.write_text(json.dumps(results("0123456789ab", weights=weights)))
     export(checkpoint, shipped, results=[path, path])
     assert (shipped / "README.md").read_text().count("| Birds (3) |") == 2
+    both = results("0123456789ab", weights=weights)
+    others = [
+        {"name": "other", "kind": "drafter", "weights": "x"},
+        {"name": "other, behind", "kind": "both", "of": "other"},
+    ]
+    both["methods"] += [{**other, "label": "ANOTHER"} for other in others]
+    both["evaluation"]["birds"]["methods"] |= {other["name"]: {"tau": 9.0} for other in others}
+    path.write_text(json.dumps(both))
+    export(checkpoint, shipped, results=[path])
+    card = (shipped / "README.md").read_text()
+    assert "ANOTHER" not in card and "no drafter here is above it" in card, "another drafter's figures are not its own"
     path.write_text(json.dumps(results("0123456789ab", weights="ba9876543210")))
     with pytest.raises(UserError, match=rf"measured other weights \(ba9876543210\) than this drafter's \({weights}\)"):
         export(checkpoint, shipped, results=[path])

@@ -134,8 +134,8 @@ def evaluate(
                 }
                 for n, d in drafters.items()
             ),
-            *({"name": label, "label": label, "kind": "drafter"} for label in pools),
-            *({"name": label, "label": label, "kind": "both"} for label in behind),
+            *({"name": label, "label": label, "kind": "drafter", "of": n} for label, n in pools.items()),
+            *({"name": label, "label": label, "kind": "both", "of": n} for label, n in behind.items()),
             {"name": "prompt-lookup", "label": "prompt lookup", "kind": "lookup"},
         ],
         "evaluation": evaluation,
