@@ -119,7 +119,7 @@ class Train:
             return self._run(terminal if ranks.main else Terminal(silent=True), ranks)
 
     def _run(self, terminal: Terminal, ranks: Ranks) -> int:
-        from specauf.run import feature_cache, heldout_evaluator, open_run, prepare_data, set_horizon, step_note
+        from specauf import run
         from specauf.train.objectives import objectives_of
 
         config = configuration.load(self.recipe, self.set)
@@ -128,21 +128,21 @@ class Train:
         objectives_of(config)  # what it cannot be is said before anything is loaded
         with ranks.first():  # downloads and prepared data, once
             target = _target(config.target)
-            prepared = prepare_data(config, target)
-        for line in () if prepared.reused else prepared.ledger.lines():
-            terminal.say(line)
+            prepared = run.prepare_data(config, target)
+        terminal.say("data: prepared before" if prepared.reused else "\n".join(prepared.ledger.lines()))
+        run.require_heldout(config, prepared)
         with terminal.progress("features", float(len(prepared.train.ids)) if config.features.cache else 0) as advance:
-            features = feature_cache(config, target, prepared, on_progress=lambda n: advance(n, ""), ranks=ranks)
-        run = open_run(config, target, prepared, features, resume=not self.fresh, ranks=ranks)
+            features = run.feature_cache(config, target, prepared, on_progress=lambda n: advance(n, ""), ranks=ranks)
+        trainer = run.open_run(config, target, prepared, features, resume=not self.fresh, ranks=ranks).trainer
         if sharded := config.train.shard_target and ranks.world > 1:
             target.shard()  # not before the drafter has its copies of the target's layers
-        terminal.say(set_horizon(run.trainer))
+        terminal.say(run.set_horizon(trainer))
         evaluate = None
         if config.train.eval_every and (ranks.main or sharded):  # a sharded target needs everyone
-            evaluate = heldout_evaluator(config, target, prepared, alone=not sharded)
-        with terminal.progress(f"training {config.objective.name}", run.trainer.max_steps or 0) as advance:
-            advance(run.trainer.done, "")
-            run.trainer.run(on_step=lambda row: advance(1, step_note(row)), evaluate=evaluate)
+            evaluate = run.heldout_evaluator(config, target, prepared, alone=not sharded)
+        with terminal.progress(f"training {config.objective.name}", trainer.max_steps or 0) as advance:
+            advance(trainer.done, "")
+            trainer.run(on_step=lambda row: advance(1, run.step_note(row)), evaluate=evaluate)
         terminal.say(f"drafter: {Path(config.out) / 'checkpoint'}; log: {Path(config.out) / 'log.jsonl'}")
         return 0
 

@@ -74,7 +74,7 @@ class DataConfig:
     max_conversations: int | None = None
     """Keep at most this many training conversations; the others are counted in the ledger as `over the limit`."""
     heldout: float = 0.02
-    """Share of conversation groups held out (parts of one ShareGPT chat, and equal first user turns, stay together)."""
+    """Share of conversation groups held out (parts of one chat, and equal first user turns, stay together)."""
     seed: int = 0
     """Which groups are held out, and in what order conversations are taken."""
     enable_thinking: bool = False

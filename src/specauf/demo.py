@@ -10,7 +10,7 @@ import dataclasses
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from specauf.data.features import estimate_gb, extract
 from specauf.decode.generate import Generation
 from specauf.decode.propose import DrafterProposer, PromptLookup
 from specauf.decode.replay import Replayable
-from specauf.drafter.checkpoint import load_drafter, save_drafter
+from specauf.drafter.checkpoint import fingerprint, load_drafter, save_drafter
+from specauf.drafter.dflash import DFlash
 from specauf.files import atomic_write_text, read_rows
 from specauf.report import page
 from specauf.run import (
@@ -137,7 +138,7 @@ def run_demo(base: RunConfig, minutes: float, console: Console) -> Path:
         "provenance": box,
         "settings": {**settings_of(base), "conversations": plan.examples, "minutes": plan.minutes},
         "ledger": prepared.ledger.to_dict(),
-        "methods": _methods(base, plan, runs, evaluation),
+        "methods": _methods(base, plan, runs, drafters),
         "evaluation": evaluation,
         "comparisons": compared,
         "training": {name: read_rows(out / name / "log.jsonl") for name in runs},
@@ -205,7 +206,7 @@ def _train(run: Run, name: str, equal_steps: int, console: Console) -> None:
         save_drafter(trainer.drafter, snapshot)
 
 
-def _methods(base: RunConfig, plan: Plan, runs: dict[str, Run], evaluation: dict[str, Any]) -> list[dict[str, Any]]:
+def _methods(base: RunConfig, plan: Plan, runs: dict[str, Run], drafters: Mapping[str, DFlash]) -> list[dict[str, Any]]:
     gamma = runs["decay"].trainer.branches[0].objective.gamma
     labels = {"decay": f"decay (γ={gamma:g})", "auf": "AUF", EQUAL_STEPS: "AUF at decay's steps"}
     if base.drafter.kind == "domino":
@@ -221,6 +222,7 @@ def _methods(base: RunConfig, plan: Plan, runs: dict[str, Run], evaluation: dict
                 "label": label,
                 "kind": "drafter",
                 "steps": len(log),
+                "weights": fingerprint(drafters[name]),
                 "seconds_per_step": statistics.median(row["seconds"] for row in log),
                 "train_seconds": sum(row["seconds"] for row in log),
                 "tokens_seen": sum(row["tokens"] for row in log),

@@ -89,6 +89,10 @@ def _results_of(path: Path, config: DFlashConfig, weights: str) -> dict[str, Any
             f"{path} was measured on another target ({measured}) than the drafter was trained for ({target})"
         )
     drafters = {m["name"]: m["weights"] for m in found["methods"] if "weights" in m}
+    if not drafters and sum(m.get("kind") == "drafter" for m in found["methods"]) > 1:
+        raise UserError(
+            f"{path} does not say which of its figures are this drafter's: measure it again with `specauf eval`"
+        )
     if drafters and weights not in drafters.values():
         known = ", ".join(sorted(drafters.values()))
         raise UserError(f"{path} measured other weights ({known}) than this drafter's ({weights})")
@@ -186,9 +190,10 @@ def _history(told: Mapping[str, Any]) -> dict[str, str]:
         rows["trained on"] = (
             f"{data['conversations']:,} conversations of {data['path']}, to {data['max_length']} tokens"
         )
+        if "supervised_tokens" in data:
+            rows["trained on"] += f", {data['supervised_tokens']:,} of them supervised"
         if rollouts:
-            answers = f"{rollouts['tokens']:,} tokens at T={rollouts['temperature']:g}"
-            rows["trained on"] += f": the target's own answers, {answers}"
+            rows["trained on"] += f": the target's own answers at T={rollouts['temperature']:g}"
         if kept_out is not None:
             rows["prompts kept out of it"] = ", ".join(kept_out) or "none"
     if "init_layers" in told:

@@ -61,21 +61,9 @@ def data_dir(config: RunConfig) -> Path:
 
 
 def prepare_data(config: RunConfig, target: Target) -> Prepared:
-    """Tokens, held-out prompts and the ledger, reused when nothing changed. Rollouts are read as they are.
-
-    Raises `UserError` when training would replay held-out prompts and there are none, which is known before an hour of
-    features.
-    """
-    prepared = open_rollouts(config.data, target) if rollout_meta(config.data.path) else _prepare(config, target)
-    if config.train.eval_every and not prepared.heldout:
-        raise UserError(
-            f"train.eval_every={config.train.eval_every} replays held-out prompts, and data.heldout={config.data.heldout} "
-            "gave none: raise it, or set train.eval_every=0"
-        )
-    return prepared
-
-
-def _prepare(config: RunConfig, target: Target) -> Prepared:
+    """Tokens, held-out prompts and the ledger, reused when nothing changed. Rollouts are read as they are."""
+    if rollout_meta(config.data.path):
+        return open_rollouts(config.data, target)
     excluded = task_texts(config.eval.tasks, config.eval.tasks_dir)
     if target.tokenizer is None:
         raise UserError(f"{target.name} has no tokenizer")
@@ -84,6 +72,17 @@ def _prepare(config: RunConfig, target: Target) -> Prepared:
         source=corpus_path(config),
         excluded_prompts=excluded,
         kept_out=[describe_task(name, tasks_dir=config.eval.tasks_dir).label for name in config.eval.tasks],
+    )
+
+
+def require_heldout(config: RunConfig, prepared: Prepared) -> None:
+    """Raises `UserError` when training would replay held-out prompts and there are none: before an hour of features."""
+    if not config.train.eval_every or prepared.heldout:
+        return
+    counts = ", ".join(f"{n} {what.replace('_', ' ')}" for what, n in prepared.train.meta["heldout"].items())
+    raise UserError(
+        f"train.eval_every={config.train.eval_every} replays held-out prompts, and there are none ({counts}): set "
+        "train.eval_every=0, or prepare a corpus with a larger data.heldout"
     )
 
 

@@ -139,7 +139,7 @@ def test_rollouts_are_training_data_and_a_drafter_goes_on_from_another(
         (["train", "{recipe}", "--set", "train.max_steps=null"], "set train.max_steps or train.minutes"),
         (
             ["train", "{recipe}", "--set", "data.heldout=0", "train.eval_every=2"],
-            "data.heldout=0.0 gave none: raise it",
+            "there are none (0 conversations",
         ),
         (["prepare", "{recipe}", "--set", "data.path=/no/such.json"], "no such file: /no/such.json"),
         (["prepare", "{recipe}", "--set", "target.path=./nothing"], "no such directory: ./nothing"),

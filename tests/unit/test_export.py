@@ -128,7 +128,7 @@ def test_results_are_of_this_drafter_in_whatever_dtype_it_was_measured(checkpoin
 
 def test_the_card_tells_what_a_drafter_was_trained_on_and_from(target: Target, tmp_path: Path) -> None:
     corpus = {"path": "sharegpt", "conversations": 2200, "max_length": 384, "kept_out": ["GSM8K"], "rollouts": None}
-    answers = {**corpus, "path": "runs/own", "kept_out": None, "rollouts": {"tokens": 240020, "temperature": 0.0}}
+    answers = {**corpus, "path": "runs/own", "kept_out": None, "rollouts": {"samples": 1, "temperature": 0.0}}
     before = {"path": "runs/first", "weights": "ba9876543210"}
     before["trained"] = {"steps": 7, "objective": "auf", "init_layers": [0, 1], "data": corpus}  # type: ignore[assignment]
     drafter = build_drafter(make_geometry(target))
@@ -136,7 +136,7 @@ def test_the_card_tells_what_a_drafter_was_trained_on_and_from(target: Target, t
     export(tmp_path / "drafter", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     for row in (
-        "| trained on | 2,200 conversations of runs/own, to 384 tokens: the target's own answers, 240,020 tokens at T=0 |",
+        "| trained on | 2,200 conversations of runs/own, to 384 tokens: the target's own answers at T=0 |",
         "| went on from | runs/first, weights ba9876543210, 7 steps of auf |",
         "| trained on (before that) | 2,200 conversations of sharegpt, to 384 tokens |",
         "| prompts kept out of it (before that) | GSM8K |",

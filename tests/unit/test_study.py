@@ -290,6 +290,23 @@ def test_a_changed_recipe_is_refused_by_the_keys(study: recipe.Study, tiny: Targ
         run_study(recipe.study_of(changed, "test"), ["report"], ["a"], tiny, Quiet())
 
 
+def test_what_changes_no_weight_may_change_and_other_data_may_not(
+    study: recipe.Study, tiny: Target, world: Path
+) -> None:
+    run_study(study, ["train"], ["b"], tiny, Quiet())
+    elsewhere = content(world, study.out)
+    elsewhere["base"] |= {
+        "target": {"path": f"{world}/target", "device": "cpu"},
+        "features": {"cache": True, "max_gb": 1},
+    }
+    run_study(recipe.study_of(elsewhere, "test"), ["report"], ["b"], tiny, Quiet())
+    elsewhere["base"]["eval"]["tasks"] = [
+        "birds"
+    ]  # then the prompts of `pairs` are not kept out of what is trained next
+    with pytest.raises(ConfigError, match=r"auf-s0 was trained on another state of the data"):
+        run_study(recipe.study_of(elsewhere, "test"), ["train"], ["a"], tiny, Quiet())
+
+
 def test_a_horizon_that_was_begun_is_kept(
     world: Path, tiny: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -79,6 +79,7 @@ def evaluate(
         raise ConfigError("--candidates draws the slots of a block one by one: Domino's depend on one another")
     names, first = list(drafters), next(iter(drafters.values()))
     block, flag = first.config.block_size, _thinking(first)
+    weights = {name: fingerprint(drafter) for name, drafter in drafters.items()}
     drafters = {name: drafter.to(target.embed_weight) for name, drafter in drafters.items()}  # its dtype, as live
     alone = {n: DrafterProposer(d, target) for n, d in drafters.items()}
     proposers: dict[str, Replayable] = {**alone}
@@ -130,7 +131,7 @@ def evaluate(
                     "label": n,
                     "kind": "drafter",
                     "steps": d.config.extra.get("steps"),
-                    "weights": fingerprint(d),
+                    "weights": weights[n],
                 }
                 for n, d in drafters.items()
             ),

@@ -37,9 +37,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-NEAR_TIE = {torch.float32: 1e-4, torch.bfloat16: 0.25, torch.float16: 0.03}
+NEAR_TIE = {torch.float32: 1e-4, torch.bfloat16: 2**-2, torch.float16: 2**-5}
 """A divergence between two computations in a dtype is rounding up to this top-2 margin, and a bug above it. In 16 bits
 it is two steps of a logit between 16 and 32; exactness, token for token, is claimed in float32."""
+
+
+def near_tie(target: Target) -> float:
+    """Of `NEAR_TIE`, in the target's dtype."""
+    return NEAR_TIE.get(target.embed_weight.dtype, NEAR_TIE[torch.float32])
+
 
 CHUNK = 64
 """Trajectories whose features are in memory at once."""
@@ -276,17 +282,8 @@ def check_live(
     began = time.perf_counter()
     replayed = replay(proposer, trajectories, features, limit)
     replay_seconds = time.perf_counter() - began
-    check = LiveCheck(
-        live,
-        plain,
-        live_seconds,
-        plain_seconds,
-        replay_seconds,
-        prefill_seconds,
-        [],
-        [],
-        NEAR_TIE[target.embed_weight.dtype],
-    )
+    spent = live_seconds, plain_seconds, replay_seconds, prefill_seconds
+    check = LiveCheck(live, plain, *spent, [], [], near_tie(target))
     for i, trajectory in enumerate(trajectories):
         _compare_tokens(check, f"{trajectory.id}: speculative and plain decoding", live[i].tokens, plain[i])
         recording = trajectory.tokens[: len(plain[i].tokens)]

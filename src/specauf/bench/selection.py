@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from specauf.bench.runner import NEAR_TIE, Recorded
+from specauf.bench.runner import Recorded, near_tie
 from specauf.config import EvalConfig
 from specauf.decode.acceptance import compare, summarise
 from specauf.decode.generate import Generation, Round, generate
@@ -56,16 +56,15 @@ def measure_selection(
         "gain_interval": list(gain.interval),
     }
     pairs = zip(recording.trajectories, out, recording.texts(), strict=True)
-    near_tie = NEAR_TIE[target.embed_weight.dtype]
-    problems = [f"{t.id}: {told}" for t, g, text in pairs if (told := _parting(g, text, near_tie))]
+    problems = [f"{t.id}: {told}" for t, g, text in pairs if (told := _parting(g, text, near_tie(target)))]
     return row, problems if config.sampling.temperature == 0 else []
 
 
-def _parting(live: Generation, text: Sequence[int], near_tie: float) -> str:
+def _parting(live: Generation, text: Sequence[int], tie: float) -> str:
     """Where a live text leaves the recorded one for more than a near tie; empty when it does not."""
     pairs = enumerate(zip(live.tokens, text, strict=False))
     at = next((i for i, (a, b) in pairs if a != b), min(len(live.tokens), len(text)) - 1)
-    if live.tokens == list(text) or live.margins[at] <= near_tie:
+    if live.tokens == list(text) or live.margins[at] <= tie:
         return ""
     return f"leaves the recorded text at token {at}, top-2 margin {live.margins[at]:.2e}"
 

@@ -68,9 +68,7 @@ def render(
         if len(start) < len(end) and full.startswith(start) and full.startswith(end):
             span = len(start), len(end)
         elif i + 1 < len(turns):
-            before = _render_text(tokenizer, turns[:i], enable_thinking)
-            answers = (turn["content"], turn["content"].strip())  # some templates trim
-            span = next(filter(None, (_in_history(tokenizer, full, before, start, end, a) for a in answers)), None)
+            span = _in_history(tokenizer, turns, i, full, enable_thinking)
         if span is None:
             raise UnstableTemplate(f"message {i} ({_differ(full, start, end)})")
         spans.append(span)
@@ -92,22 +90,23 @@ def render(
     return Rendered(ids[:limit], mask[:limit])
 
 
-def _in_history(
-    tokenizer: PreTrainedTokenizerBase, full: str, before: str, start: str, end: str, answer: str
-) -> tuple[int, int] | None:
-    """Where an answer that the template rewrites later lies in `full`, its end of turn included; None when it is not there.
+ELSEWHERE = "\ue000elsewhere\ue000"
+"""Text of the private use area, in place of an answer that is looked for."""
 
-    `before`, `start` and `end` are the renderings up to it, with its generation prompt, and with it as the last message.
+
+def _in_history(
+    tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], i: int, full: str, thinking: bool
+) -> tuple[int, int] | None:
+    """Where answer `i`, which the template rewrites later, lies in `full`, its end of turn included; None when it does not.
+
+    Another text is rendered in its place: what is then different is the answer, whatever the template strips of it.
     """
-    if answer not in end:
+    other = [*turns[:i], {**turns[i], "content": ELSEWHERE}]
+    head, found, rest = _render_text(tokenizer, [*other, *turns[i + 1 :]], thinking).partition(ELSEWHERE)
+    first, bare = len(head), len(full) - len(rest)
+    if not found or ELSEWHERE in rest or not (full.startswith(head) and full.endswith(rest) and first < bare):
         return None
-    header = _common(full, start)
-    floor = len(before) if full.startswith(before) and start.startswith(before) else len(start)
-    first = full.rfind(answer, floor, header + len(answer))
-    if first < 0:
-        return None
-    bare = first + len(answer)
-    last = bare + _common(full[bare:], end[end.rindex(answer) + len(answer) :])
+    last = bare + _common(rest, _render_text(tokenizer, other, thinking).rpartition(ELSEWHERE)[2])
     while bare < last < len(full) and not _splits_at(tokenizer, full, last):
         last -= 1  # what begins the next turn may begin like the rest of this one
     return (first, last) if last > bare else None

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     Row = tuple[int, Tensor, Tensor]
     Identified = tuple[int, Conversation]
 
-FORMAT = 1
+FORMAT = 2
+"""Part of the key: raised when the same corpus is read, split or rendered otherwise."""
 TOKENS, META, HELDOUT = "tokens.safetensors", "meta.json", "heldout.json"
 
 

@@ -10,6 +10,7 @@ import codecs
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,8 +26,10 @@ ROLES = {
 CHUNK = 1 << 23
 _SEPARATOR = re.compile(r"[\s,]*")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_PART = re.compile(r"(?=.[a-z]*[A-Z0-9])([A-Za-z0-9]{7})_\d+")
-"""A ShareGPT id, QWJhYvA_12: seven random characters name the chat, the number its part. `Example_12` is none."""
+_PART = re.compile(r"(.+)_\d+")
+"""An id that may name a part: of a chat, as ShareGPT's QWJhYvA_12 does, or of a file, as train_12."""
+LONGEST_CHAT = 32, 0.01
+"""Ids that share a name are the parts of one chat while they are at most so many, or such a share of the corpus."""
 
 
 class Message(NamedTuple):
@@ -331,8 +334,8 @@ def split(
 ) -> tuple[list[Conversation], list[Conversation]]:
     """(train, held out), each in the given order. `heldout` is the expected share of *groups* that are held out.
 
-    A group is everything linked by the first user turn, or by the chat of which ids in ShareGPT's form (`QWJhYvA_12`) name
-    parts, so that neither occurs on both sides.
+    A group is everything linked by the first user turn, or by the chat of which the ids name parts (`QWJhYvA_12`), so that
+    neither occurs on both sides. Ids that number the records of a file (`train_12`) link nothing.
     Which groups are held out depends on the seed and on a group's own members, not on the order of the file.
     """
     conversations = list(conversations)
@@ -345,7 +348,9 @@ def split(
             key = parent[key]
         return key
 
-    keys = [(f"id:{_chat(c.id)}", f"turn:{c.first_user}") for c in conversations]
+    keys = [
+        (f"id:{chat}", f"turn:{c.first_user}") for chat, c in zip(_chats(conversations), conversations, strict=True)
+    ]
     for pair in keys:
         low, high = sorted(map(root, pair))
         parent[high] = low  # a root is always the least key of its group
@@ -356,9 +361,14 @@ def split(
     return sides
 
 
-def _chat(identity: str) -> str:
-    part = _PART.fullmatch(identity)
-    return part[1] if part else identity
+def _chats(conversations: list[Conversation]) -> list[str]:
+    """The chat of each conversation; its own id where that names no part."""
+    names = [part[1] if (part := _PART.fullmatch(c.id)) else c.id for c in conversations]
+    count, (most, share) = Counter(names), LONGEST_CHAT
+    return [
+        name if count[name] <= max(most, share * len(names)) else c.id
+        for name, c in zip(names, conversations, strict=True)
+    ]
 
 
 def counter(seed: int, stream: str, key: object) -> float:

@@ -177,13 +177,14 @@ def rollout(
     if (out / META).is_file():
         return TokenDataset.load(out)
     planned, queue = list[Planned](), _plan(roller, conversations)
-    found, seconds = _answered(out / PARTS)
-    tokens = 0
+    found = _answered(out / PARTS)
+    tokens, seconds = 0, 0.0
     while window := _window(queue, planned, plan, tokens, roller.data.max_length):
         for batch in (window[i : i + plan.batch_size] for i in range(0, len(window), plan.batch_size)):
             for sample in batch:
                 if told := found.get(sample.uid):
-                    sample.ids, sample.mask, sample.stop, sample.messages = told
+                    (sample.ids, sample.mask, sample.stop, sample.messages), share = told
+                    seconds += share
             spent = _part(roller, out / PARTS, [s for s in batch if not s.stop])
             tokens, seconds = tokens + _generated(batch), seconds + spent
             if on_progress:
@@ -281,19 +282,19 @@ def _part(roller: Roller, parts: Path, batch: list[Sample]) -> float:
     return seconds
 
 
-def _answered(parts: Path) -> tuple[dict[int, Answered], float]:
-    """The samples that the parts of an earlier run answer, by uid, and the seconds that they took."""
-    found, seconds = dict[int, Answered](), 0.0
+def _answered(parts: Path) -> dict[int, tuple[Answered, float]]:
+    """The samples that the parts of an earlier run answer, by uid, each with its share of the seconds that they took."""
+    found = dict[int, tuple[Answered, float]]()
     for directory in sorted(parts.iterdir()) if parts.is_dir() else []:
         try:
             part = TokenDataset.load(directory)
         except UserError:  # cut by a kill
             continue
-        seconds += float(part.meta["seconds"])
+        share = float(part.meta["seconds"]) / len(part)
         for i, (uid, told) in enumerate(zip(part.uid.tolist(), part.meta["samples"], strict=True)):
             row, messages = part[i], [Message(**m) for m in told["messages"]]
-            found[uid] = (row.input_ids.tolist(), row.loss_mask.int().tolist(), told["stop"], messages)
-    return found, seconds
+            found[uid] = (row.input_ids.tolist(), row.loss_mask.int().tolist(), told["stop"], messages), share
+    return found
 
 
 def _settle(planned: Sequence[Planned], total: int, ledger: Ledger, max_tokens: int | None) -> list[Sample]:

@@ -79,7 +79,7 @@ def load_drafter(directory: str | Path, device: str | torch.device = "cpu") -> D
 
 
 def fingerprint(drafter: DFlash) -> str:
-    """Twelve hex digits of a drafter's weights as bfloat16 has them: an export's are its checkpoint's."""
+    """Twelve hex digits of a drafter's weights as bfloat16 has them: a checkpoint's and its exports' (not float16's)."""
     digest = hashlib.sha256()
     for name, tensor in sorted(drafter.state_dict().items()):
         digest.update(name.encode() + tensor.cpu().bfloat16().contiguous().view(torch.int16).numpy().tobytes())

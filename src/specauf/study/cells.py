@@ -18,7 +18,10 @@ from specauf.config import RunConfig
 from specauf.strict import ConfigError, UserError, from_dict, to_dict
 from specauf.study.recipe import Cell
 
-NOT_IDENTITY = (("out",), ("eval",), ("train", "save_every"), ("train", "eval_every"))
+NOT_IDENTITY = (
+    *(("out",), ("eval",), ("target", "device"), ("target", "trust_remote_code"), ("features", "max_gb")),
+    *(("objective", "logits_rows"), ("train", "save_every"), ("train", "eval_every")),
+)
 """What may change about a cell that is trained or in training: none of it changes a weight."""
 
 
@@ -92,6 +95,22 @@ def check_unchanged(cell: Cell) -> None:
             f"{cell.out} was trained from another recipe ({'; '.join(changed)}). Change the recipe back, give the changed "
             "method another name, or delete that directory to train it again"
         )
+
+
+def check_same_data(cell: Cell, data: str, target: str) -> None:
+    """Raise `ConfigError` when the cell on disk was trained on other prepared data or another target than these keys name.
+
+    The recipe may be the same: the corpus or the target's files have changed in their place, the prompts to keep out are
+    others, or an earlier version of specauf read the corpus otherwise.
+    """
+    path = cell.out / "run.json"
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    for what, now in (("data", data), ("target", target)):
+        if before.get(what, now) != now:
+            raise ConfigError(
+                f"{cell.out} was trained on another state of the {what} ({before[what]} then, {now} now): its neighbours would "
+                "not be comparable. Put back the files, eval.tasks or version of then, or delete that directory"
+            )
 
 
 def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:

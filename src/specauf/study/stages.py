@@ -8,7 +8,7 @@ from pathlib import Path
 from specauf.console import Console
 from specauf.files import atomic_write_text
 from specauf.study import results
-from specauf.study.cells import check_unchanged
+from specauf.study.cells import check_same_data, check_unchanged
 from specauf.study.measuring import check_live_all, measure_all
 from specauf.study.recipe import Study, known_parts
 from specauf.study.recordings import record_all
@@ -28,6 +28,10 @@ def run_study(
     for cell in study.cells():  # of every part: the report shows them all under the recipe's names
         check_unchanged(cell)
     corpus, recordings = Corpus(study, target, console), study.recordings(keys)
+    if {"train", "measure"} & set(wanted):  # what is measured must not have been trained on, by any of them
+        for cell in study.cells(keys):
+            if (cell.out / "run.json").is_file():
+                check_same_data(cell, corpus.prepared(cell.config).train.meta["key"], target.fingerprint())
     if "train" in wanted:
         cells = study.cells(keys)
         left = train_cells(study, target, corpus, cells, console)

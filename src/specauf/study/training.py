@@ -23,6 +23,7 @@ from specauf.run import (
     new_drafter,
     open_run,
     prepare_data,
+    require_heldout,
     step_note,
 )
 from specauf.strict import UserError, to_dict
@@ -121,6 +122,7 @@ def _train(study: Study, target: Target, corpus: Corpus, cell: Cell, console: Co
     config = cell.config
     horizon = progress(cell.out)[1] or steps_of(study, target, corpus, cell, console)
     prepared = corpus.prepared(config)
+    require_heldout(config, prepared)
     run = open_run(config, target, prepared, corpus.features(config), horizon=horizon)
     evaluate = None
     if config.train.eval_every:  # the held-out recordings are the study's: every cell replays the same

@@ -17,26 +17,21 @@ if TYPE_CHECKING:
     from specauf.train.loop import Trainer
 
 
-def identity(trainer: Trainer) -> str:
-    """Digest of what must not change when a run is resumed: everything but where it is written and how long it is."""
+def identity(trainer: Trainer) -> dict[str, str]:
+    """Digests of what must not change when a run is resumed: everything but where it is written and how long it is."""
     config, drafter = trainer.config, trainer.drafter.config
     meta = getattr(trainer.batches.dataset, "meta", {})
-    return digest(
-        {
-            "target": trainer.target.fingerprint(),
-            "data": dump(config.data) + str(meta.get("key")),  # a corpus or rollouts may be made again in their place
-            "drafter": drafter.to_json() | {"specauf": drafter.extra.get("init_from", {}).get("weights")},
-            "init_layers": config.drafter.init_layers,
-            "objective": dump(config.objective) + _content(config.objective.plugin),
-            "train": {
-                k: v
-                for k, v in vars(config.train).items()
-                if k not in ("max_steps", "minutes", "save_every", "eval_every", "shard_target")
-            }
-            | {"accumulation": config.train.accumulation * trainer.ranks.world},  # fewer ranks may accumulate more
-            "examples": trainer.batches.examples,
-        }
-    )
+    free = ("max_steps", "minutes", "save_every", "eval_every", "shard_target", "accumulation")
+    parts = {
+        "target": trainer.target.fingerprint(),
+        "data": [dump(config.data), meta.get("key"), trainer.batches.examples],  # it may be made again in its place
+        "drafter": drafter.to_json() | {"specauf": drafter.extra.get("init_from", {}).get("weights")},
+        "drafter.init_layers": config.drafter.init_layers,
+        "objective": dump(config.objective) + _content(config.objective.plugin),
+        "train": {key: value for key, value in vars(config.train).items() if key not in free},
+        "train.accumulation times processes": config.train.accumulation * trainer.ranks.world,
+    }
+    return {name: digest(part) for name, part in parts.items()}
 
 
 def _content(plugin: str | None) -> str:
@@ -73,15 +68,16 @@ def provenance_of(trainer: Trainer) -> dict[str, Any]:
 def _data_of(trainer: Trainer) -> dict[str, Any]:
     """What the drafter was trained on: `kept_out` are the tasks whose prompts it never saw, None when that is not known;
     `rollouts` says how the target's own answers were drawn, None for a corpus's."""
-    dataset, config = trainer.batches.dataset, trainer.config
+    dataset, config, used = trainer.batches.dataset, trainer.config, trainer.batches.examples
     meta: dict[str, Any] = getattr(dataset, "meta", {})
     rollouts = meta.get("rollout")
     return {
         "path": config.data.path,
-        "conversations": trainer.batches.examples,
+        "conversations": len(set(meta.get("conversation_ids", range(used))[:used])),
+        "supervised_tokens": sum(int(dataset[i].loss_mask.sum()) for i in range(used)),
         "max_length": config.data.max_length,
         "kept_out": meta.get("kept_out"),
-        "rollouts": rollouts and {"tokens": rollouts["tokens"], "temperature": rollouts["sampling"]["temperature"]},
+        "rollouts": rollouts and {"samples": rollouts["samples"], "temperature": rollouts["sampling"]["temperature"]},
     }
 
 
@@ -119,9 +115,15 @@ def resume(trainer: Trainer, out: Path) -> bool:
     if not (directory / "state.json").is_file():
         return False
     state = json.loads((directory / "state.json").read_text())
-    if state["identity"] != identity(trainer):
+    before, now = state["identity"], identity(trainer)
+    if isinstance(before, str):
         raise UserError(
-            f"{directory} was trained with another configuration; resume with the same recipe, or choose another `out`"
+            f"{directory} is of an earlier version, which did not say what it was trained with: train it with --fresh"
+        )
+    if changed := [name for name, part in now.items() if before.get(name) != part]:
+        raise UserError(
+            f"{directory} was trained with another {', '.join(changed)}: resume with the same recipe, files and version, or "
+            "choose another `out`"
         )
     wanted = trainer.max_steps
     if wanted is not None and wanted != state["max_steps"]:

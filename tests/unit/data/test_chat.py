@@ -123,7 +123,7 @@ def test_a_cut_is_made_only_where_a_special_token_begins(make_tokenizer: Make) -
 
 
 @pytest.mark.parametrize(("thinking", "last"), [(False, "b"), (True, "<think>\n\n</think>\n\nb")])
-@pytest.mark.parametrize("first", ["a", "<b", "assistant\n", " the <think> "])
+@pytest.mark.parametrize("first", ["a", "d", "<", "<b", "assistant\n", " the <think> "])
 def test_an_answer_that_the_template_rewrites_later_is_supervised_as_the_history_has_it(
     make_tokenizer: Make, thinking: bool, last: str, first: str
 ) -> None:
@@ -133,6 +133,14 @@ def test_an_answer_that_the_template_rewrites_later_is_supervised_as_the_history
     whole = str(tokenizer.decode(rendered.input_ids))
     assert whole.count("</think>") == 1, "the whole conversation is what the template shows, earlier answers rewritten"
     assert supervised(tokenizer, render(tokenizer, talk("q", "a"), enable_thinking=False)) == "a<|im_end|>\n"
+
+
+def test_an_answer_whose_thinking_is_stripped_from_the_history_is_supervised_without_it(make_tokenizer: Make) -> None:
+    stripped = "m['content'].split('</think>')[-1].lstrip('\\n')"
+    tokenizer = make_tokenizer(THINKING.replace("m['content'] +", f"(m['content'] if loop.last else {stripped}) +"))
+    turns = talk("q", "<think>\nwhy\n</think>\n\nthe fox", "r", "<think></think>\ndog", "s", "b")
+    rendered = render(tokenizer, turns, enable_thinking=False)
+    assert supervised(tokenizer, rendered) == "the fox<|im_end|>\ndog<|im_end|>\nb<|im_end|>\n"
 
 
 def test_a_template_that_ends_every_rendering_is_no_obstacle(make_tokenizer: Make) -> None:

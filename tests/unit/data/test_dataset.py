@@ -222,7 +222,7 @@ def test_a_template_that_supervises_nothing_is_an_error_with_the_ledger(
 
 
 def test_a_corpus_in_one_group_is_warned_about(run: Prepare) -> None:
-    corpus = [{**record, "id": f"QWJhYvA_{i}"} for i, record in enumerate(records())]
+    corpus = [{**record, "id": f"QWJhYvA_{i}"} for i, record in enumerate(records(30))]
     prepared = run(corpus, heldout=0.02)
     assert prepared.heldout == [] and any("held-out" in warning for warning in prepared.ledger.warnings)
 

@@ -212,7 +212,7 @@ def test_a_run_without_a_horizon_is_refused(target: Target, dataset: TokenDatase
 
 def test_resuming_with_another_objective_is_refused(target: Target, dataset: TokenDataset, tmp_path: Path) -> None:
     make(target, dataset, tmp_path, max_steps=1).run()
-    with pytest.raises(UserError, match="another configuration"):
+    with pytest.raises(UserError, match="trained with another objective: "):
         checkpoint.resume(make(target, dataset, tmp_path, objective="decay"), tmp_path)
 
 
@@ -224,7 +224,7 @@ def test_resuming_on_another_target_or_to_another_horizon_is_refused(
         checkpoint.resume(make(target, dataset, tmp_path, max_steps=2), tmp_path)
     changed = copy.copy(target)
     changed.__dict__["_fingerprint"] = "another"
-    with pytest.raises(UserError, match="another configuration"):
+    with pytest.raises(UserError, match="trained with another target: "):
         checkpoint.resume(make(changed, dataset, tmp_path, max_steps=1), tmp_path)
 
 

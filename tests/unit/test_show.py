@@ -1,0 +1,72 @@
+"""What `specauf eval` and `generate` say of a drafter's training and of a text that is not plain decoding's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from specauf import show as showing
+from specauf.bench.runner import near_tie
+from specauf.config import EvalConfig, SamplingConfig
+from specauf.console import Terminal
+from specauf.decode.generate import generate
+from specauf.decode.propose import PromptLookup
+from specauf.show import exposed, show
+from specauf.target import Target
+from tests.conftest import make_target
+
+EVAL = EvalConfig(tasks=("gsm8k", "humaneval", "heldout"))
+
+
+@pytest.mark.parametrize(
+    ("trained", "seen"),
+    [
+        ({}, ""),
+        ({"data": {"kept_out": None}}, ""),
+        ({"data": {"kept_out": ["GSM8K", "HumanEval"]}}, ""),
+        ({"data": {"kept_out": ["HumanEval"]}}, "GSM8K"),
+        ({"data": {"kept_out": []}}, "GSM8K, HumanEval"),
+        ({"data": None, "init_from": {"trained": {"data": {"kept_out": ["GSM8K"]}}}}, "HumanEval"),
+        (
+            {"data": {"kept_out": ["GSM8K"]}, "init_from": {"trained": {"data": {"kept_out": ["HumanEval"]}}}},
+            "GSM8K, HumanEval",
+        ),
+    ],
+)
+def test_tasks_that_a_drafter_may_have_seen_are_named(trained: dict[str, Any], seen: str) -> None:
+    told = f"the prompts of {seen} were not kept out of its training data"
+    assert exposed(trained, EVAL) == ([told] if seen else [])
+
+
+@pytest.mark.parametrize(("margin", "passes"), [(1e-5, True), (1e-2, False)])
+def test_a_text_that_parts_from_plain_decoding_passes_at_a_near_tie_alone(
+    make_tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    margin: float,
+    passes: bool,
+) -> None:
+    target = make_target(vocab=len(tokenizer := make_tokenizer()) + 8)
+    target.tokenizer = tokenizer
+
+    def parting(target: Target, proposer: Any, *args: Any, **options: Any) -> Any:
+        (made,) = generate(target, proposer, *args, **options)
+        if proposer is None:
+            made.tokens[3] += 1
+            made.margins[3] = margin
+        return (made,)
+
+    monkeypatch.setattr(showing, "generate", parting)
+    assert show(Terminal(), target, PromptLookup(4), [1, 2, 3], SamplingConfig(), 8, None) is passes
+    told = capsys.readouterr().out
+    assert f"{'is' if passes else 'is NOT'} the target's own" in told and "plain decoding's at token 3" in told
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_rounding_is_two_steps_of_a_logit_or_the_claim_of_float32(target: Target, dtype: torch.dtype) -> None:
+    other = make_target()
+    other.embed_weight = torch.nn.Parameter(other.embed_weight.to(dtype), requires_grad=False)
+    steps = 2 * 16 * torch.finfo(dtype).eps
+    assert near_tie(other) == (steps if dtype.itemsize == 2 else 1e-4)
