@@ -46,6 +46,7 @@ def study(**verdicts: str) -> dict[str, Any]:
         "tasks": {task: {} for task in TASKS},
         "parts": [
             {"methods": ["decay", "auf", "auf-decay", "prompt-lookup"], "temperatures": ["0", "1"]},
+            {"methods": [*PRIORS, "auf-time"], "temperatures": ["0"]},
             {"methods": ["decay-only", *DOMINO], "temperatures": ["0", "1"]},
         ],
         "methods": [{"name": n, "cells": [{"seed": s, "state": "done"} for s in range(3)]} for n in accuracy],
@@ -128,6 +129,14 @@ def test_missing_comparisons_are_not_run() -> None:
     assert verdicts(results) == only(**told)
     results["comparisons"] = []
     assert set(verdicts(results).values()) == {"not run"}
+
+
+def test_a_study_of_other_methods_asks_nothing() -> None:
+    results = study()
+    results["parts"] = [{"methods": ["decay", "random", "prompt-lookup"], "temperatures": ["0"]}]
+    assert claims(results) == []
+    results["parts"] = [{"methods": ["decay", "auf"], "temperatures": ["0"]}]
+    assert [row["claim"][:11] for row in claims(results)] == ["AUF > decay", "AUF > decay", "decay is mo"]
 
 
 def test_a_part_that_asks_for_one_temperature_is_judged_by_it() -> None:

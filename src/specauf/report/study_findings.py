@@ -36,7 +36,9 @@ def headline(results: Results) -> list[str]:
         if tally[v]
     ]
     first = f"Of {len(claims)} claim{'s' if len(claims) != 1 else ''}, {series(counts)}." if claims else ""
-    return [line for line in (first or "No claim has been put to the test yet.", lookup_line(results)) if line]
+    said_of_lookup = lookup_line(results)
+    nothing = "" if said_of_lookup else "No claim has been put to the test yet."
+    return [line for line in (first or nothing, said_of_lookup) if line]
 
 
 def lookup_line(results: Results) -> str:

@@ -41,9 +41,12 @@ class Found(NamedTuple):
 
 
 def claims(results: Results) -> list[dict[str, Any]]:
-    """The `claims` of a study's results."""
+    """The `claims` of a study's results: those that its parts' methods are about."""
     rows = []
-    for name, source, decide in CLAIMS:
+    asked = {name for part in results["parts"] for name in part["methods"]}
+    for name, source, decide, about in CLAIMS:
+        if not all(asked.intersection(names) for names in about):
+            continue
         found = decide(results)
         told = {"verdict": found.verdict, "because": found.because, "evidence": list(found.evidence)}
         rows.append({"claim": name, "source": source, **told})
@@ -144,20 +147,34 @@ def equal_time(results: Results) -> Found:
     return _decide(results, indices, {"better"}, {"worse", "equivalent"}, "AUF in decay's time against decay")
 
 
-CLAIMS: tuple[tuple[str, str, Callable[[Results], Found]], ...] = (
-    ("AUF > decay on every benchmark at T=0", "paper, Table 2", lambda results: everywhere(results, "0")),
-    ("AUF > decay on every benchmark at T=1", "paper, Table 2", lambda results: everywhere(results, "1")),
-    ("decay is inert inside AUF", "paper, section 5.1 and Table 2", inert),
-    ("decay is more accurate on the common mask and decodes worse", "paper, section 5.1 and Figure 4", inversion),
-    ("support selection transfers to Domino: every AUF variant > decay-only", "paper, Table 4", transfer),
-    ("Domino's base branch carries the gain", "paper, section 5.2 and Table 4", base_branch),
+BOTH, VARIANTS = (("auf",), ("decay",)), (("decay-only",), DOMINO)
+CLAIMS: tuple[tuple[str, str, Callable[[Results], Found], Sequence[Sequence[str]]], ...] = (
+    ("AUF > decay on every benchmark at T=0", "paper, Table 2", lambda results: everywhere(results, "0"), BOTH),
+    ("AUF > decay on every benchmark at T=1", "paper, Table 2", lambda results: everywhere(results, "1"), BOTH),
+    ("decay is inert inside AUF", "paper, section 5.1 and Table 2", inert, (("auf-decay",), ("auf",))),
+    (
+        "decay is more accurate on the common mask and decodes worse",
+        "paper, section 5.1 and Figure 4",
+        inversion,
+        BOTH,
+    ),
+    (
+        "support selection transfers to Domino: every AUF variant > decay-only",
+        "paper, Table 4",
+        transfer,
+        VARIANTS,
+    ),
+    ("Domino's base branch carries the gain", "paper, section 5.2 and Table 4", base_branch, VARIANTS),
     (
         "AUF > every position prior: uniform, decay of any γ, first slots alone",
         "a control, not of the paper",
         beyond_priors,
+        (("auf",), PRIORS),
     ),
-    ("AUF > decay at equal training time", "not of the paper", equal_time),
+    ("AUF > decay at equal training time", "not of the paper", equal_time, (("auf-time",), ("decay",))),
 )
+"""A claim, where it stands, how it is judged, and the methods that it is about, one of each row at least: a study whose recipe
+has none of them does not ask."""
 
 
 def find(results: Results, a: str, b: str, temperature: str, task: str) -> int | None:
