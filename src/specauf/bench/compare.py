@@ -142,7 +142,12 @@ def evaluate(
         "evaluation": evaluation,
         "comparisons": [
             row
-            for other, first in [*((other, names[0]) for other in names[1:]), *pools.items(), *behind.items()]
+            for other, first in [
+                *((other, names[0]) for other in names[1:]),
+                *pools.items(),
+                *behind.items(),
+                *((name, "prompt-lookup") for name in behind or names),  # the competitor that costs nothing
+            ]
             for row in comparison(tasks, rounds, other, first)
         ],
         "checks": [],
