@@ -18,7 +18,7 @@ import torch
 from specauf import assets, files
 from specauf.drafter.checkpoint import fingerprint, load_drafter, save_drafter
 from specauf.drafter.config import DFlashConfig
-from specauf.report.words import escape, fixed, span
+from specauf.report.words import average, escape, fixed, span
 from specauf.strict import UserError, choose
 
 LAYOUTS = ("zlab", "speculators")
@@ -228,6 +228,9 @@ def _measured(results: dict[str, Any]) -> list[str]:
         for kind in ahead:
             best = max((tau for name, tau in taus.items() if kinds.get(name) == kind), default=0)
             ahead[kind] += best > taus.get(LOOKUP, 0)
+    means = [fixed(average(tasks, name, key)) for name in names for key in ("tau", "tau_before_loop")]
+    if len(tasks) > 1:
+        rows.append("| average | " + " | ".join(means) + " |")
     settings, made = results.get("settings", {}), results.get("provenance", {})
     said = escape(", ".join(f"{key} {value}" for key, value in settings.items()))
     alone = f"a drafter has the higher mean on {ahead['drafter']} of {len(tasks)} tasks"

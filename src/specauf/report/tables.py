@@ -20,6 +20,7 @@ from specauf.report.words import (
     NONE,
     PROSE,
     SELECTION,
+    average,
     clean,
     count,
     duration,
@@ -80,19 +81,14 @@ def dense(rows: Rows) -> Rows:
 
 
 def summary_rows(results: Results) -> Rows:
-    """The main table: per method tau with its interval on each task, alpha_1..4 over all tasks, and the cost."""
-    tasks = list(results["evaluation"])
-    rows = [
-        [
-            "method",
-            *(h for t in tasks for h in (f"τ {task_label(results, t)}", "no loop")),
-            *(f"α{subscript(k)}" for k in range(1, 5)),
-        ]
-    ]
-    rows[0] += ["s/step", "tokens seen"]
+    """The main table: per method tau, averaged and with its interval on each task, alpha_1..4 over all tasks, the cost."""
+    tasks, found = list(results["evaluation"]), results["evaluation"].values()
+    heads = [h for label in ("average", *(task_label(results, t) for t in tasks)) for h in (f"τ {label}", "no loop")]
+    rows = [["method", *heads, *(f"α{subscript(k)}" for k in range(1, 5)), "s/step", "tokens seen"]]
     for method in results["methods"]:
         name = method["name"]
-        row = [method_label(results, name)]
+        averages = [fixed(average(found, name, key)) for key in ("tau", "tau_before_loop")]
+        row = [method_label(results, name), *averages]
         for scores in (results["evaluation"][task]["methods"].get(name, {}) for task in tasks):
             row += [tau_cell(scores), fixed(scores.get("tau_before_loop"))]
         row += [fixed(mean_alpha(results, name, k), 2) for k in range(1, 5)]

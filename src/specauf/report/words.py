@@ -5,7 +5,8 @@ from __future__ import annotations
 import html
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 NONE = "–"
 THIN = 30
@@ -143,3 +144,10 @@ def subscript(k: int) -> str:
 
 def series(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1] if words else ""
+
+
+def average(tasks: Iterable[Mapping[str, Any]], name: str, key: str) -> float | None:
+    """A method's figure averaged over several tasks; None unless each has it."""
+    found = [real(task["methods"].get(name, {}).get(key)) for task in tasks]
+    known = [value for value in found if value is not None]
+    return sum(known) / len(known) if len(known) == len(found) > 1 else None
