@@ -38,7 +38,7 @@ describe() {
   case "$1" in
     dflash)
       package="dflash==0.1.0" imports="dflash.model" tests=(tests/interop/test_zlab_*.py)
-      needs=(-c constraints.txt -e '.[gguf]')
+      needs=(-c constraints.txt -e '.[gguf]' hypothesis)  # conftest.py has its profile
       ;;
     specforge)
       package="specforge==0.2.0" imports="specforge_auf" venv+="-specforge" tests=(tests/interop/test_specforge*.py)
