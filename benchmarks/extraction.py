@@ -1,4 +1,4 @@
-"""Feature extraction against the Hugging Face body's own forward, on the same batches, alternating in one run.
+"""Feature extraction against the Hugging Face body's own forward and in bfloat16, on the same batches, alternating in one run.
 
     python -m benchmarks.extraction
 
@@ -21,7 +21,7 @@ from specauf.target import Target
 
 @torch.no_grad()
 def rows() -> Iterator[Row]:
-    target = Target.load(TargetConfig())
+    target, narrow = Target.load(TargetConfig()), Target.load(TargetConfig(dtype="bfloat16"))
     assert target.tokenizer is not None
     where = assets.cache_dir() / "prepared" / "benchmark"
     data = prepare(DataConfig(max_conversations=100), target.tokenizer, where, source=assets.sharegpt()).train
@@ -30,11 +30,13 @@ def rows() -> Iterator[Row]:
     ids = spread_layer_ids(target.num_layers, 5)
     ways = {
         "tapped": lambda: [target.run(batch, ids).features for batch in batches],
+        "bfloat16": lambda: [narrow.run(batch, ids).features for batch in batches],
         "body": lambda: [target.body(input_ids=batch, use_cache=False).last_hidden_state for batch in batches],
     }
     seconds = alternate(ways, rounds=5)
     tokens = sum(batch.numel() for batch in batches)
-    note = f"{tokens / seconds['tapped']:.0f} tokens/s against {tokens / seconds['body']:.0f}"
+    rate = {name: f"{tokens / taken:.0f}" for name, taken in seconds.items()}
+    note = f"{rate['tapped']} tokens/s against {rate['body']}"
     at = "SmolLM2-135M, 4 x 384 tokens, 5 taps"
     yield Row(
         "feature extraction: rate",
@@ -44,6 +46,8 @@ def rows() -> Iterator[Row]:
         0.95,
         note=note,
     )
+    note, gain = f"{rate['bfloat16']} tokens/s against {rate['tapped']}", seconds["tapped"] / seconds["bfloat16"]
+    yield Row("feature extraction, target in bfloat16", "in float32", at, gain, note=note)
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ class Staged(Trainer):
         return torch.where(right, said, (said + 1) % self.target.embed_weight.shape[0])
 
 
-def build(shape: Shape, objective: str, target: Any = None) -> Callable[[], object]:
+def build(shape: Shape, objective: str, target: Any = None, precision: str = "float32") -> Callable[[], object]:
     """A step of the trainer, features cached unless a `target` is there to compute them."""
     config = from_dict(
         RunConfig,
@@ -100,7 +100,7 @@ def build(shape: Shape, objective: str, target: Any = None) -> Callable[[], obje
             "objective": {"name": objective},
             "train": {
                 **{"max_steps": 10**6, "batch_size": shape.sequences, "num_anchors": shape.anchors},
-                **{"lr": 1e-12, "common_every": 10**6},  # the labels stay what the drafter says
+                **{"lr": 1e-12, "common_every": 10**6, "precision": precision},  # the labels stay what the drafter says
             },
         },
     )
@@ -151,6 +151,13 @@ def rows() -> Iterator[Row]:
         at += f"tau_train {TAU}, " + ("the target's forward counted" if online else "features cached")
         note = f"{seconds['auf']:.2f} s against {seconds['decay']:.2f} s"
         yield Row("training step, AUF", "full block, decay", at, seconds["decay"] / seconds["auf"], reach, note=note)
+    for layers in (2, 5):
+        shape = replace(Shape(), block_size=8, layers=layers)
+        ways = {name: build(shape, "auf", precision=name) for name in ("float32", "bfloat16")}
+        seconds = alternate(ways, rounds=5)
+        at = f"B=8, {layers} layers, features cached, the head in the target's float32"
+        note = f"{seconds['bfloat16']:.2f} s against {seconds['float32']:.2f} s"
+        yield Row("AUF, precision bfloat16", "float32", at, seconds["float32"] / seconds["bfloat16"], note=note)
 
 
 if __name__ == "__main__":

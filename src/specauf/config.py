@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import yaml
 
-from specauf.strict import ConfigError, UserError, choose, from_dict, nearest, require, to_dict
+from specauf.strict import ConfigError, UserError, choose, from_dict, nearest, read_yaml, require, to_dict
 
 OBJECTIVES = (
     *("uniform", "decay", "first-k", "auf", "soft-auf", "sampled-auf", "first-error"),
@@ -38,7 +38,8 @@ class TargetConfig:
     path: str = "smollm2-135m"
     """A directory or hub id of a Hugging Face causal LM, or `smollm2-135m`, the embedded default."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Weights of the target. float32 on a CPU (bfloat16 is 3 to 4 times slower there)."""
+    """Weights of the target. On a CPU bfloat16 is faster where the processor multiplies in it (AVX512-BF16, AMX; `lscpu`),
+    and several times slower elsewhere."""
     device: str = "auto"
     """`auto` is cuda when there is one, else cpu."""
     trust_remote_code: bool = False
@@ -238,6 +239,8 @@ class TrainConfig:
     """Share of the steps with linear warm-up; cosine to zero after it."""
     clip: float = 1.0
     weight_decay: float = 0.0
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the drafter's matrix products; weights, moments and loss are float32. `auto` is bfloat16 on CUDA, else float32."""
     seed: int = 0
     save_every: int = 200
     eval_every: int = 0
@@ -339,27 +342,6 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunConfig:
     """Read a recipe and apply `section.key=value` overrides. Raises `ConfigError` naming the file or the override."""
     data = read_yaml(Path(path), "no such recipe", "Recipes that ship with specauf are in recipes/*.yaml")
     return override(from_dict(RunConfig, {} if data is None else data, str(path)), overrides)
-
-
-def read_yaml(path: Path, missing: str, instead: str) -> Any:
-    """What a YAML file holds. Raises `ConfigError` when it is not there, is not YAML or says a key twice."""
-    if not path.is_file():
-        raise ConfigError(f"{missing}: {path}. {instead}")
-    try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeys)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from None
-
-
-class UniqueKeys(yaml.SafeLoader):
-    """A key given twice is an error: which of the two was meant cannot be known."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
 
 
 def override(config: RunConfig, overrides: typing.Sequence[str]) -> RunConfig:

@@ -1,4 +1,4 @@
-"""Dataclasses from plain mappings, strictly, and the errors that a user can mend.
+"""Dataclasses from plain mappings and YAML, strictly, and the errors that a user can mend.
 
 A key that does not exist is an error that names its nearest neighbour; a value of another type is refused, never cast.
 """
@@ -13,7 +13,10 @@ import math
 import types
 import typing
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeVar
+
+import yaml
 
 T = TypeVar("T")
 
@@ -74,6 +77,27 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if kind in (int, bool, str) and type(value) is kind:
         return value
     raise ConfigError(f"{where}: expected {getattr(kind, '__name__', kind)}, got {value!r}")
+
+
+def read_yaml(path: Path, missing: str, instead: str) -> Any:
+    """What a YAML file holds. Raises `ConfigError` when it is not there, is not YAML or says a key twice."""
+    if not path.is_file():
+        raise ConfigError(f"{missing}: {path}. {instead}")
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeys)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from None
+
+
+class UniqueKeys(yaml.SafeLoader):
+    """A key given twice is an error: which of the two was meant cannot be known."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def from_dict(cls: type[T], data: Any, where: str = "config") -> T:

@@ -124,9 +124,8 @@ class Corrected:
         """`said` are the target's embeddings of the tokens before each predicted one, from the anchor's on."""
         self.drafter, self.hidden = drafter, hidden
         self.device = said.device.type
-        self.autocast = self.device == "cuda"
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.autocast):
-            self.state = drafter.prefix(said.to(drafter.fc.weight.dtype))
+        self.autocast = torch.is_autocast_enabled(self.device)
+        self.state = drafter.prefix(said.to(drafter.fc.weight.dtype))
 
     def rows(self, todo: Bool[Tensor, "b n k"]) -> Float[Tensor, "rows he"]:
         z = self.hidden.rows(todo)

@@ -16,8 +16,8 @@ from typing import Any
 
 import yaml
 
-from specauf.config import RunConfig, digest, override, read_yaml
-from specauf.strict import ConfigError, choose, from_dict, nearest, require, to_dict
+from specauf.config import RunConfig, digest, override
+from specauf.strict import ConfigError, choose, from_dict, nearest, read_yaml, require, to_dict
 
 LOOKUP = "prompt-lookup"
 """Measured in every part, at every block size there, without being asked for."""

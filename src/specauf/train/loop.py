@@ -122,18 +122,23 @@ class Trainer:
             found = found._replace(argmax=torch.stack(told).to(found.input_ids.device))
         return found._replace(features=features, final=final)
 
+    def autocast(self) -> torch.autocast:
+        """What the drafter computes in, as train.precision says; rows that are asked for later remember it."""
+        device, wanted = self.drafter.fc.weight.device.type, self.config.train.precision
+        return torch.autocast(device, torch.bfloat16, wanted == "bfloat16" or (wanted == "auto" and device == "cuda"))
+
     def hidden(self, batch: Batch, blocks: Blocks) -> Pending:
         """Conversation -> target features -> blocks -> the drafter's hidden states, of the slots that will be asked for."""
         config, features = self.drafter.config, batch.features
         assert features is not None
-        weight = self.drafter.fc.weight
         positions = torch.arange(features.shape[1], device=features.device).expand(features.shape[0], -1)
         embeds = self.target.embed(
             block_inputs(batch.input_ids, blocks.anchors, config.block_size, config.mask_token_id)
         )
-        with torch.autocast(weight.device.type, torch.bfloat16, enabled=weight.device.type == "cuda"):
-            context = self.drafter.context(features.to(weight.dtype), positions)
-            return self.drafter.pending(embeds.to(weight.dtype), blocks.anchors, context)
+        dtype = self.drafter.fc.weight.dtype
+        with self.autocast():
+            context = self.drafter.context(features.to(dtype), positions)
+            return self.drafter.pending(embeds.to(dtype), blocks.anchors, context)
 
     def loss(
         self,
@@ -164,7 +169,8 @@ class Trainer:
             return terms, {"": View(terms, hidden)}
         rows, expansion = Shared(hidden, blocks.valid), self.drafter.expansion
         said = self.target.embed(prefix_tokens(batch.input_ids, blocks.anchors, size - 1))
-        corrected = Corrected(self.drafter, rows, said)
+        with self.autocast():
+            corrected = Corrected(self.drafter, rows, said)
         stages: dict[Side, list[int]] = {s: cuts[p] for s, p in (("base", "base_"), ("final", "")) if p in cuts}  # type: ignore[misc]
         base, final = self.branches
         found = two_branch_loss(rows, corrected, blocks, base, final, lam, head, expansion, bias, cuts=stages, **how)

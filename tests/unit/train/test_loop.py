@@ -7,6 +7,7 @@ import json
 import re
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from tests.conftest import make_dataset, make_geometry
 from specauf.config import OBJECTIVES, FeaturesConfig, RunConfig
 from specauf.data.dataset import TokenDataset
 from specauf.data.features import build_features
-from specauf.drafter.dflash import DFlash
+from specauf.drafter.checkpoint import build_drafter
+from specauf.drafter.config import DominoHead
 from specauf.strict import ConfigError, UserError, from_dict
 from specauf.target import Target
 from specauf.train import checkpoint
@@ -38,21 +40,22 @@ def dataset() -> TokenDataset:
 
 
 def make(target: Target, dataset: TokenDataset, out: Path | None = None, features=None, **train: object) -> Trainer:  # type: ignore[no-untyped-def]
-    objective = train.pop("objective", "auf")
+    objective, kind = train.pop("objective", "auf"), train.pop("kind", "dflash")
     if isinstance(objective, str):
         objective = {"name": objective}
     options = {"max_steps": 9, "batch_size": 2, "num_anchors": 4, "lr": 1e-2, "save_every": 100, **train}
     config = from_dict(
         RunConfig,
         {
-            "drafter": {"block_size": 5},
+            "drafter": {"block_size": 5, "kind": kind},
             "features": {"cache": features is not None, "extras": True},
             "objective": objective,
             "train": options,
         },
     )
     batches = Batches(dataset, features, config.train, stored_extras(config))
-    return Trainer(config, DFlash(make_geometry(target)), target, batches, out)
+    geometry = replace(make_geometry(target), domino=DominoHead(16, 16) if kind == "domino" else None)
+    return Trainer(config, build_drafter(geometry), target, batches, out)
 
 
 @pytest.mark.parametrize("stop", [1, 5, 7])  # the first step, an epoch boundary (11 // 2 = 5 batches), mid-epoch
@@ -127,6 +130,30 @@ def test_cached_features_train_the_same_drafter_as_online(
     cached = make(target, dataset, features=cache, objective=objective)
     for _ in range(3):
         assert online.step()["loss"] == pytest.approx(cached.step()["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["dflash", "domino"])
+def test_bfloat16_products_give_nearly_the_same_step(target: Target, dataset: TokenDataset, kind: str) -> None:
+    """Mixed precision on any device: products in bfloat16, weights and moments in float32, the gradient's direction kept."""
+
+    def step(precision: str) -> tuple[float, torch.Tensor, Trainer]:
+        trainer = make(target, dataset, kind=kind, precision=precision, clip=1e9)
+        gradient = list[torch.Tensor]()
+        trainer.optimizer.register_step_pre_hook(
+            lambda o, *_: gradient.extend(
+                p.grad.flatten() for g in o.param_groups for p in g["params"] if p.grad is not None
+            )
+        )
+        return trainer.step()["loss"], torch.cat(gradient), trainer
+
+    loss, gradient, _ = step("float32")
+    auto, same, _ = step("auto")
+    assert auto == loss and torch.equal(same, gradient), "auto is float32 on a CPU"
+    mixed, near, trainer = step("bfloat16")
+    assert mixed != loss and mixed == pytest.approx(loss, rel=0.02)
+    assert not torch.equal(near, gradient) and torch.cosine_similarity(near, gradient, 0) > 0.99
+    moments = [v for state in trainer.optimizer.state.values() for v in state.values()]
+    assert {t.dtype for t in (*trainer.drafter.parameters(), *moments)} == {torch.float32}
 
 
 def test_every_step_logs_what_a_reader_needs(target: Target, dataset: TokenDataset) -> None:
