@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import re
 import xml.etree.ElementTree as ElementTree
 from typing import Any
@@ -53,6 +54,25 @@ def test_svg_keeps_text_as_text_and_can_be_read_in_the_dark(results: Results, na
     colours = set(re.findall(r"(?:fill|stroke): (#[0-9a-f]{6})", svg.split("</style>", 1)[1]))
     assert colours <= set(plots.COLOURS), "a colour without a dark twin"
     assert "dc:date" not in svg and "Matplotlib" not in svg
+
+
+@EACH
+def test_a_smaller_svg_says_and_draws_the_same(results: Results, name: str) -> None:
+    figure = plots.FIGURES[name](results, False)
+    assert figure is not None
+    figure.text(0.5, 0.5, "0.123456  and  two spaces")
+    buffer = io.StringIO()
+    with matplotlib.rc_context(plots.STYLE):
+        figure.savefig(buffer, format="svg", transparent=True)
+    large, small = buffer.getvalue(), plots.to_svg(figure, name)
+    assert len(small) < 0.8 * len(large)
+    assert texts(small) == texts(large) and "0.123456  and  two spaces" in texts(small)
+    before, after = (re.findall(r'<path[^>]* d="([^"]*)"', svg) for svg in (large, small))
+    assert len(before) == len(after)
+    for one, other in zip(before, after, strict=True):
+        assert re.findall("[A-Za-z]", one) == re.findall("[A-Za-z]", other)
+        numbers = [[float(n) for n in re.findall(r"-?[\d.]+", path)] for path in (one, other)]
+        assert numbers[0] == pytest.approx(numbers[1], abs=0.006)
 
 
 def test_ids_of_two_figures_never_meet(results: Results) -> None:
