@@ -44,9 +44,6 @@ from specauf.train.loop import calibrate
 
 SHARE_FEATURES, SHARE_TRAINING = 0.26, 0.45
 """Of the budget: writing the target's features, and both trainings. The rest records, replays and decodes."""
-GROWTH = 1.12
-"""An AUF step grows with tau, so the calibration at initial weights is too kind to it: its steps are planned dearer.
-The page shows the training seconds that both really took."""
 LIVE_PROMPTS, LIVE_TOKENS = 2, 64
 """Prompts per task that are also decoded for real, and how far."""
 EQUAL_STEPS = "auf@decay-steps"
@@ -82,7 +79,7 @@ class Plan:
     examples: int
     steps: dict[str, int]
     seconds_per_step: dict[str, float]
-    """Calibrated: medians of alternating steps."""
+    """Calibrated: decay's at initial weights; AUF's beside it, and decay's again, at the weights that decay ended with."""
     tokens_per_second: float
     """Feature extraction."""
 
@@ -108,14 +105,11 @@ def run_demo(base: RunConfig, minutes: float, console: Console) -> Path:
         features = feature_cache(base, target, prepared, examples, lambda n: advance(n, ""))
 
     runs = {name: open_run(_variant(base, name), target, prepared, features) for name in ("decay", "auf")}
-    if plan is None:
-        console.say("calibrating: a few alternating steps of each objective, undone afterwards")
-        seconds = dict(zip(runs, calibrate([r.trainer for r in runs.values()], steps=10), strict=True))
-        each = minutes * 60 * SHARE_TRAINING / 2
-        steps = {name: max(20, int(each / (s * (GROWTH if name == "auf" else 1)))) for name, s in seconds.items()}
-        plan = Plan(minutes, examples, steps, seconds, rate)
-        atomic_write_text(plan_path, json.dumps(dataclasses.asdict(plan), indent=2) + "\n")
+    plan = plan or Plan(minutes, examples, {}, {}, rate)
     for name, run in runs.items():
+        if name not in plan.steps:
+            _plan_steps(plan, name, runs, console)
+            atomic_write_text(plan_path, json.dumps(dataclasses.asdict(plan), indent=2) + "\n")
         run.trainer.max_steps = run.trainer.max_steps or plan.steps[name]
         _train(run, name, plan.steps["decay"], console)
 
@@ -187,6 +181,23 @@ def _affordable(base: RunConfig, target: Target, prepared: Any, minutes: float) 
         total += len(prepared.train[count].input_ids)
         count += 1
     return max(count, base.train.batch_size), rate
+
+
+def _plan_steps(plan: Plan, name: str, runs: Mapping[str, Run], console: Console) -> None:
+    """Decay's steps from the budget, and AUF's from decay's, so that both take the same time.
+
+    An AUF step grows with tau, and at initial weights it is too cheap: the two are compared at the weights that decay ended
+    with. The page shows the training seconds that both really took.
+    """
+    decay, auf = runs["decay"].trainer, runs["auf"].trainer
+    console.say("calibrating: a few steps, undone afterwards")
+    if name == "decay":
+        plan.seconds_per_step["decay"] = calibrate([decay], steps=10)[0]
+        plan.steps["decay"] = max(20, int(plan.minutes * 60 * SHARE_TRAINING / 2 / plan.seconds_per_step["decay"]))
+        return
+    mine, theirs = calibrate([auf, decay], steps=10, weights=decay.drafter.state_dict())
+    plan.seconds_per_step.update({"auf": mine, "decay, trained": theirs})
+    plan.steps["auf"] = max(20, round(plan.steps["decay"] * theirs / mine))
 
 
 def _train(run: Run, name: str, equal_steps: int, console: Console) -> None:

@@ -314,14 +314,14 @@ def test_a_horizon_that_was_begun_is_kept(
     data["methods"]["time"] = {"label": "time", "set": ["objective.name=auf"], "minutes_as": "decay"}
     data["parts"] = {"c": {"title": "c", "methods": ["time"], "baseline": "time"}}
     study, console = recipe.study_of(data, "test"), Quiet()
-    monkeypatch.setattr("specauf.study.training.calibrate", lambda trainers, steps: (1.0, 1.5))
+    monkeypatch.setattr("specauf.study.training.calibrate", lambda trainers, steps, weights: (1.0, 1.5))
     console.stop_at = ("training time-s0", 4)
     with pytest.raises(KeyboardInterrupt):
         run_study(study, ["train"], [], tiny, console)
     (study.out / "calibration.json").unlink()
-    monkeypatch.setattr("specauf.study.training.calibrate", lambda trainers, steps: (1.0, 9.0))
+    monkeypatch.setattr("specauf.study.training.calibrate", lambda trainers, steps, weights: (1.0, 9.0))
     run_study(study, ["train"], [], tiny, console := Quiet())
-    assert "training time-s0, 6 steps" in console.said and console.said[-1] == "1 of 1 cells are trained"
+    assert "training time-s0, 6 steps" in console.said and console.said[-1] == "2 of 2 cells are trained"
 
 
 def test_a_method_starts_from_another_and_has_its_time(world: Path, tiny: Target, tmp_path: Path) -> None:
@@ -331,16 +331,17 @@ def test_a_method_starts_from_another_and_has_its_time(world: Path, tiny: Target
     data["methods"]["later"] = {"label": "later", "set": ["objective.name=streak", "data.path=rollouts"]}
     data["parts"] = {"c": {"title": "c", "methods": ["on", "time", "later"], "baseline": "on"}}
     study = recipe.study_of(data, "test")
-    assert [c.name for c in study.cells()] == ["auf-s0", "on-s0", "time-s0", "later-s0"]
+    assert [c.name for c in study.cells()] == ["auf-s0", "on-s0", "decay-s0", "time-s0", "later-s0"]
     console = Quiet()
     run_study(study, ["train"], [], tiny, console)
     assert "later-s0 waits: its data.path rollouts is not there" in console.said
-    assert console.said[-1] == "3 of 4 cells are trained; left: later-s0"
+    assert console.said[-1] == "4 of 5 cells are trained; left: later-s0"
     later = collect(study, tiny, Corpus(study, tiny, console).prepared(study.base))["methods"][-2]
     assert later["name"] == "later" and later["objective"]["name"] == "streak"
     origin = json.loads((study.cell_dir("on", 0) / "checkpoint" / "config.json").read_text())["specauf"]["init_from"]
     assert origin["path"] == str(study.cell_dir("auf", 0) / "checkpoint")
     plan = json.loads((study.out / "calibration.json").read_text())["time"]
+    assert plan["as"] == "decay" and plan["steps_of_other"] == 4
     assert plan["max_steps"] == max(1, round(4 * plan["seconds_per_step_of_other"] / plan["seconds_per_step"]))
     state = json.loads((study.cell_dir("time", 0) / "checkpoint" / "state.json").read_text())
     assert state["step"] == state["max_steps"] == plan["max_steps"]

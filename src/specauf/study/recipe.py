@@ -35,7 +35,7 @@ class Method:
     start_from: str | None = None
     """Another method: the cell of the same seed is trained first, and its weights are this one's first."""
     minutes_as: str | None = None
-    """Another method: as many steps as fit in its training time, by a calibration of both."""
+    """Another method: its cell of the same seed is trained first, and as many steps as fit in its time are made here."""
     note: str = ""
 
     def __post_init__(self) -> None:
@@ -135,26 +135,30 @@ class Study:
     def cells(self, parts: Iterable[str] | None = None) -> list[Cell]:
         """In the order of training: part by part, and in a part seed by seed, so that early results can be compared.
 
-        What a cell starts from comes before it.
+        What a cell needs comes before it.
         """
         wanted: dict[tuple[str, int], None] = {}
         for key in parts or self.parts:
             for seed in self.parts[key].seeds:
                 for method in self.parts[key].methods:
-                    for name in (*reversed(self.ancestors(method)), method):
+                    for name in (*self.needs(method), method):
                         wanted.setdefault((name, seed))
         return [Cell(method, seed, self.config(method, seed)) for method, seed in wanted]
 
-    def ancestors(self, method: str) -> list[str]:
-        """What it starts from, and what that starts from."""
-        found: list[str] = []
-        at = self.methods[method].start_from
-        while at is not None:
-            if at == method or at in found:
-                raise ConfigError(f"methods.{method}: start_from leads back to itself")
-            found.append(at)
-            at = self.methods[at].start_from
-        return found
+    def needs(self, method: str) -> list[str]:
+        """What is trained before it, in that order: what it starts from, whose time it gets, and what those need."""
+        found: dict[str, None] = {}
+
+        def visit(name: str, way: tuple[str, ...]) -> None:
+            for key in ("start_from", "minutes_as"):
+                other: str | None = getattr(self.methods[name], key)
+                if other is not None:
+                    require(other not in way, f"methods.{name}: {key} leads back to itself")
+                    visit(other, (*way, other))
+                    found.setdefault(other)
+
+        visit(method, (method,))
+        return list(found)
 
     def block_size(self, method: str) -> int:
         return self._block_sizes[method]
@@ -249,11 +253,7 @@ def _check(study: Study, where: str) -> None:
             if (named := getattr(method, other)) is not None:
                 known(named, study.methods, "method", f"{at}.{other}")
         try:
-            study.ancestors(name)
-            require(
-                method.minutes_as is None or study.methods[method.minutes_as].minutes_as is None,
-                f"methods.{name}: minutes_as names a method whose own time is borrowed",
-            )
+            study.needs(name)
             config = override(study.base, method.set)
         except ConfigError as error:
             raise ConfigError(f"{at}: {error}") from None

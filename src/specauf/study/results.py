@@ -76,7 +76,7 @@ def _settings(study: Study) -> dict[str, Any]:
 def _used(study: Study) -> list[str]:
     """Methods that some part names, in the order of the recipe, with what they start from."""
     named = {m for part in study.parts.values() for m in part.methods}
-    named |= {source for m in named for source in study.ancestors(m)}
+    named |= {source for m in named for source in study.needs(m)}
     return [name for name in study.methods if name in named]
 
 
@@ -146,7 +146,7 @@ def _note(study: Study, name: str) -> str:
 
 
 def _seeds(study: Study, name: str) -> list[int]:
-    users = [p for p in study.parts.values() if any(name in (m, *study.ancestors(m)) for m in p.methods)]
+    users = [p for p in study.parts.values() if any(name in (m, *study.needs(m)) for m in p.methods)]
     return sorted({seed for part in users for seed in part.seeds})
 
 

@@ -15,6 +15,7 @@ from specauf.console import Console
 from specauf.data.dataset import Prepared
 from specauf.data.features import FeatureCache
 from specauf.data.rollouts import rollout_meta
+from specauf.drafter.checkpoint import load_drafter
 from specauf.files import atomic_write_text
 from specauf.run import (
     draft_vocabulary,
@@ -77,8 +78,8 @@ class Corpus:
 def train_cells(study: Study, target: Target, corpus: Corpus, cells: Sequence[Cell], console: Console) -> list[str]:
     """Train whatever is neither finished nor somebody else's. Returns the names of the cells that are not trained.
 
-    A cell whose data is not made yet, or whose source is not trained yet, is left out, and it is said why. Goes over the
-    list again as long as it trained something, since meanwhile another process may have died.
+    A cell whose data is not made yet, or that needs another one which is not trained yet, is left out. Goes over the list
+    again as long as it trained something, since meanwhile another process may have died.
     """
     waiting = {cell.name: why for cell in cells if (why := _awaits(study, cell))}
     for cell in cells:  # all of them first: an objective that cannot be is said before an hour is spent
@@ -93,9 +94,8 @@ def train_cells(study: Study, target: Target, corpus: Corpus, cells: Sequence[Ce
         for cell in cells:
             if finished(cell.out):
                 continue
-            source = study.methods[cell.method].start_from
-            sourceless = source is not None and not finished(study.cell_dir(source, cell.seed))
-            if cell.name in waiting or sourceless:
+            early = not all(finished(study.cell_dir(other, cell.seed)) for other in study.needs(cell.method))
+            if cell.name in waiting or early:
                 left.append(cell.name)
                 continue
             with claim(cell.out) as mine:
@@ -143,8 +143,8 @@ def _train(study: Study, target: Target, corpus: Corpus, cell: Cell, console: Co
 def steps_of(study: Study, target: Target, corpus: Corpus, cell: Cell, console: Console) -> int:
     """The cell's horizon: the recipe's, or as many steps as another method's training time has room for.
 
-    The two are calibrated with alternating steps, at initial weights, once; `calibration.json` keeps what was found. A
-    truncating objective's step grows with tau, so the seconds that both cells really took belong beside the result.
+    The two are calibrated once, with alternating steps at the weights that the other one ended with: a truncating objective's
+    step grows with tau. `calibration.json` keeps what was found; the seconds that both cells really took are in the report.
     """
     method = study.methods[cell.method]
     if method.minutes_as is None:
@@ -159,8 +159,9 @@ def steps_of(study: Study, target: Target, corpus: Corpus, cell: Cell, console: 
         if known.get(cell.method, {}).get("of") != of:
             console.say(f"calibrating {cell.method} against {method.minutes_as}: alternating steps, undone afterwards")
             trainers = [_bare_trainer(target, corpus, config) for config in (cell.config, other)]
-            mine, theirs = calibrate(trainers, steps=10)
-            steps = other.train.max_steps or 0
+            there = study.cell_dir(method.minutes_as, cell.seed)
+            mine, theirs = calibrate(trainers, steps=10, weights=load_drafter(there / "checkpoint").state_dict())
+            steps = progress(there)[0]
             known[cell.method] = {
                 "as": method.minutes_as,
                 "of": of,

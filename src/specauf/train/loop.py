@@ -335,22 +335,27 @@ def interrupts() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def calibrate(trainers: Sequence[Trainer], steps: int = 6, warmup: int = 2) -> list[float]:
+def calibrate(
+    trainers: Sequence[Trainer], steps: int = 6, warmup: int = 2, weights: Mapping[str, Tensor] | None = None
+) -> list[float]:
     """Median seconds per step of each trainer, the steps alternating between them so that they share the machine's mood.
 
-    Weights, moments and counters are put back afterwards: calibration leaves no trace in a run.
+    A truncating objective's step grows with tau: `weights`, of a drafter that is trained, stand in for those of every trainer
+    whose geometry they fit. Weights, moments and counters are put back afterwards: calibration leaves no trace in a run.
     """
     seconds: list[list[float]] = [[] for _ in trainers]
-    weights = [{k: v.clone() for k, v in t.drafter.state_dict().items()} for t in trainers]
+    before = [{k: v.clone() for k, v in t.drafter.state_dict().items()} for t in trainers]
     counters = [(t.done, t.max_steps, t.seconds, dict(t.survival)) for t in trainers]
-    for trainer in trainers:
+    for trainer, kept in zip(trainers, before, strict=True):
         trainer.max_steps = trainer.max_steps or 10**6
+        if weights and {k: v.shape for k, v in kept.items()} == {k: v.shape for k, v in weights.items()}:
+            trainer.drafter.load_state_dict(weights)
     for turn in range(warmup + steps):
         for trainer, times in zip(trainers, seconds, strict=True):
             row = trainer.step()
             if turn >= warmup:
                 times.append(row["seconds"])
-    for trainer, kept, counted in zip(trainers, weights, counters, strict=True):
+    for trainer, kept, counted in zip(trainers, before, counters, strict=True):
         trainer.drafter.load_state_dict(kept)
         trainer.done, trainer.max_steps, trainer.seconds, trainer.survival = counted
         trainer.optimizer.state.clear()

@@ -226,6 +226,30 @@ def test_calibration_leaves_no_trace(target: Target, dataset: TokenDataset) -> N
     assert calibrated.step()["loss"] == plain.step()["loss"]
 
 
+def test_calibration_takes_trained_weights_where_they_fit(
+    target: Target, dataset: TokenDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = make(target, dataset)
+    trained.run()
+    end = {k: v.clone() for k, v in trained.drafter.state_dict().items()}
+    trainers = [make(target, dataset), trained, make(target, dataset, kind="domino")]
+    before = [{k: v.clone() for k, v in t.drafter.state_dict().items()} for t in trainers]
+    began: list[bool] = []
+
+    def step(trainer: Trainer) -> dict[str, float]:
+        began.append(all(torch.equal(v, end.get(k, v)) for k, v in trainer.drafter.state_dict().items()))
+        with torch.no_grad():
+            trainer.drafter.fc.weight += 1
+        return {"seconds": 1.0}
+
+    monkeypatch.setattr(Trainer, "step", step)
+    calibrate(trainers, 1, 0, weights=end)
+    assert began == [True, True, False], "a Domino drafter has weights of its own"
+    for trainer, kept in zip(trainers, before, strict=True):
+        assert all(torch.equal(v, kept[k]) for k, v in trainer.drafter.state_dict().items())
+    assert trained.done == 9
+
+
 def test_schedule_warms_up_then_falls_to_zero() -> None:
     rates = [learning_rate(i, 100, 1.0, 0.04) for i in range(100)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and max(rates) == 1.0
