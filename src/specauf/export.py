@@ -193,7 +193,11 @@ def _history(told: Mapping[str, Any]) -> dict[str, str]:
         if "supervised_tokens" in data:
             rows["trained on"] += f", {data['supervised_tokens']:,} of them supervised"
         if rollouts:
-            rows["trained on"] += f": the target's own answers at T={rollouts['temperature']:g}"
+            own = rollouts.get("target") in (None, told.get("target_fingerprint"))
+            whose = (
+                "the target's own answers" if own else f"answers of another target or precision ({rollouts['target']})"
+            )
+            rows["trained on"] += f": {whose} at T={rollouts['temperature']:g}"
         if kept_out is not None:
             rows["prompts kept out of it"] = ", ".join(kept_out) or "none"
     if "init_layers" in told:

@@ -115,6 +115,7 @@ def test_rollouts_are_training_data_and_a_drafter_goes_on_from_another(
     told = json.loads((world / "second" / "checkpoint" / "config.json").read_text())["specauf"]
     assert told["init_from"]["path"] == f"{world}/first/checkpoint" and told["data"]["path"] == str(out)
     assert told["init_from"]["trained"]["steps"] == 2 and told["data"]["rollouts"]["temperature"] == 1.0
+    assert told["data"]["rollouts"]["target"] == told["target_fingerprint"]
     assert main(["train", recipe, "--set", *warm]) == 0, "a warm run resumes like any other"
     capsys.readouterr()
     assert main(["train", recipe, "--set", *warm, "drafter.block_size=5"]) == 2

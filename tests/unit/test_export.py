@@ -143,6 +143,14 @@ def test_the_card_tells_what_a_drafter_was_trained_on_and_from(target: Target, t
         "| began as target layers (before that) | 0, 1 |",
     ):
         assert row in card
+    answers["rollouts"] = {"samples": 1, "temperature": 0.0, "target": "0123456789ab"}
+    for fingerprint, whose in (
+        ("0123456789ab", "the target's own answers at T=0"),
+        ("ba9876543210", "answers of another target or precision (0123456789ab) at T=0"),
+    ):
+        save_drafter(drafter, tmp_path / "drafter", {**TRAINED, "target_fingerprint": fingerprint, "data": answers})
+        export(tmp_path / "drafter", tmp_path / "out")
+        assert f"tokens: {whose} |" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_what_cannot_be_exported_is_said_and_nothing_is_written(
