@@ -144,11 +144,11 @@ def test_the_card_tells_what_a_drafter_was_trained_on_and_from(target: Target, t
     ):
         assert row in card
     answers["rollouts"] = {"samples": 1, "temperature": 0.0, "target": "0123456789ab"}
-    for fingerprint, whose in (
+    for trained_for, whose in (
         ("0123456789ab", "the target's own answers at T=0"),
         ("ba9876543210", "answers of another target or precision (0123456789ab) at T=0"),
     ):
-        save_drafter(drafter, tmp_path / "drafter", {**TRAINED, "target_fingerprint": fingerprint, "data": answers})
+        save_drafter(drafter, tmp_path / "drafter", {**TRAINED, "target_fingerprint": trained_for, "data": answers})
         export(tmp_path / "drafter", tmp_path / "out")
         assert f"tokens: {whose} |" in (tmp_path / "out" / "README.md").read_text()
 
