@@ -297,8 +297,8 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.tasks), "eval.tasks is empty")
-        for name in ("prompts", "max_new_tokens", "batch_size"):
-            require(getattr(self, name) >= 1, f"eval.{name} must be >= 1, got {getattr(self, name)}")
+        for name, least in (("prompts", 1), ("max_new_tokens", 2), ("batch_size", 1)):  # the first token is in no round
+            require(getattr(self, name) >= least, f"eval.{name} must be >= {least}, got {getattr(self, name)}")
 
 
 DOMINO = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import json
 import os
 import shutil
@@ -47,7 +48,7 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
     """Yield an empty temporary directory to fill; it becomes `path` on a clean exit and is deleted on any other.
 
     An existing directory is replaced as a whole, nothing of it is merged. Two renames are needed for that: a process
-    killed between them leaves the old content beside `path` as `.<name>.<hex>.old`. Raises NotADirectoryError, before
+    killed between them leaves the old content beside `path`, and `recover_dir` puts it back. Raises NotADirectoryError, before
     anything is written, when `path` is a file.
     """
     path = _destination(path)
@@ -69,6 +70,18 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_dir(path: str | Path) -> None:
+    """Put back what a process that was killed between `atomic_dir`'s two renames left; nothing when `path` is there.
+
+    Several processes may ask for it at once, but not while another writes `path`.
+    """
+    path = _destination(path)
+    for old in path.parent.glob(f".{glob.escape(path.name)}.*.old"):
+        with contextlib.suppress(OSError):  # somebody else was faster
+            if not path.exists():
+                os.rename(old, path)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

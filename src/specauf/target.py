@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
@@ -79,7 +80,7 @@ class Target:
         try:
             model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype), **options)
             tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             raise UserError(f"target.path: cannot load {config.path!r} as a causal LM: {error}") from error
         target = cls(model.to(device), tokenizer, EMBEDDED if embedded else config.path)  # type: ignore[arg-type]
         target.require_own_logits()
@@ -209,12 +210,17 @@ class Target:
         if self.tokenizer is not None:
             backend = getattr(self.tokenizer, "backend_tokenizer", None)
             digest.update((backend.to_str() if backend is not None else str(self.tokenizer.get_vocab())).encode())
-            digest.update((self.tokenizer.chat_template or "").encode())
+            digest.update(self._templates().encode())
         for name, tensor in self.model.state_dict().items():
             flat = tensor.detach().flatten()
             sample = flat[:: max(1, flat.numel() // 4096)].float().cpu()
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode() + sample.numpy().tobytes())
         return digest.hexdigest()[:12]
+
+    def _templates(self) -> str:
+        """The text of the tokenizer's chat template, or of its several named ones."""
+        template = getattr(self.tokenizer, "chat_template", None) or ""
+        return template if isinstance(template, str) else json.dumps(template, sort_keys=True)
 
     def eos_ids(self) -> frozenset[int]:
         """Every id that ends a generation: the generation config's, the model config's and the tokenizer's."""
@@ -242,11 +248,10 @@ class Target:
         if len(tokenizer) < vocab:
             return len(tokenizer)
         named = {getattr(tokenizer, f"{kind}_token_id", None) for kind in ("bos", "eos", "pad", "unk")} | self.eos_ids()
-        template = tokenizer.chat_template or ""
         free = [
             i
             for i, token in tokenizer.added_tokens_decoder.items()
-            if token.special and i not in named and token.content not in template
+            if token.special and i not in named and token.content not in self._templates()
         ]
         if not free:
             raise ConfigError(
@@ -257,7 +262,11 @@ class Target:
 
 def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The longest ModuleList of the body is its stack of decoder layers, in every causal LM of the library."""
-    wanted = model.config.num_hidden_layers
+    wanted = getattr(model.config, "num_hidden_layers", None)
+    if wanted is None:
+        raise UserError(
+            f"{type(model).__name__} is no plain causal LM: its configuration has no num_hidden_layers of its own"
+        )
     for module in model.base_model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == wanted:
             return module

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from specauf.files import atomic_dir, atomic_file, atomic_write_text
+from specauf.files import atomic_dir, atomic_file, atomic_write_text, recover_dir
 
 
 def test_text_is_written_as_utf8_and_parents_are_made(tmp_path: Path) -> None:
@@ -97,3 +97,16 @@ def test_a_file_in_the_way_is_refused_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(NotADirectoryError, match="out"), atomic_dir(path):
         pytest.fail("the body must not run")
     assert path.read_text() == "precious"
+
+
+def test_what_a_kill_between_the_two_renames_left_is_put_back(tmp_path: Path) -> None:
+    path, old = tmp_path / "a[1]", tmp_path / ".a[1].0123abcd.old"
+    recover_dir(path)
+    assert not path.exists(), "nothing was left"
+    old.mkdir()
+    (old / "x").write_text("then")
+    recover_dir(path)
+    assert (path / "x").read_text() == "then" and not old.exists()
+    old.mkdir()
+    recover_dir(path)
+    assert old.exists() and (path / "x").read_text() == "then", "what is there stays"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -16,12 +17,13 @@ import torch
 import yaml
 
 from specauf.cli import main
-from specauf.config import TargetConfig
+from specauf.config import TargetConfig, digest, override
+from specauf.data.dataset import Prepared
 from specauf.report import study_index
 from specauf.run import new_drafter
-from specauf.strict import ConfigError
+from specauf.strict import ConfigError, UserError
 from specauf.study import measuring, recipe
-from specauf.study.cells import claim, finished
+from specauf.study.cells import claim, finished, identity
 from specauf.study.results import collect
 from specauf.study.stages import run_study
 from specauf.study.training import Corpus
@@ -324,6 +326,41 @@ def test_a_horizon_that_was_begun_is_kept(
     assert "training time-s0, 6 steps" in console.said and console.said[-1] == "2 of 2 cells are trained"
 
 
+def test_auf_is_compared_with_decay_whichever_is_the_baseline(world: Path, tiny: Target, tmp_path: Path) -> None:
+    data = content(world, tmp_path / "study")
+    data["parts"] = {"a": {"title": "a", "methods": ["auf", "decay"], "baseline": "auf", "max_new_tokens": 10}}
+    data["live"] = {"prompts": 0}
+    study, console = recipe.study_of(data, "test"), Quiet()
+    run_study(study, [], [], tiny, console)
+    results = collect(study, tiny, Corpus(study, tiny, console).prepared(study.base))
+    assert {("decay", "auf"), ("auf", "decay")} <= {(row["a"], row["b"]) for row in results["comparisons"]}
+    assert all("comparisons are measured" not in claim["because"] for claim in results["claims"][:1])
+
+
+def test_no_cell_reads_rollouts_of_the_prompts_that_all_are_measured_by(study: recipe.Study, tiny: Target) -> None:
+    corpus = Corpus(study, tiny, Quiet())
+    base = corpus.prepared(study.base)
+    assert base.train.meta["kept_out"] == ["birds", "pairs"]
+    config = dataclasses.replace(study.base, data=dataclasses.replace(study.base.data, path="rollouts"))
+
+    def rollouts(kept_out: list[str] | None, prompts: str = "others") -> Prepared:
+        meta = base.train.meta | {"rollout": {}, "kept_out": kept_out, "excluded_prompts": prompts}
+        return base._replace(train=dataclasses.replace(base.train, meta=meta))
+
+    corpus._require_kept_out(rollouts(["birds", "pairs", "more"]), config)
+    corpus._require_kept_out(rollouts(None, base.train.meta["excluded_prompts"]), config)  # made before it was noted
+    with pytest.raises(UserError, match="the prompts of pairs were not kept out of rollouts"):
+        corpus._require_kept_out(rollouts(["birds"]), config)
+
+
+def test_the_time_of_a_method_is_found_once_whatever_changes_no_weight(study: recipe.Study) -> None:
+    def of(*overrides: str) -> str:
+        return digest(identity(override(study.config("auf", 0), overrides)))
+
+    assert of() == of("train.save_every=1", "train.eval_every=2", "objective.logits_rows=8", "eval.prompts=1")
+    assert of() != of("train.lr=0.1")
+
+
 def test_a_method_starts_from_another_and_has_its_time(world: Path, tiny: Target, tmp_path: Path) -> None:
     data = content(world, tmp_path / "study")
     data["methods"]["on"] = {"label": "on", "set": ["objective.name=auf", "train.lr=1e-5"], "start_from": "auf"}
@@ -431,6 +468,7 @@ def changed(world: Path, path: str, value: Any) -> dict[str, Any]:
         ("methods.auf.start_from", "decya", "unknown method 'decya'; did you mean 'decay'"),
         ("methods.auf.start_from", "auf", "start_from leads back to itself"),
         ("methods.prompt-lookup", {"label": "x"}, "prompt-lookup is in every part already"),
+        ("methods.prompt-lookup-b6", {"label": "x"}, "prompt-lookup is in every part already"),
         ("parts.a.methods", ["decay", "afu"], "parts.a.methods: unknown method 'afu'; did you mean 'auf'"),
         ("parts.a.baseline", "wide", "parts.a: the baseline 'wide' is not one of its methods"),
         ("parts.a.seeds", [0, 0], "parts.a: seeds names something twice"),
@@ -450,7 +488,7 @@ def test_overrides_reach_into_the_recipe(world: Path, tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(content(world, tmp_path)))
     study = recipe.load(path, ["base.train.max_steps=7", "parts.a.seeds=[3]", "base.features.max_gb=2"])
     assert study.config("auf", 3).train.max_steps == 7 and study.parts["a"].seeds == (3,)
-    for override, told in (
+    for changed, told in (
         ("base.train.max_step=7", "unknown key 'max_step'; did you mean 'max_steps'"),
         ("parts.x.seeds=[3]", "unknown part 'x'"),
         ("bas.train.lr=1", "unknown section 'bas'; did you mean 'base'"),
@@ -458,7 +496,7 @@ def test_overrides_reach_into_the_recipe(world: Path, tmp_path: Path) -> None:
         ("title", "write it as section.key=value"),
     ):
         with pytest.raises(ConfigError, match=told):
-            recipe.load(path, [override])
+            recipe.load(path, [changed])
     with pytest.raises(ConfigError, match="no such study"):
         recipe.load(tmp_path / "nothing.yaml")
     with pytest.raises(ConfigError, match="unknown part 'z'"):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import PretrainedConfig
 
 from specauf.config import TargetConfig
 from specauf.strict import ConfigError, UserError
@@ -68,3 +70,27 @@ def test_a_path_that_is_no_model_is_a_clear_error(tmp_path) -> None:  # type: ig
         Target.load(TargetConfig(path=str(tmp_path)))
     with pytest.raises(UserError, match=r"target\.device: 'gpu' cannot be used here"):
         Target.load(TargetConfig(path=str(tmp_path), device="gpu"))
+
+
+def test_a_half_downloaded_or_a_multimodal_model_is_a_clear_error(tmp_path: Path) -> None:
+    target = make_target()
+    target.model.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    with pytest.raises(UserError, match="cannot load"):
+        Target.load(TargetConfig(path=str(tmp_path)))
+    model = make_target().model
+    model.config = PretrainedConfig()
+    with pytest.raises(UserError, match="is no plain causal LM"):
+        Target(model, None, "many")
+
+
+def test_a_tokenizer_may_have_several_named_templates(make_tokenizer: Any) -> None:
+    target, tokenizer = make_target(), make_tokenizer()
+    target.tokenizer = tokenizer
+    one = target.fingerprint()
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "<|tool|>"}
+    again = make_target()
+    again.tokenizer = tokenizer
+    assert again.fingerprint() != one
+    assert "<|tool|>" in again._templates()

@@ -96,7 +96,7 @@ def recorded(
     cache: Path,
     on_progress: Callable[[int], None] | None = None,
 ) -> Recorded:
-    """Trajectories from `cache`, or recorded into it; keyed by target, prompts, sampling, length and block size.
+    """Trajectories from `cache`, or recorded into it; keyed by target, prompts, sampling, EOS ids, length and block size.
 
     A recording that was killed goes on where it stood. `block_size` is the largest that is to be replayed: a smaller
     one makes the same rounds over it, so a recording for larger blocks is taken where there is one.
@@ -109,6 +109,7 @@ def recorded(
         "target": target.fingerprint(),
         "prompts": digest([_identity(d) for d in dialogues]),
         "sampling": to_dict(config.sampling),
+        "eos": sorted(target.eos_ids()),  # may change beside the weights, and ends the answers
         "limit": limit,
         "block_size": block_size,
     }

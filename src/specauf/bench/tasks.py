@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from specauf import assets
-from specauf.data.chat import prompt_ids
+from specauf.data.chat import TemplateRefused, prompt_ids
 from specauf.data.dataset import HELDOUT
 from specauf.data.sources import Ledger, read_records
 from specauf.decode.replay import Dialogue
@@ -220,14 +220,19 @@ def render_prompts(target: Target, prompts: Sequence[BenchPrompt], enable_thinki
     """First prompts as token ids through the target's own chat template, generation prompt included.
 
     Later turns stay text: their prompts contain the target's answers, and are made as those are recorded.
+    Raises `UserError` when the template refuses a prompt.
     """
     tokenizer = target.tokenizer
     if tokenizer is None:
         raise UserError(f"{target.name} has no tokenizer")
-    return [
-        Dialogue(p.id, prompt_ids(tokenizer, p.messages, enable_thinking), p.messages, p.later, enable_thinking)
-        for p in prompts
-    ]
+    found = []
+    for p in prompts:
+        try:
+            ids = prompt_ids(tokenizer, p.messages, enable_thinking)
+        except TemplateRefused as error:
+            raise UserError(f"{p.id}: the chat template of {target.name} refuses it: {error}") from None
+        found.append(Dialogue(p.id, ids, p.messages, p.later, enable_thinking))
+    return found
 
 
 def download(name: str, source: HubFile) -> Path:

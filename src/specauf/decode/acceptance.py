@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from specauf.decode.generate import Round
+from specauf.strict import UserError
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,14 @@ def summarise(
     num_predictions: int,
     clusters: Sequence[int] | None = None,
 ) -> Acceptance:
-    """`rounds[i]` and `tokens[i]`: the rounds and the number of generated tokens of prompt i; `clusters` as `bootstrap` has."""
+    """`rounds[i]` and `tokens[i]`: the rounds and the number of generated tokens of prompt i; `clusters` as `bootstrap` has.
+
+    Raises `UserError` when no prompt has a round.
+    """
     taus = prompt_taus(rounds)
     kept = [row for row in rounds if row]
+    if not kept:
+        raise UserError("no answer has a second token, so there is no round to measure: more prompts, or other ones")
     runs = [np.array([r.accepted for r in row]) for row in kept]
     survival = [float(np.mean([(a >= k).mean() for a in runs])) for k in range(1, num_predictions + 1)]
     alpha = [s / p if p > 0 else None for s, p in zip(survival, [1.0, *survival], strict=False)]

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from specauf.config import SamplingConfig
 from specauf.decode.propose import DrafterProposer, Proposer
-from specauf.decode.select import Selection, along, build_tree, check_cache, choose, compact, sample_candidates
+from specauf.decode.select import Selection, along, build_tree, choose, keep_path, sample_candidates
 from specauf.decode.verify import (
     ACCEPT,
     PROPOSE,
@@ -91,7 +92,8 @@ def generate(
 
     `uids` number the prompts for the counter-based randomness (default 0, 1, ...). `on_commit(row, tokens, drafted)` is
     called as tokens are committed. Raises `UserError` on an empty prompt, and when `proposer` cannot propose what
-    `selection` or `sampling.proposal` ask for.
+    `selection` or `sampling.proposal` ask for; when the target's layers cannot forget a rejected draft, or attend to a window
+    that the text outgrows.
     """
     began = time.perf_counter()
     sampling = sampling or SamplingConfig()
@@ -113,8 +115,7 @@ def generate(
 
     # Prefill. Padding on the right is harmless under causal attention; its columns are masked from here on.
     first, cache = int(lengths.max()), DynamicCache(config=target.config)
-    if selection:
-        check_cache(cache)
+    window = _narrowest_window(cache, target.name, whole=selection is not None)
     seen = target.run(ids[:, :first], layer_ids, cache=cache)
     columns = torch.arange(first, device=device) < lengths[:, None]
     if proposer:
@@ -137,6 +138,11 @@ def generate(
         candidates, law = _propose(proposer, ids, anchors, uid, sampling, selection)
         tree = build_tree(ids.gather(1, anchors[:, None]), candidates)
         n = tree.tokens.shape[1]
+        if window is not None and columns.shape[1] + n >= window:
+            raise UserError(
+                f"{target.name} has layers that see the last {window} tokens alone, and specauf decodes exactly only within "
+                "those: shorten the prompts, or lower the new tokens or the batch size (whose rows wait for each other)"
+            )
         mask = tree.sees(columns) if selection else torch.cat([columns, columns.new_ones(len(rows), n)], 1)
         seen = target.run(
             tree.tokens,
@@ -157,10 +163,33 @@ def generate(
         gained = anchors - before  # columns that hold committed tokens: the old anchor and the accepted drafts
         most = int(gained.max())
         if selection:
-            compact(cache, n, path[:, :most])
-        else:
-            cache.crop(most - n)
+            keep_path(cache, n, path[:, :most])
+        _forget(cache, n - most)
         columns = torch.cat([columns, torch.arange(most, device=device) < gained[:, None]], 1)
+
+
+def _narrowest_window(cache: DynamicCache, name: str, whole: bool = False) -> int | None:
+    """Of the target's layers, in tokens; None when every layer sees everything.
+
+    Raises `UserError` unless every layer can forget its newest columns, as a rejected draft asks for: a layer with a window can
+    until the window is full, one with a state cannot. `whole`: unless every layer keeps all of its columns.
+    """
+    kinds = {type(layer) for layer in cache.layers}
+    if kinds - {DynamicLayer, DynamicSlidingWindowLayer}:
+        raise UserError(
+            f"{name} has layers with linear or sparse attention, which specauf cannot decode: it takes back drafts"
+        )
+    if whole and kinds - {DynamicLayer}:
+        raise UserError("self-selection needs a target with full attention in every layer")
+    return min(
+        (layer.sliding_window for layer in cache.layers if isinstance(layer, DynamicSlidingWindowLayer)), default=None
+    )
+
+
+def _forget(cache: DynamicCache, columns: int) -> None:
+    """Drop the newest columns. `crop(0)` is not asked for: until mid 2026 it meant to keep none."""
+    if columns:
+        cache.crop(-columns)
 
 
 def _check(proposer: Proposer | None, sampling: SamplingConfig, selection: Selection | None) -> None:

@@ -168,6 +168,7 @@ def rollout(
     plan = roller.plan
     made_of = {
         "target": roller.target.fingerprint(),
+        "eos": sorted(roller.target.eos_ids()),
         "source": source.train.meta["key"],
         "mask_token_id": roller.mask_token_id,
         "drafter": drafter,

@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch.nn import functional as F
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from specauf.config import SamplingConfig
 from specauf.decode.verify import CANDIDATE, draw, uniform, warp
-from specauf.strict import UserError, require
+from specauf.strict import require
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -137,17 +136,10 @@ def along(nodes: Float[Tensor, "b n d"], path: Int[Tensor, "b m"]) -> Float[Tens
     return nodes.gather(1, path[..., None].expand(-1, -1, nodes.shape[2]))
 
 
-def check_cache(cache: DynamicCache) -> None:
-    """Raise `UserError` unless every layer keeps all of its columns: a rejected branch must leave no trace."""
-    if any(type(layer) is not DynamicLayer for layer in cache.layers):
-        raise UserError("self-selection needs a target with full attention in every layer")
-
-
-def compact(cache: DynamicCache, n: int, path: Int[Tensor, "b m"]) -> None:
-    """Of the newest `n` columns keep each row's `path`, in its order."""
+def keep_path(cache: DynamicCache, n: int, path: Int[Tensor, "b m"]) -> None:
+    """Move each row's `path` to the front of the newest `n` columns, in its order."""
     for key, value, *_ in cache:
         for states in (key, value):
             new = states[:, :, -n:]
             index = path[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
             new[:, :, : path.shape[1]] = new.gather(2, index)  # gathered whole before it is written
-    cache.crop(path.shape[1] - n)

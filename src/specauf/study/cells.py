@@ -62,10 +62,10 @@ def _lock_file(directory: Path) -> Iterator[Any]:
 
 def progress(out: Path) -> tuple[int, int | None]:
     """(Steps in the last checkpoint, the horizon), (0, None) when there is none."""
-    path = out / "checkpoint" / "state.json"
-    if not path.is_file():
+    try:
+        state = json.loads((out / "checkpoint" / "state.json").read_text())
+    except FileNotFoundError:  # also while the process that trains it puts a new one in its place
         return 0, None
-    state = json.loads(path.read_text())
     return int(state["step"]), state["max_steps"]
 
 
@@ -75,20 +75,25 @@ def finished(out: Path) -> bool:
     return horizon is not None and done >= horizon
 
 
+def identity(config: RunConfig) -> dict[str, Any]:
+    """The configuration without `NOT_IDENTITY`."""
+    tree = to_dict(config)
+    for *parents, last in NOT_IDENTITY:
+        node = tree
+        for parent in parents:
+            node = node[parent]
+        node.pop(last)
+    return tree
+
+
 def check_unchanged(cell: Cell) -> None:
     """Raise `ConfigError` with the keys that differ when the cell on disk was trained from another recipe."""
     path = cell.out / "config.yaml"
     if not path.is_file():
         return
     # Read as a recipe, so that a field which did not exist then has its default.
-    before = to_dict(from_dict(RunConfig, yaml.safe_load(path.read_text(encoding="utf-8")), str(path)))
-    now = to_dict(cell.config)
-    for *parents, last in NOT_IDENTITY:
-        for tree in (before, now):
-            node = tree
-            for parent in parents:
-                node = node[parent]
-            node.pop(last)
+    before = identity(from_dict(RunConfig, yaml.safe_load(path.read_text(encoding="utf-8")), str(path)))
+    now = identity(cell.config)
     changed = [f"{key}: {old!r} then, {new!r} now" for key, old, new in _differences(before, now)]
     if changed:
         raise ConfigError(

@@ -211,7 +211,11 @@ def study_of(data: Any, where: str) -> Study:
     base = data.get("base")
     require(not (isinstance(base, dict) and "out" in base), f"{where}: base.out is not allowed; `out` is beside `base`")
     methods = _named(Method, data, "methods", where)
-    require(LOOKUP not in methods, f"{where}: methods.{LOOKUP} is in every part already; leave it out")
+    for name in methods:
+        require(
+            not name.startswith(LOOKUP),
+            f"{where}: methods.{name}: {LOOKUP} is in every part already, and owns such names",
+        )
     study = Study(
         title=data["title"],
         out=Path(data["out"]).expanduser(),

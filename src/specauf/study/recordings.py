@@ -29,8 +29,8 @@ def describe(study: Study, task: str, temperature: float, target: Target | None 
     """What is recorded of a task at a temperature; None when nothing is.
 
     With `target`, also None when it is a recording of another target, other prompts or another sampling than the recipe's.
-    Keys: `key` (digest of the tokens), `recording` (the fields of `Recording`), `made_of` (digest of target, prompts and
-    sampling), `label`, `clusters` (conversation number of each trajectory), `repeated_share`.
+    Keys: `key` (digest of the tokens), `recording` (the fields of `Recording`), `made_of` (digest of target, EOS ids,
+    prompts and sampling), `label`, `clusters` (conversation number of each trajectory), `repeated_share`.
     """
     path = _path(study, task, temperature)
     found: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
@@ -119,7 +119,7 @@ def _covers(
 def _made_of(study: Study, target: Target, prompts: list[BenchPrompt], wanted: Recording) -> str:
     sampling = to_dict(_settings(study, wanted).sampling)
     thinking = study.base.data.enable_thinking
-    return digest([target.fingerprint(), [list(p) for p in prompts], sampling, thinking])
+    return digest([target.fingerprint(), sorted(target.eos_ids()), [list(p) for p in prompts], sampling, thinking])
 
 
 def _prompts(study: Study, task: str) -> list[BenchPrompt]:

@@ -24,7 +24,7 @@ from specauf.bench.statistics import (
     verdict,
 )
 from specauf.strict import UserError
-from specauf.study.claims import PRIORS
+from specauf.study.claims import DOMINO, PRIORS
 from specauf.study.recipe import LOOKUP, Part, Study
 from specauf.study.recordings import chosen, describe
 from specauf.study.records import Place, Subject, cell_subject, load_records, lookup_subjects
@@ -33,8 +33,10 @@ MACRO = "macro"
 NO_SEED = -1
 """The only row of a method that is not trained."""
 PAIRS = (
+    *((name, "decay") for name in ("auf", "auf-time")),
     ("auf-decay", "auf"),
     *(("auf", prior) for prior in PRIORS),
+    *((name, "decay-only") for name in DOMINO),
     *((base, other) for base, other in (("b-auf", "s-auf"), ("b-auf", "f-auf"))),
     *((base, other) for base, other in (("b-auf-d", "s-auf-d"), ("b-auf-d", "f-auf-d"))),
 )
@@ -188,7 +190,7 @@ def _score(by_task: ByTask) -> dict[str, Any]:
 
 
 def comparisons(measured: Measured) -> list[dict[str, Any]]:
-    """The `comparisons` of a study's results: each method against its part's baseline, and `PAIRS`."""
+    """The `comparisons` of a study's results: each method against its part's baseline, and `PAIRS`, each once."""
     rows: list[dict[str, Any]] = []
     for key, part in measured.study.parts.items():
         names = methods_of(measured.study, key)

@@ -28,7 +28,7 @@ from specauf.run import (
     step_note,
 )
 from specauf.strict import UserError, to_dict
-from specauf.study.cells import claim, finished, progress, turn
+from specauf.study.cells import claim, finished, identity, progress, turn
 from specauf.study.recipe import Cell, Study
 from specauf.target import Target
 from specauf.train.batches import Batches
@@ -53,10 +53,24 @@ class Corpus:
         if key not in self._prepared:
             with self._turn():
                 self._prepared[key] = prepare_data(config, self.target)
+            self._require_kept_out(self._prepared[key], config)
             if not self._prepared[key].reused:
                 for line in self._prepared[key].ledger.lines():
                     self.console.say("  " + line)
         return self._prepared[key]
+
+    def _require_kept_out(self, found: Prepared, config: RunConfig) -> None:
+        """Rollouts settled what was kept out when they were made: no cell may have read what all are measured by."""
+        meta, base = found.train.meta, self.study.base
+        if "rollout" not in meta or config.data == base.data:
+            return
+        ours = self.prepared(base).train.meta
+        seen = [label for label in ours["kept_out"] if label not in (meta["kept_out"] or ())]
+        if seen and meta["excluded_prompts"] != ours["excluded_prompts"]:
+            raise UserError(
+                f"data.path: the prompts of {', '.join(seen)} were not kept out of {config.data.path}, and the study measures "
+                "by them: make the rollouts again with its eval.tasks (--set eval.tasks=...)"
+            )
 
     def features(self, config: RunConfig) -> FeatureCache | None:
         """The cache that the run asks for; cells with the same data and taps share one."""
@@ -154,8 +168,7 @@ def steps_of(study: Study, target: Target, corpus: Corpus, cell: Cell, console: 
         path = study.out / CALIBRATION
         known: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
         other = study.config(method.minutes_as, cell.seed)
-        both = [to_dict(study.config(name, 0)) for name in (cell.method, method.minutes_as)]
-        of = digest([{k: v for k, v in config.items() if k not in ("out", "eval")} for config in both])
+        of = digest([identity(study.config(name, 0)) for name in (cell.method, method.minutes_as)])
         if known.get(cell.method, {}).get("of") != of:
             console.say(f"calibrating {cell.method} against {method.minutes_as}: alternating steps, undone afterwards")
             trainers = [_bare_trainer(target, corpus, config) for config in (cell.config, other)]

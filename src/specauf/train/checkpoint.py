@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from specauf.config import digest, dump
 from specauf.drafter.checkpoint import load_drafter, save_drafter
-from specauf.files import atomic_dir, atomic_write_text
+from specauf.files import atomic_dir, atomic_write_text, recover_dir
 from specauf.strict import UserError
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def _data_of(trainer: Trainer) -> dict[str, Any]:
 
 
 def save(trainer: Trainer, out: Path) -> None:
-    """Replace `out/checkpoint` as a whole: a kill at any moment leaves the old one or the new one."""
+    """Replace `out/checkpoint` as a whole: a kill at any moment leaves the old one or the new one, where `resume` finds it."""
     if not hasattr(trainer, "_provenance"):
         trainer._provenance = provenance_of(trainer)  # type: ignore[attr-defined]  # the fingerprint takes a second
     extra = trainer._provenance | {"steps": trainer.done, "max_steps": trainer.max_steps}  # type: ignore[attr-defined]
@@ -117,6 +117,7 @@ def resume(trainer: Trainer, out: Path) -> bool:
     or horizon.
     """
     directory = out / "checkpoint"
+    recover_dir(directory)
     if not (directory / "state.json").is_file():
         return False
     state = json.loads((directory / "state.json").read_text())

@@ -15,7 +15,7 @@ from tests.conftest import CHATML, make_geometry, make_target
 from specauf.bench.runner import measure, recorded
 from specauf.bench.tasks import BenchPrompt, load_task, render_prompts
 from specauf.config import EvalConfig, SamplingConfig
-from specauf.data.chat import prompt_ids
+from specauf.data.chat import TemplateRefused, prompt_ids
 from specauf.decode import replay as replaying
 from specauf.decode.generate import generate
 from specauf.decode.propose import DrafterProposer, LookupFirst, PromptLookup
@@ -164,7 +164,11 @@ def test_a_damaged_part_is_recorded_again(talker: Target, dialogues: list[Dialog
 
 
 def test_what_a_recording_is_keyed_by(
-    talker: Target, dialogues: list[Dialogue], tmp_path: Path, answered: list[int]
+    talker: Target,
+    dialogues: list[Dialogue],
+    tmp_path: Path,
+    answered: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fresh(prompts: Any, config: EvalConfig = PLAN, block: int = BLOCK) -> bool:
         answered.clear()
@@ -177,6 +181,18 @@ def test_what_a_recording_is_keyed_by(
     assert not fresh(alone, block=BLOCK - 1), "a longer recording serves a smaller block"
     assert fresh(alone, block=BLOCK + 1) and fresh(alone, dataclasses.replace(PLAN, max_new_tokens=LIMIT + 1))
     assert fresh(alone, dataclasses.replace(PLAN, sampling=SamplingConfig(1.0)))
+    eos = talker.eos_ids() | {7}
+    monkeypatch.setattr(talker, "eos_ids", lambda: eos)
+    assert fresh(alone), "what ends an answer may be changed beside the weights"
+
+
+def test_a_prompt_that_the_template_refuses_is_named(talker: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> list[int]:
+        raise TemplateRefused("System role not supported")
+
+    monkeypatch.setattr("specauf.bench.tasks.prompt_ids", refuse)
+    with pytest.raises(UserError, match=r"own/3: the chat template of .* refuses it: System role not supported"):
+        render_prompts(talker, [BenchPrompt("own/3", [{"role": "user", "content": "x"}])], False)
 
 
 def test_a_smaller_block_makes_the_same_rounds_over_a_larger_recording(

@@ -17,6 +17,7 @@ from specauf.decode.acceptance import (
     summarise,
 )
 from specauf.decode.generate import Round
+from specauf.strict import UserError
 
 runs = st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=9), min_size=1, max_size=6)
 
@@ -42,6 +43,11 @@ def test_a_prompt_without_rounds_is_left_out() -> None:
     assert np.isnan(prompt_taus([[], as_rounds([1])])[0])
     found = summarise([[], as_rounds([1, 0])], [1, 5], 4)
     assert found.prompts == 1 and found.rounds == 2 and found.tau == 1.5 and found.engine_tau == 2.5
+
+
+def test_answers_without_a_round_are_named() -> None:
+    with pytest.raises(UserError, match="there is no round to measure"):
+        summarise([[], []], [1, 1], 3)
 
 
 def test_comparison_is_paired() -> None:

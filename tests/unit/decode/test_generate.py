@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.conftest import make_geometry, make_target
+from transformers import MistralConfig, MistralForCausalLM
 
 from specauf.bench.runner import check_live
 from specauf.config import SamplingConfig
@@ -113,6 +114,27 @@ def test_trajectories_survive_the_disk(tmp_path: Path) -> None:
 def test_an_empty_prompt_is_refused(target: Target) -> None:
     with pytest.raises(UserError, match="prompt 1 is empty"):
         generate(target, None, [[1], []])
+
+
+def test_layers_with_a_window_are_decoded_until_it_is_full(prompts: list[list[int]]) -> None:
+    torch.manual_seed(0)
+    geometry = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = MistralConfig(vocab_size=61, num_key_value_heads=2, sliding_window=40, eos_token_id=60, **geometry)
+    target = Target(MistralForCausalLM(config), None, "windowed")
+    for prompt in prompts[:3]:
+        (made,) = generate(target, PromptLookup(3), [prompt], max_new_tokens=20)
+        assert made.tokens == reference(target, prompt, 20, 1.0, target.eos_ids())
+    with pytest.raises(UserError, match="windowed has layers that see the last 40 tokens alone"):
+        generate(target, None, [prompts[0]], max_new_tokens=60, eos_ids=frozenset())
+
+
+def test_layers_that_cannot_forget_a_draft_are_refused(
+    target: Target, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = type("Cache", (), {"layers": [object()]})()
+    monkeypatch.setattr("specauf.decode.generate.DynamicCache", lambda config: cache)
+    with pytest.raises(UserError, match="tiny has layers with linear or sparse attention"):
+        generate(target, None, prompts[:1])
 
 
 def test_prompt_lookup_copies_what_followed_the_latest_longest_match() -> None:

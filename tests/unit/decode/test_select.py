@@ -12,7 +12,7 @@ from specauf.config import SamplingConfig
 from specauf.decode.generate import Generation, generate
 from specauf.decode.propose import DrafterProposer, PromptLookup
 from specauf.decode.replay import record
-from specauf.decode.select import Selection, build_tree, choose, compact, sample_candidates
+from specauf.decode.select import Selection, build_tree, choose, keep_path, sample_candidates
 from specauf.decode.verify import uniform
 from specauf.drafter.dflash import DFlash
 from specauf.strict import ConfigError, UserError
@@ -159,7 +159,8 @@ def test_the_cache_keeps_the_path_of_each_row() -> None:
     columns = torch.arange(2 * 6.0).view(2, 1, 6, 1)
     for layer in range(2):
         cache.update(columns + layer, -columns, layer)
-    compact(cache, 4, torch.tensor([[0, 2], [0, 3]]))
+    keep_path(cache, 4, torch.tensor([[0, 2], [0, 3]]))
+    cache.crop(-2)
     for layer in range(2):
         assert (cache.layers[layer].keys - layer).flatten(1).tolist() == [[0, 1, 2, 4], [6, 7, 8, 11]]
         assert cache.layers[layer].values.flatten(1).tolist() == [[0, -1, -2, -4], [-6, -7, -8, -11]]
