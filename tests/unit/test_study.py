@@ -326,6 +326,13 @@ def test_a_horizon_that_was_begun_is_kept(
     assert "training time-s0, 6 steps" in console.said and console.said[-1] == "2 of 2 cells are trained"
 
 
+def test_the_target_is_recorded_while_another_process_writes_features(study: recipe.Study, tiny: Target) -> None:
+    with claim(study.out / "features") as mine:
+        assert mine
+        run_study(study, ["record"], ["b"], tiny, console := Quiet())
+    assert console.said[-1] == "the target is recorded"
+
+
 def test_auf_is_compared_with_decay_whichever_is_the_baseline(world: Path, tiny: Target, tmp_path: Path) -> None:
     data = content(world, tmp_path / "study")
     data["parts"] = {"a": {"title": "a", "methods": ["auf", "decay"], "baseline": "auf", "max_new_tokens": 10}}

@@ -51,7 +51,7 @@ class Corpus:
     def prepared(self, config: RunConfig) -> Prepared:
         key = digest(to_dict(config.data))
         if key not in self._prepared:
-            with self._turn():
+            with self._turn("data"):
                 self._prepared[key] = prepare_data(config, self.target)
             self._require_kept_out(self._prepared[key], config)
             if not self._prepared[key].reused:
@@ -79,14 +79,14 @@ class Corpus:
         prepared, drafter = self.prepared(config), config.drafter
         key = digest([to_dict(config.data), to_dict(config.features), drafter.target_layer_ids, drafter.num_taps])
         if key not in self._features:
-            with self._turn(), self.console.progress("features", float(len(prepared.train.ids))) as advance:
+            with self._turn("features"), self.console.progress("features", float(len(prepared.train.ids))) as advance:
                 self._features[key] = feature_cache(config, self.target, prepared, on_progress=lambda n: advance(n, ""))
         return self._features[key]
 
-    def _turn(self) -> AbstractContextManager[None]:
-        """Two processes would write the same shards; the second finds them instead."""
-        told = "another process is preparing the data: waiting for it"
-        return turn(self.study.out / "data", lambda: self.console.say(told))
+    def _turn(self, what: str) -> AbstractContextManager[None]:
+        """Two processes would write the same files; the second finds them instead."""
+        told = f"another process is preparing the {what}: waiting for it"
+        return turn(self.study.out / what, lambda: self.console.say(told))
 
 
 def train_cells(study: Study, target: Target, corpus: Corpus, cells: Sequence[Cell], console: Console) -> list[str]:
