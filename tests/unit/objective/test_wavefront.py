@@ -116,3 +116,37 @@ def test_bfloat16_supports_differ_from_float32s_only_at_near_ties() -> None:
     assert moved.any(), "the case shows nothing"
     assert (~moved | near).all()
     assert moved.float().mean() < 0.2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["uniform", "lk-lambda"])
+def test_a_confident_token_has_its_own_gradient_in_16_bits(name: str, dtype: torch.dtype) -> None:
+    """At p = 0.999 what is left of a row's gradient is a thousandth of its two parts, which 16 bits round coarser."""
+    g = torch.Generator().manual_seed(2)
+    vocab, width = 2000, 64
+    weight = torch.randn(vocab, width, generator=g).to(dtype)
+    labels = torch.randint(vocab, (1, 8, 1), generator=g)
+    own = weight[labels].float()
+    sure = (own * 16 / own.square().sum(-1, keepdim=True)).to(dtype)  # the label's own logit is 16
+    teacher = (1.05 * sure.float()).to(dtype)
+    blocks = Blocks(torch.zeros(1, 8).long(), torch.ones(1, 8).bool(), labels, torch.ones(1, 8, 1).bool())
+    grads = []
+    for cast in (torch.float64, dtype):
+        leaf = sure.to(cast).requires_grad_()
+        terms = block_loss(leaf, blocks, Objective(name), weight.to(cast), teacher=teacher.to(cast))
+        terms.loss.backward()
+        assert leaf.grad is not None
+        grads.append(leaf.grad.double())
+    assert float(terms.readout.prob.min()) > 0.995
+    assert float((grads[1] - grads[0]).norm() / grads[0].norm()) < 0.1
+
+
+def test_float16_holds_the_normaliser_of_a_large_vocabulary() -> None:
+    vocab, width = 151_936, 4
+    weight = torch.zeros(vocab, width, dtype=torch.float16)
+    weight[7] = 1
+    blocks = Blocks(torch.zeros(1, 1).long(), torch.ones(1, 1).bool(), torch.tensor([[[7]]]), torch.ones(1, 1, 1).bool())
+    leaf = torch.zeros(1, 1, 1, width, dtype=torch.float16, requires_grad=True)
+    block_loss(leaf, blocks, Objective("uniform"), weight).loss.backward()
+    assert leaf.grad is not None
+    torch.testing.assert_close(leaf.grad.float(), torch.full((1, 1, 1, width), -1.0), rtol=1e-3, atol=1e-3)
