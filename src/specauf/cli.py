@@ -110,7 +110,7 @@ class Train:
     set: Overrides = ()
     """Override fields of the recipe."""
     fresh: bool = False
-    """Start over even if a checkpoint is there."""
+    """Start over even if a checkpoint is there, which is set aside as `checkpoint.before`."""
 
     def run(self, terminal: Terminal) -> int:
         from specauf.train.distributed import ranks_of_run
@@ -354,9 +354,8 @@ class Doctor:
 
         checks = examine()
         for check in checks:
-            terminal.say(f"{check.status:5} {check.name}: {check.detail}")
-            if check.status != "ok" and check.mend:
-                terminal.say(f"      {check.mend}")
+            mend = f"\n      {check.mend}" if check.status != "ok" and check.mend else ""
+            terminal.say(f"{check.status:5} {check.name}: {check.detail}{mend}")
         return 1 if any(c.status == "fail" for c in checks) else 0
 
 
@@ -392,7 +391,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"specauf: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nspecauf: interrupted; the same command goes on from here", file=sys.stderr)
+        again = "the same command" + " without --fresh" * ("--fresh" in (arguments or sys.argv))
+        print(f"\nspecauf: interrupted; {again} goes on from here", file=sys.stderr)
         return 130
 
 

@@ -248,7 +248,8 @@ class TrainConfig:
     common_every: int = 10
     """Every so many steps, common-token accuracy on a sample of blocks."""
     shard_target: bool = False
-    """Under torchrun: spread the target's layers over the processes (FSDP2) instead of a copy on each."""
+    """Under torchrun: spread the target's layers over the processes (FSDP2) instead of a copy on each.
+    Each loads the whole target first."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "accumulation", "num_anchors", "save_every", "common_every"):

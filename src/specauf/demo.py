@@ -84,6 +84,10 @@ class Plan:
     """Feature extraction."""
 
 
+def _write(plan: Plan, path: Path) -> None:
+    atomic_write_text(path, json.dumps(dataclasses.asdict(plan), indent=2) + "\n")
+
+
 def run_demo(base: RunConfig, minutes: float, console: Console) -> Path:
     """Everything from data to page. Returns the page's path."""
     began = time.perf_counter()
@@ -99,17 +103,19 @@ def run_demo(base: RunConfig, minutes: float, console: Console) -> Path:
     plan = Plan(**json.loads(plan_path.read_text())) if plan_path.is_file() else None
     if plan and plan.minutes != minutes:
         console.say(f"{plan_path} holds a plan for {plan.minutes:g} minutes: going on with that one")
-    examples, rate = (plan.examples, plan.tokens_per_second) if plan else _affordable(base, target, prepared, minutes)
-    lengths = [len(prepared.train[i].input_ids) for i in range(examples)]
-    with console.progress(f"features of {examples} conversations", sum(lengths)) as advance:
-        features = feature_cache(base, target, prepared, examples, lambda n: advance(n, ""))
+    if plan is None:
+        examples, rate = _affordable(base, target, prepared, minutes)
+        plan = Plan(minutes, examples, {}, {}, rate)
+        _write(plan, plan_path)
+    lengths = [len(prepared.train[i].input_ids) for i in range(plan.examples)]
+    with console.progress(f"features of {plan.examples} conversations", sum(lengths)) as advance:
+        features = feature_cache(base, target, prepared, plan.examples, lambda n: advance(n, ""))
 
     runs = {name: open_run(_variant(base, name), target, prepared, features) for name in ("decay", "auf")}
-    plan = plan or Plan(minutes, examples, {}, {}, rate)
     for name, run in runs.items():
         if name not in plan.steps:
             _plan_steps(plan, name, runs, console)
-            atomic_write_text(plan_path, json.dumps(dataclasses.asdict(plan), indent=2) + "\n")
+            _write(plan, plan_path)
         run.trainer.max_steps = run.trainer.max_steps or plan.steps[name]
         _train(run, name, plan.steps["decay"], console)
 

@@ -44,7 +44,7 @@ def examine() -> list[Check]:
     return [
         Check("python", "ok", platform.python_version()),  # an older one could not have imported this
         *check_torch(),
-        check_package("transformers", (5, 0), "fail", "loads the target"),
+        check_package("transformers", (5, 18) if without_gguf == "fail" else (5, 0), "fail", "loads the target"),
         check_package("gguf", (0, 17), without_gguf, "reads the embedded target"),
         check_package("accelerate", (1, 0), without_gguf, "reads the embedded target"),
         check_package("pyarrow", (18, 0), "warn", "reads parquet: corpora, and some of the tasks on the hub"),

@@ -7,6 +7,7 @@ configuration is nested and counts tapped layers from the embedding, one higher.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 from collections.abc import Mapping, Sequence
@@ -53,8 +54,9 @@ def export(
     if out.is_dir() and (others := sorted({p.name for p in out.iterdir()} - WRITTEN)):
         raise UserError(f"{out} holds {others[0]}, which an export would delete: give a directory of its own")
     drafter = load_drafter(checkpoint)
-    config, weights = drafter.config, fingerprint(drafter)
+    weights = fingerprint(drafter)
     drafter = drafter.to(getattr(torch, dtype))
+    config = drafter.config = dataclasses.replace(drafter.config, extra=_portable(drafter.config.extra))
     base = base_model or _known_as(config.extra.get("target"))
     if layout == "speculators" and config.domino:
         raise UserError("speculators has no Domino drafters: export this one with layout zlab, which SGLang loads")
@@ -257,6 +259,18 @@ def _between(interval: Any) -> str:
 def _display(target: str | None) -> str:
     """A target's name, and of the embedded default how its weights were rounded."""
     return assets.SMOLLM2_NAME if target == "smollm2-135m" else target or "not recorded"
+
+
+def _portable(told: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint tells of its history, with the last part of every path that is this machine's alone."""
+
+    def named(key: str, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {k: named(k, v) for k, v in value.items()}
+        here = key in ("path", "target") and isinstance(value, str) and value.startswith(("/", "~", "."))
+        return Path(value).name if here else value
+
+    return {key: named(key, value) for key, value in told.items()}
 
 
 def _known_as(target: str | None) -> str | None:

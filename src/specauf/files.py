@@ -73,7 +73,7 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
 
 
 def recover_dir(path: str | Path) -> None:
-    """Put back what a process that was killed between `atomic_dir`'s two renames left; nothing when `path` is there.
+    """Put back what a process left that was killed between `atomic_dir`'s two renames, and clear away what others left.
 
     Several processes may ask for it at once, but not while another writes `path`.
     """
@@ -82,6 +82,17 @@ def recover_dir(path: str | Path) -> None:
         with contextlib.suppress(OSError):  # somebody else was faster
             if not path.exists():
                 os.rename(old, path)
+    for rest in path.parent.glob(f".{glob.escape(path.name)}.*.*"):
+        if rest.suffix in (".tmp", ".old"):
+            shutil.rmtree(rest, ignore_errors=True)
+
+
+def set_aside(path: Path) -> None:
+    """Rename it to `<name>.before`, over what was set aside before; nothing when there is none."""
+    if path.exists():
+        before = path.with_name(f"{path.name}.before")
+        shutil.rmtree(before, ignore_errors=True)
+        os.replace(path, before)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -31,13 +31,13 @@ PACKAGES = (
 
 
 def collect(config_hash: str | None = None) -> dict[str, Any]:
-    """What is needed to tell two runs apart, and nothing that names the user or the host.
+    """What is needed to tell two runs apart, and nothing that names the user or the host, unless an argument does.
 
     Keys: `command` (argv), `created` (UTC, ISO 8601), `config_hash`, `specauf`, `git` (see `git_state`), `python`,
     `packages` (name -> version, None when absent), `machine` (see `machine`).
     """
     return {
-        "command": list(sys.argv),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "config_hash": config_hash,
         "specauf": specauf.__version__,

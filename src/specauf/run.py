@@ -26,7 +26,7 @@ from specauf.drafter.config import DFlashConfig, DominoHead
 from specauf.drafter.dflash import DFlash
 from specauf.drafter.vocabulary import coverage, keep_tokens, most_frequent
 from specauf.drafter.warm import copy_layers
-from specauf.files import atomic_write_text
+from specauf.files import atomic_write_text, set_aside
 from specauf.strict import ConfigError, UserError, to_dict
 from specauf.target import Target
 from specauf.train import checkpoint
@@ -189,7 +189,7 @@ def open_run(
 ) -> Run:
     """Build the trainer and continue from `config.out` if a checkpoint is there. Writes config.yaml and run.json.
 
-    `horizon` goes before `train.max_steps`.
+    `horizon` goes before `train.max_steps`. Without `resume`, what is there is set aside as `checkpoint.before`.
     """
     ranks = ranks or Ranks()
     out = Path(config.out)
@@ -201,6 +201,11 @@ def open_run(
     trainer.max_steps = horizon or trainer.max_steps
     if resume:
         checkpoint.resume(trainer, out)
+    elif ranks.main:
+        for path in (out / "checkpoint", out / "log.jsonl"):
+            set_aside(path)
+    if len(set(ranks.gather(trainer.done))) > 1:
+        raise UserError(f"the processes see different checkpoints in {out}: `out` has to be on a disk that they share")
     known = draft_vocabulary(drafter, target, prepared.train)
     if not ranks.main:
         return Run(config, target, prepared, features, trainer)

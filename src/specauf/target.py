@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
+from tokenizers import Tokenizer
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
@@ -209,6 +210,10 @@ class Target:
         digest.update(json.dumps(config, sort_keys=True, default=str).encode())
         if self.tokenizer is not None:
             backend = getattr(self.tokenizer, "backend_tokenizer", None)
+            if backend is not None and (backend.truncation or backend.padding):  # the first call would reset them
+                backend = Tokenizer.from_str(backend.to_str())
+                backend.no_truncation()
+                backend.no_padding()
             digest.update((backend.to_str() if backend is not None else str(self.tokenizer.get_vocab())).encode())
             digest.update(self._templates().encode())
         for name, tensor in self.model.state_dict().items():

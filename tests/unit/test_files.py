@@ -108,5 +108,8 @@ def test_what_a_kill_between_the_two_renames_left_is_put_back(tmp_path: Path) ->
     recover_dir(path)
     assert (path / "x").read_text() == "then" and not old.exists()
     old.mkdir()
+    (tmp_path / ".a[1].89abcdef.tmp").mkdir()
+    (tmp_path / ".a2.89abcdef.tmp").mkdir()
     recover_dir(path)
-    assert old.exists() and (path / "x").read_text() == "then", "what is there stays"
+    assert {p.name for p in tmp_path.iterdir()} == {"a[1]", ".a2.89abcdef.tmp"}, "what a kill left is cleared away"
+    assert (path / "x").read_text() == "then"

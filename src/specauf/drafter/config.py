@@ -126,6 +126,11 @@ class DFlashConfig:
         draft_vocab_size: int | None = None,
     ) -> DFlashConfig:
         """The drafter that fits a Hugging Face target config: its widths, heads and rotary base, fewer layers."""
+        needed = ["hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size", "max_position_embeddings"]
+        for name in [*needed, *(() if intermediate_size else ("intermediate_size",))]:
+            if getattr(target, name, None) is None:
+                hint = ": give drafter.intermediate_size" if name == "intermediate_size" else ""
+                raise ConfigError(f"the target's configuration ({type(target).__name__}) has no {name}{hint}")
         rope = getattr(target, "rope_parameters", None) or {}
         heads = target.num_attention_heads
         ids = target_layer_ids or spread_layer_ids(target.num_hidden_layers, num_taps)
@@ -209,14 +214,16 @@ class DFlashConfig:
         known = ["DFlashDraftModel", "DominoDraftModel"] if domino else ["DFlashDraftModel"]
         if not set(known) & set(data.get("architectures") or []):
             raise ConfigError(f"{where}: architectures is {data.get('architectures')}, expected one of {known}")
-        for name, plain in (("attention_bias", False), ("is_causal", False), ("use_sliding_window", False)):
-            if data.get(name, plain) not in (plain, None):
-                raise ConfigError(f"{where}: {name}={data[name]!r} is not supported, only {plain!r}")
+        neutral = {"attention_bias": False, "is_causal": False, "causal": False, "use_sliding_window": False}
+        for name, plain in {**neutral, "input_embedding_scale": 1}.items():
+            for section in (data, nested):
+                if section.get(name, plain) not in (plain, None):
+                    raise ConfigError(f"{where}: {name}={section[name]!r} is not supported, only {plain!r}")
         if any(kind != "full_attention" for kind in data.get("layer_types") or ()):
             raise ConfigError(f"{where}: only full_attention layers are supported, got {data['layer_types']}")
         rope = data.get("rope_parameters") or {}
         scaling = data.get("rope_scaling") or {}
-        if {rope.get("rope_type", "default"), scaling.get("rope_type", "default")} != {"default"}:
+        if {kind.get("rope_type", kind.get("type", "default")) for kind in (rope, scaling)} != {"default"}:
             raise ConfigError(f"{where}: only the default rotary embedding is supported")
         theta = rope.get("rope_theta", data.get("rope_theta"))
         if theta is None:

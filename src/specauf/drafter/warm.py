@@ -60,7 +60,13 @@ def _copy(own: Layer, theirs: nn.Module, number: int) -> None:
                 f"{tuple(parameter.shape)}: leave init_layers out, and intermediate_size"
             )
         parameter.copy_(found[name])
+        if (bias := name.replace("weight", "bias")) in found:
+            raise ConfigError(
+                f"drafter.init_layers: layer {number} of the target has {bias}, the drafter none: leave it out"
+            )
     for name in ("input_layernorm", "post_attention_layernorm"):
+        if f"{name}.weight" not in found:
+            raise ConfigError(f"drafter.init_layers: layer {number} of the target has no {name}: leave init_layers out")
         own.get_submodule(name).weight.copy_(_gain(theirs.get_submodule(name), hidden))  # type: ignore[operator]
     for side in ("q", "k"):
         norm, name = own.self_attn.get_parameter(f"{side}_norm.weight"), f"self_attn.{side}_norm.weight"
@@ -73,6 +79,10 @@ def _copy(own: Layer, theirs: nn.Module, number: int) -> None:
 
 def _gain(norm: nn.Module, hidden: int) -> Float[Tensor, " h"]:
     """What an RMSNorm multiplies by, however it stores it (some keep the gain less one)."""
-    where = next(norm.parameters())
+    where, *more = norm.parameters()
     gain: Tensor = norm(torch.ones(1, hidden, dtype=where.dtype, device=where.device))[0]
+    if more or not gain.any():  # a LayerNorm makes zeros of ones
+        raise ConfigError(
+            f"drafter.init_layers: {type(norm).__name__} of the target is no RMSNorm: leave init_layers out"
+        )
     return gain

@@ -41,7 +41,7 @@ from specauf.objective.branches import Shared, Side, lambda_base, two_branch_los
 from specauf.objective.loss import LossTerms, block_loss
 from specauf.objective.metrics import block_metrics
 from specauf.objective.wavefront import RowSource, plan_cuts, read_head
-from specauf.strict import ConfigError
+from specauf.strict import ConfigError, UserError
 from specauf.target import Target
 from specauf.train import checkpoint
 from specauf.train.batches import Batch, Batches, Prefetcher
@@ -177,7 +177,10 @@ class Trainer:
         return found.terms, {"": View(found.final, corrected, expansion), "base_": View(found.base, rows)}
 
     def step(self) -> dict[str, Any]:
-        """One optimizer step. Gradients are sums over the window divided by the window's denominator."""
+        """One optimizer step. Gradients are sums over the window divided by the window's denominator.
+
+        Raises `UserError`, and changes no weight, when the gradient is not finite.
+        """
         if self.max_steps is None:
             raise ConfigError("train.max_steps is not set: the learning rate has no horizon. Give it, or train.minutes")
         train = self.config.train
@@ -206,6 +209,13 @@ class Trainer:
         loss = window.close()
         parameters = [p for p in window.parameters if p.grad is not None]
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, train.clip))
+        if not math.isfinite(
+            norm
+        ):  # of the sum over the ranks, so that all stop here; the weights are still the last step's
+            raise UserError(
+                f"step {self.done + 1}: the gradient's norm is {norm}. The last checkpoint stands. A target in float16 that "
+                "overflows does this (target.dtype=bfloat16 does not), and so does a learning rate that is far too large"
+            )
         self.optimizer.step()
         self.done += 1
         tokens, blocks_seen = self._pool(sums, tokens, blocks_seen)

@@ -145,7 +145,9 @@ def test_float16_holds_the_normaliser_of_a_large_vocabulary() -> None:
     vocab, width = 151_936, 4
     weight = torch.zeros(vocab, width, dtype=torch.float16)
     weight[7] = 1
-    blocks = Blocks(torch.zeros(1, 1).long(), torch.ones(1, 1).bool(), torch.tensor([[[7]]]), torch.ones(1, 1, 1).bool())
+    blocks = Blocks(
+        torch.zeros(1, 1).long(), torch.ones(1, 1).bool(), torch.tensor([[[7]]]), torch.ones(1, 1, 1).bool()
+    )
     leaf = torch.zeros(1, 1, 1, width, dtype=torch.float16, requires_grad=True)
     block_loss(leaf, blocks, Objective("uniform"), weight).loss.backward()
     assert leaf.grad is not None
