@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,6 +76,21 @@ def test_checkpoint_round_trip_keeps_every_tensor_and_field(target: Target, tmp_
     names = set(load_file(tmp_path / "model.safetensors"))
     assert "layers.0.self_attn.q_proj.weight" in names and "fc.weight" in names
     assert not any("embed_tokens" in n or "lm_head" in n or n.startswith("model.") for n in names)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"rope_scaling": {"type": "yarn", "factor": 4}}, "only the default rotary embedding"),
+        ({"input_embedding_scale": 50.6}, "input_embedding_scale=50.6 is not supported"),
+        ({"dflash_config": {"causal": True}}, "causal=True is not supported"),
+    ],
+)
+def test_a_configuration_that_would_run_wrong_is_refused(target: Target, change: dict[str, Any], told: str) -> None:
+    shipped = make_geometry(target).to_json()
+    nested = {**shipped.get("dflash_config", {}), **change.pop("dflash_config", {})}
+    with pytest.raises(ConfigError, match=told):
+        DFlashConfig.from_json({**shipped, **change, "dflash_config": nested})
 
 
 def test_missing_and_unexpected_tensors_are_errors_that_name_them(target: Target, tmp_path: Path) -> None:

@@ -6,7 +6,19 @@ import dataclasses
 
 import pytest
 import torch
-from transformers import GemmaConfig, GemmaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from tests.conftest import make_geometry
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    GemmaForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Olmo2Config,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    StableLmConfig,
+)
 
 from specauf.config import DrafterConfig, RunConfig
 from specauf.drafter.dflash import Layer
@@ -89,6 +101,26 @@ def test_a_gain_that_is_stored_less_one_is_read_as_it_works() -> None:
 def test_what_cannot_be_copied_is_said(target: Target, change: dict[str, object], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         new_drafter(config(**change), target)
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        (Qwen2Config, "has self_attn.q_proj.bias, the drafter none"),
+        (StableLmConfig, "LayerNorm of the target is no RMSNorm"),
+        (Olmo2Config, "layer 1 of the target has no input_layernorm"),
+    ],
+)
+def test_layers_of_another_make_are_refused(kind: type, told: str) -> None:
+    model = AutoModelForCausalLM.from_config(kind(**SHAPE, pad_token_id=None, bos_token_id=None, eos_token_id=60))
+    with pytest.raises(ConfigError, match=told):
+        new_drafter(config(), Target(model, None, "tiny"))
+
+
+def test_a_target_without_a_width_asks_for_it() -> None:
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=4, n_head=4, vocab_size=61, n_positions=64))
+    with pytest.raises(ConfigError, match=r"\(GPT2Config\) has no intermediate_size: give drafter.intermediate_size"):
+        make_geometry(Target(model, None, "tiny-gpt2"))
 
 
 @pytest.mark.parametrize("change", [{"init_layers": (1,)}, {"init_from": "somewhere"}])

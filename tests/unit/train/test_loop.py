@@ -261,6 +261,20 @@ def test_a_run_without_a_horizon_is_refused(target: Target, dataset: TokenDatase
         make(target, dataset, max_steps=None).step()
 
 
+def test_a_gradient_that_is_not_finite_changes_no_weight(target: Target, dataset: TokenDataset, tmp_path: Path) -> None:
+    trainer = make(target, dataset, tmp_path, max_steps=3, save_every=1)
+    trainer.step()
+    checkpoint.save(trainer, tmp_path)
+    before = copy.deepcopy(trainer.drafter.state_dict())
+    trainer.drafter.fc.register_forward_hook(lambda module, inputs, output: output * float("nan"))
+    with pytest.raises(UserError, match=r"step 2: the gradient's norm is nan\. The last checkpoint stands"):
+        trainer.run()
+    for name, value in trainer.drafter.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert checkpoint.resume(again := make(target, dataset, tmp_path, max_steps=3, save_every=1), tmp_path)
+    assert again.done == 1
+
+
 def test_resuming_with_another_objective_is_refused(target: Target, dataset: TokenDataset, tmp_path: Path) -> None:
     make(target, dataset, tmp_path, max_steps=1).run()
     with pytest.raises(UserError, match="trained with another objective: "):
