@@ -262,12 +262,15 @@ def _display(target: str | None) -> str:
 
 
 def _portable(told: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint tells of its history, with the last part of every path that is this machine's alone."""
+    """What a checkpoint tells of its history, with the last part of every path that is this machine's alone.
+
+    The target's stays: `generate` and `eval` look for it there; `base_model` names it for others.
+    """
 
     def named(key: str, value: Any) -> Any:
         if isinstance(value, Mapping):
             return {k: named(k, v) for k, v in value.items()}
-        here = key in ("path", "target") and isinstance(value, str) and value.startswith(("/", "~", "."))
+        here = key == "path" and isinstance(value, str) and value.startswith(("/", "~", "."))
         return Path(value).name if here else value
 
     return {key: named(key, value) for key, value in told.items()}

@@ -153,15 +153,15 @@ def test_the_card_tells_what_a_drafter_was_trained_on_and_from(target: Target, t
         assert f"tokens: {whose} |" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_an_export_has_no_paths_of_this_machine(target: Target, tmp_path: Path) -> None:
+def test_an_export_has_no_paths_to_the_data_of_this_machine(target: Target, tmp_path: Path) -> None:
     data = {"path": "/home/a/chats.jsonl", "conversations": 3, "max_length": 64, "kept_out": [], "rollouts": None}
-    told = {**TRAINED, "target": "/data/Qwen3-8B", "data": data, "init_from": {"path": "~/runs/first", "weights": "0"}}
+    told = {**TRAINED, "data": data, "init_from": {"path": "~/runs/first", "weights": "0"}}
     save_drafter(build_drafter(make_geometry(target)), tmp_path / "drafter", told)
     export(tmp_path / "drafter", tmp_path / "out")
     for name in ("README.md", "config.json"):
         text = (tmp_path / "out" / name).read_text()
-        assert "/home" not in text and "/data" not in text and "~/" not in text
-        assert "chats.jsonl" in text and "Qwen3-8B" in text
+        assert "/home" not in text and "~/" not in text
+        assert "chats.jsonl" in text
 
 
 def test_what_cannot_be_exported_is_said_and_nothing_is_written(
