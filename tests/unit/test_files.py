@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from specauf.files import atomic_dir, atomic_file, atomic_write_text, recover_dir
+from specauf.files import atomic_dir, atomic_file, atomic_write_text, recover_dir, set_aside
 
 
 def test_text_is_written_as_utf8_and_parents_are_made(tmp_path: Path) -> None:
@@ -113,3 +113,16 @@ def test_what_a_kill_between_the_two_renames_left_is_put_back(tmp_path: Path) ->
     recover_dir(path)
     assert {p.name for p in tmp_path.iterdir()} == {"a[1]", ".a2.89abcdef.tmp"}, "what a kill left is cleared away"
     assert (path / "x").read_text() == "then"
+
+
+def test_what_is_set_aside_replaces_what_was_before(tmp_path: Path) -> None:
+    set_aside(tmp_path / "checkpoint")
+    assert not list(tmp_path.iterdir())
+    for text in ("first", "second"):
+        (tmp_path / "checkpoint").mkdir()
+        (tmp_path / "checkpoint" / "x").write_text(text)
+        (tmp_path / "log").write_text(text)
+        set_aside(tmp_path / "checkpoint")
+        set_aside(tmp_path / "log")
+    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint.before", "log.before"}
+    assert (tmp_path / "checkpoint.before" / "x").read_text() == (tmp_path / "log.before").read_text() == "second"

@@ -94,3 +94,16 @@ def test_a_tokenizer_may_have_several_named_templates(make_tokenizer: Any) -> No
     again.tokenizer = tokenizer
     assert again.fingerprint() != one
     assert "<|tool|>" in again._templates()
+
+
+def test_the_fingerprint_does_not_depend_on_a_call_of_the_tokenizer(make_tokenizer: Any) -> None:
+    found = []
+    for call in (False, True):
+        target, tokenizer = make_target(), make_tokenizer()
+        tokenizer.backend_tokenizer.enable_truncation(5)
+        if call:
+            tokenizer("a b c d e f g h")
+            assert tokenizer.backend_tokenizer.truncation is None, "the call resets it, or this shows nothing"
+        target.tokenizer = tokenizer
+        found.append(target.fingerprint())
+    assert found[0] == found[1]

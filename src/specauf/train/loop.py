@@ -209,9 +209,7 @@ class Trainer:
         loss = window.close()
         parameters = [p for p in window.parameters if p.grad is not None]
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, train.clip))
-        if not math.isfinite(
-            norm
-        ):  # of the sum over the ranks, so that all stop here; the weights are still the last step's
+        if not math.isfinite(norm):  # the same on all ranks, which stop together
             raise UserError(
                 f"step {self.done + 1}: the gradient's norm is {norm}. The last checkpoint stands. A target in float16 that "
                 "overflows does this (target.dtype=bfloat16 does not), and so does a learning rate that is far too large"
