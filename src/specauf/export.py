@@ -242,7 +242,7 @@ def _measured(results: dict[str, Any]) -> list[str]:
     alone = f"a drafter has the higher mean on {ahead['drafter']} of {len(tasks)} tasks"
     verdict = alone if ahead["drafter"] else "no drafter here is above it"
     if "both" in kinds.values():
-        verdict += f", and behind lookup on {ahead['both']}"
+        verdict += f", and lookup first with the drafter elsewhere on {ahead['both']}"
     return [
         "\n".join(rows),
         f"Tokens per round, 95 % intervals over prompts ({said}; specauf {made.get('version')}, commit "
