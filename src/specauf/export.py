@@ -208,6 +208,8 @@ def _history(told: Mapping[str, Any]) -> dict[str, str]:
         rows["went on from"] = f"{before['path']}, weights {before['weights']}"
         if trained := before.get("trained"):
             rows["went on from"] += f", {trained.get('steps', '?')} steps of {trained.get('objective', '?')}"
+            if "block_size" in before:
+                rows["went on from"] += f" in blocks of {before['block_size']}"
             rows |= {f"{key} (before that)": value for key, value in _history(trained).items()}
     return rows
 

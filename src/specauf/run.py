@@ -36,7 +36,14 @@ from specauf.train.loop import Trainer, calibrate
 from specauf.train.objectives import stored_extras
 
 Tick = Callable[[int], None]
-NOT_GEOMETRY = ("extra", "initializer_range", "max_position_embeddings", "bos_token_id", "eos_token_id")
+NOT_GEOMETRY = (
+    "extra",
+    "initializer_range",
+    "max_position_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "block_size",
+)
 """Fields of a drafter's configuration that change nothing it computes."""
 
 
@@ -140,13 +147,21 @@ def _head(config: RunConfig, target: Target) -> DominoHead | None:
 
 
 def _warm(directory: Path, geometry: DFlashConfig) -> DFlash:
-    """The weights of a checkpoint in a drafter of exactly this geometry, which remembers where they are from."""
+    """The weights of a checkpoint in a drafter of this geometry, which remembers where they are from.
+
+    No weight knows the block size, so that may differ: longer blocks pay once tau has grown.
+    """
     found = load_drafter(directory)
     for name in (f.name for f in dataclasses.fields(DFlashConfig) if f.name not in NOT_GEOMETRY):
         have, want = getattr(found.config, name), getattr(geometry, name)
         if have != want:
             raise ConfigError(f"drafter.init_from: {directory} has {name}={have}, the recipe needs {want}")
-    origin = {"path": str(directory), "weights": weights_hash(directory), "trained": dict(found.config.extra)}
+    origin = {
+        "path": str(directory),
+        "weights": weights_hash(directory),
+        "block_size": found.config.block_size,
+        "trained": dict(found.config.extra),
+    }
     drafter = build_drafter(dataclasses.replace(geometry, extra={"init_from": origin}))
     drafter.load_state_dict(found.state_dict())
     return drafter

@@ -42,7 +42,6 @@ def test_a_warm_start_is_the_checkpoints_weights_in_float32(target: Target, chec
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"block_size": 5}, "block_size=4, the recipe needs 5"),
         ({"num_hidden_layers": 1}, "num_hidden_layers=2, the recipe needs 1"),
         ({"target_layer_ids": (0, 3)}, r"target_layer_ids=\(1, 3\), the recipe needs \(0, 3\)"),
         ({"mask_token_id": 60}, "mask_token_id=59, the recipe needs 60"),
@@ -62,3 +61,9 @@ def test_what_engines_read_but_weights_ignore_may_differ(target: Target, checkpo
     loaded.config = same
     save_drafter(loaded, checkpoint)
     assert new_drafter(config(init_from=str(checkpoint)), target)
+
+
+def test_a_warm_start_may_have_longer_blocks_and_says_of_which_it_came(target: Target, checkpoint: Path) -> None:
+    longer, same = (new_drafter(config(init_from=str(checkpoint), block_size=b), target) for b in (7, 4))
+    assert (longer.config.block_size, longer.config.extra["init_from"]["block_size"]) == (7, 4)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(longer.parameters(), same.parameters(), strict=True))
