@@ -202,6 +202,8 @@ class DFlashConfig:
     @classmethod
     def from_json(cls, data: Mapping[str, Any], where: str = "config.json") -> DFlashConfig:
         """Read a shipped checkpoint's configuration. A missing or unsupported field is an error that names it."""
+        if "speculators_model_type" in data:
+            raise ConfigError(f"{where} is in speculators' layout, which is written here and not read: give z-lab's")
         nested = data.get("dflash_config", {})
 
         def get(name: str) -> Any:

@@ -84,6 +84,7 @@ def test_checkpoint_round_trip_keeps_every_tensor_and_field(target: Target, tmp_
         ({"rope_scaling": {"type": "yarn", "factor": 4}}, "only the default rotary embedding"),
         ({"input_embedding_scale": 50.6}, "input_embedding_scale=50.6 is not supported"),
         ({"dflash_config": {"causal": True}}, "causal=True is not supported"),
+        ({"speculators_model_type": "dflash"}, "in speculators' layout"),
     ],
 )
 def test_a_configuration_that_would_run_wrong_is_refused(target: Target, change: dict[str, Any], told: str) -> None:
