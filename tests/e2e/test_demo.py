@@ -47,11 +47,20 @@ def test_the_demo_trains_decay_then_auf_for_the_same_time(
             raise KeyboardInterrupt
         train(run, name, *rest)
 
+    def killed(*rest):  # type: ignore[no-untyped-def]
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(specauf.demo, "feature_cache", killed)
+        run_demo(base, 2.0, Terminal(silent=True))
+    measured = json.loads((tmp_path / "demo" / "plan.json").read_text())
+    assert measured["examples"] > 0 and measured["steps"] == {}, "the rate is measured once, and kept before it is used"
     monkeypatch.setattr(specauf.demo, "_train", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_demo(base, 2.0, Terminal(silent=True))
     index = run_demo(base, 2.0, Terminal(silent=True))
     plan = json.loads((tmp_path / "demo" / "plan.json").read_text())
+    assert all(plan[key] == measured[key] for key in ("examples", "tokens_per_second"))
     assert plan["steps"] == {"decay": 27, "auf": round(27 * 3 / 2)}, (
         "0.45 of two minutes, in halves, at a second a step"
     )

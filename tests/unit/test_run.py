@@ -1,20 +1,26 @@
-"""A drafter that begins with another's weights."""
+"""A run as it is opened: where its drafter's weights begin, and that its processes agree."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from specauf.config import DrafterConfig, RunConfig
+from specauf.config import DrafterConfig, RunConfig, TrainConfig
+from specauf.data.dataset import Prepared
+from specauf.data.sources import Ledger
 from specauf.drafter.checkpoint import load_drafter, save_drafter
 from specauf.drafter.config import DFlashConfig
 from specauf.drafter.dflash import DFlash
-from specauf.run import new_drafter
-from specauf.strict import ConfigError
+from specauf.run import new_drafter, open_run
+from specauf.strict import ConfigError, UserError
 from specauf.target import Target
+from specauf.train.distributed import Ranks
+from tests.conftest import make_dataset
 
 WANTED = DrafterConfig(block_size=4, num_hidden_layers=2, num_taps=2, mask_token_id=59)
 
@@ -67,3 +73,22 @@ def test_a_warm_start_may_have_longer_blocks_and_says_of_which_it_came(target: T
     longer, same = (new_drafter(config(init_from=str(checkpoint), block_size=b), target) for b in (7, 4))
     assert (longer.config.block_size, longer.config.extra["init_from"]["block_size"]) == (7, 4)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(longer.parameters(), same.parameters(), strict=True))
+
+
+class Apart(Ranks):
+    """One process of two, of which the other went on from step 3."""
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, 3]
+
+
+def test_processes_that_see_different_checkpoints_stop_before_anything_is_written(
+    target: Target, tmp_path: Path
+) -> None:
+    data = Prepared(make_dataset([(1, [5] * 9, [True] * 9)], {"key": "k", "template_hash": "t"}), [], Ledger(), False)
+    alone = dataclasses.replace(config(), out=str(tmp_path / "run"), train=TrainConfig(max_steps=4, batch_size=1))
+    with pytest.raises(UserError, match=r"see different checkpoints in .*run: `out` has to be on a disk"):
+        open_run(alone, target, data, None, ranks=Apart())
+    assert not list((tmp_path / "run").iterdir())
+    open_run(alone, target, data, None)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["data"] == "k"
