@@ -181,8 +181,8 @@ class Eval:
         selection = Selection.of(self.candidates, self.candidate_temperature)
         drafters = open_checkpoints(self.checkpoints)
         target = _target(self.target.of(next(iter(drafters.values())).config.extra))
-        for name, drafter in drafters.items():
-            for warning in mismatches(target, drafter.config.extra) + exposed(drafter.config.extra, self.eval):
+        for name, trained in ((name, drafter.config.extra) for name, drafter in drafters.items()):
+            for warning in mismatches(target, trained) + exposed(trained, self.eval, self.data_dir):
                 terminal.say(f"warning: {name}: {warning}")
         results, passed = evaluate(
             *(target, drafters, self.eval, self.out, self.data_dir, self.live, terminal, selection),

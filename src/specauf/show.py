@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.text import Text
@@ -12,6 +13,7 @@ from specauf.bench.tasks import describe_task
 from specauf.config import EvalConfig, SamplingConfig
 from specauf.console import Terminal
 from specauf.data.chat import template_hash
+from specauf.data.dataset import read_split
 from specauf.decode.generate import generate
 from specauf.decode.propose import Proposer
 from specauf.decode.select import Selection
@@ -88,14 +90,18 @@ def mismatches(target: Target, trained: Mapping[str, Any], enable_thinking: bool
     return found
 
 
-def exposed(trained: Mapping[str, Any], config: EvalConfig) -> list[str]:
+def exposed(trained: Mapping[str, Any], config: EvalConfig, data_dir: Path | None = None) -> list[str]:
     """The tasks whose prompts may be in a drafter's training data, by what its checkpoint says was kept out of it and of
-    what it began as. Held-out conversations are apart by themselves."""
-    labels = {task: describe_task(task, tasks_dir=config.tasks_dir).label for task in config.tasks if task != "heldout"}
+    what it began as. `data_dir` has the held-out conversations, which are apart unless a stage held out others."""
+    labels = {task: describe_task(task, tasks_dir=config.tasks_dir).label for task in config.tasks}
+    heldout = labels.pop("heldout", None)
+    split = read_split(data_dir) if heldout and data_dir else None
     seen: set[str] = set()
     while trained:
-        kept_out = (trained.get("data") or {}).get("kept_out")
-        seen |= set() if kept_out is None else set(labels.values()) - set(kept_out)
+        data = trained.get("data") or {}
+        seen |= set() if data.get("kept_out") is None else set(labels.values()) - set(data["kept_out"])
+        if heldout and None not in (split, data.get("split")) and data["split"] != split:
+            seen.add(labels.setdefault("heldout", heldout))
         trained = (trained.get("init_from") or {}).get("trained") or {}
     told = ", ".join(label for label in labels.values() if label in seen)
     return [f"the prompts of {told} were not kept out of its training data"] if told else []

@@ -118,8 +118,8 @@ def test_rollouts_are_training_data_and_a_drafter_goes_on_from_another(
     assert told["data"]["rollouts"]["target"] == told["target_fingerprint"]
     assert main(["train", recipe, "--set", *warm]) == 0, "a warm run resumes like any other"
     capsys.readouterr()
-    assert main(["train", recipe, "--set", *warm, "drafter.block_size=5"]) == 2
-    assert "has block_size=4, the recipe needs 5" in capsys.readouterr().err
+    assert main(["train", recipe, "--set", *warm, "drafter.intermediate_size=8"]) == 2
+    assert "the recipe needs 8" in capsys.readouterr().err
     greedy = ["rollout", recipe, "--max-new-tokens", "10", "--max-tokens", "100", "--out"]
     assert main([*greedy, f"{world}/plain"]) == main(
         [*greedy, f"{world}/fast", "--drafter", f"{world}/first/checkpoint"]

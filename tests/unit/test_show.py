@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,6 +40,15 @@ EVAL = EvalConfig(tasks=("gsm8k", "humaneval", "heldout"))
 def test_tasks_that_a_drafter_may_have_seen_are_named(trained: dict[str, Any], seen: str) -> None:
     told = f"the prompts of {seen} were not kept out of its training data"
     assert exposed(trained, EVAL) == ([told] if seen else [])
+
+
+def test_held_out_chat_is_named_when_a_stage_held_out_other_conversations(tmp_path: Path) -> None:
+    here, there = {"seed": 0, "heldout": 0.02}, {"seed": 1, "heldout": 0.02}
+    (tmp_path / "meta.json").write_text(json.dumps({"split": here}))
+    trained = {"data": {"split": here}, "init_from": {"trained": {"data": {"split": there}}}}
+    assert exposed(trained, EVAL, tmp_path) == ["the prompts of Held-out chat were not kept out of its training data"]
+    assert exposed({"data": {"split": here}}, EVAL, tmp_path) == exposed(trained, EVAL) == []
+    assert exposed({"data": {}}, EVAL, tmp_path) == [], "older checkpoints do not say"
 
 
 @pytest.mark.parametrize(("margin", "passes"), [(1e-5, True), (1e-2, False)])

@@ -156,6 +156,7 @@ def prepare(
         "conversation_ids": names,
         "ledger": ledger.to_dict(),
         "heldout": counts,
+        "split": {"seed": config.seed, "heldout": config.heldout},
         "kept_out": list(kept_out),
     }
     dataset = TokenDataset.from_rows(rows, meta)
@@ -183,6 +184,15 @@ def write_heldout(directory: Path, prompts: Sequence[Prompt]) -> None:
 
 def read_heldout(directory: Path) -> list[Prompt]:
     return [Prompt(**prompt) for prompt in json.loads((directory / HELDOUT).read_text(encoding="utf-8"))]
+
+
+def read_split(directory: Path) -> dict[str, Any] | None:
+    """What divided the corpus into training and held-out conversations, None where it was not noted."""
+    try:
+        split: dict[str, Any] | None = json.loads((directory / META).read_text()).get("split")
+    except OSError:  # who needs the data will say so
+        return None
+    return split
 
 
 def conversation_uid(conversation: Conversation) -> int:

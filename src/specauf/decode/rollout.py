@@ -199,7 +199,7 @@ def rollout(
     write_heldout(out, source.heldout)
     meta = {name: source.train.meta[name] for name in INHERITED} | {
         "key": digest(made_of),
-        "kept_out": source.train.meta.get("kept_out"),  # data that was prepared before it was noted has none
+        **{name: source.train.meta.get(name) for name in ("split", "kept_out")},  # not noted in older data
         "conversation_ids": [s.conversation.id for s in kept],
         "ledger": ledger.to_dict(),
         "rollout": {**made_of, "tokens": _generated(kept)},

@@ -66,8 +66,9 @@ def provenance_of(trainer: Trainer) -> dict[str, Any]:
 
 
 def _data_of(trainer: Trainer) -> dict[str, Any]:
-    """What the drafter was trained on: `kept_out` are the tasks whose prompts it never saw, None when that is not known;
-    `rollouts` says how answers were drawn, and by which target (fingerprint), None for a corpus's."""
+    """What the drafter was trained on: `kept_out` are the tasks whose prompts it never saw and `split` is what held
+    conversations out, None when not known; `rollouts` says how answers were drawn, and by which target (fingerprint), None
+    for a corpus's."""
     dataset, config, used = trainer.batches.dataset, trainer.config, trainer.batches.examples
     meta: dict[str, Any] = getattr(dataset, "meta", {})
     rollouts = meta.get("rollout")
@@ -77,6 +78,7 @@ def _data_of(trainer: Trainer) -> dict[str, Any]:
         "supervised_tokens": sum(int(dataset[i].loss_mask.sum()) for i in range(used)),
         "max_length": config.data.max_length,
         "kept_out": meta.get("kept_out"),
+        "split": meta.get("split"),
         "rollouts": rollouts
         and {
             "samples": rollouts["samples"],
