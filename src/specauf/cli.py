@@ -18,9 +18,9 @@ import tyro
 from specauf import config as configuration
 from specauf.config import EvalConfig, SamplingConfig, TargetConfig, TargetOf
 from specauf.console import Terminal, exit_code, print_results, quiet_transformers
-from specauf.data.rollouts import RolloutConfig
+from specauf.data.rollouts import RolloutConfig, rollout_meta
 from specauf.data.sources import Ledger
-from specauf.strict import ConfigError, UserError, choose, require
+from specauf.strict import ConfigError, UserError, choose, gathered, require
 
 if TYPE_CHECKING:
     from specauf.target import Target
@@ -45,23 +45,22 @@ class Prepare:
 
     def run(self, terminal: Terminal) -> int:
         from specauf.data.chat import Rendered, colour
-        from specauf.run import data_dir, prepare_data
+        from specauf.run import data_dir, prepare_corpus, prepare_data
+        from specauf.target import load_tokenizer
 
         config = configuration.load(self.recipe, self.set)
-        target = _target(config.target)
-        prepared = prepare_data(config, target)
+        quiet_transformers()
+        tokenizer, made = load_tokenizer(config.target), rollout_meta(config.data.path)
+        prepared = prepare_data(config, _target(config.target)) if made else prepare_corpus(config, tokenizer)
         for line in prepared.ledger.lines():
             terminal.say(line)
         terminal.say(f"{int(prepared.train.mask.sum()):,} of {len(prepared.train.ids):,} tokens supervised")
         terminal.say(f"held out: {prepared.train.meta['heldout']}")
         terminal.say(f"{'reused' if prepared.reused else 'written to'} {data_dir(config)}")
-        assert target.tokenizer is not None
         for i in range(min(self.show, len(prepared.train))):
             example = prepared.train[i]
             terminal.rich.rule(f"conversation {prepared.train.meta['conversation_ids'][i]}")
-            terminal.rich.print(
-                colour(target.tokenizer, Rendered(example.input_ids.tolist(), example.loss_mask.tolist()))
-            )
+            terminal.rich.print(colour(tokenizer, Rendered(example.input_ids.tolist(), example.loss_mask.tolist())))
         return 0
 
 
@@ -140,8 +139,7 @@ class Train:
         evaluate = None
         if config.train.eval_every and (ranks.main or sharded):  # a sharded target needs everyone
             evaluate = run.heldout_evaluator(config, target, prepared, alone=not sharded)
-        with terminal.progress(f"training {config.objective.name}", trainer.max_steps or 0) as advance:
-            advance(trainer.done, "")
+        with terminal.progress(f"training {config.objective.name}", trainer.max_steps or 0, trainer.done) as advance:
             trainer.run(on_step=lambda row: advance(1, run.step_note(row)), evaluate=evaluate)
         terminal.say(f"drafter: {Path(config.out) / 'checkpoint'}; log: {Path(config.out) / 'log.jsonl'}")
         return 0
@@ -381,7 +379,8 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     terminal = Terminal()
     try:
-        return tyro.cli(_verbs(), args=arguments, prog="specauf", description=__doc__).run(terminal)
+        given = gathered(sys.argv[1:] if arguments is None else arguments, "--set")
+        return tyro.cli(_verbs(), args=given, prog="specauf", description=__doc__).run(terminal)
     except UserError as error:
         print(f"specauf: {error}", file=sys.stderr)
         return 2

@@ -324,6 +324,8 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
+        if self.out.startswith("~/"):  # as in `--set out=~/x`, which no shell expands
+            object.__setattr__(self, "out", str(Path(self.out).expanduser()))
         require(
             not (self.train.shard_target and self.features.cache),
             "train.shard_target is for a target that runs in every step, and features.cache keeps it out of them: set one",

@@ -20,8 +20,10 @@ class Console(Protocol):
 
     def say(self, text: str) -> None: ...
 
-    def progress(self, label: str, total: float) -> AbstractContextManager[Callable[[float, str], None]]:
-        """Yields advance(amount, note)."""
+    def progress(
+        self, label: str, total: float, done: float = 0
+    ) -> AbstractContextManager[Callable[[float, str], None]]:
+        """Yields advance(amount, note). `done` was there before, and cost no time."""
 
 
 class Terminal:
@@ -35,7 +37,7 @@ class Terminal:
         self.rich.print(text, markup=False, soft_wrap=True)
 
     @contextmanager
-    def progress(self, label: str, total: float) -> Iterator[Callable[[float, str], None]]:
+    def progress(self, label: str, total: float, done: float = 0) -> Iterator[Callable[[float, str], None]]:
         if self.lively:
             columns = (
                 TextColumn("{task.description}"),
@@ -46,20 +48,20 @@ class Terminal:
                 TextColumn("{task.fields[note]}"),
             )
             with Progress(*columns, console=self.rich) as bar:
-                task = bar.add_task(label, total=total, note="")
+                task = bar.add_task(label, total=total, completed=int(done), note="")
                 yield lambda amount, note: bar.update(task, advance=amount, note=note)
         else:
             began = last = time.perf_counter()
-            done = 0.0
+            before = done
             self.say(f"{label} ...")
 
             def advance(amount: float, note: str) -> None:
                 nonlocal done, last
                 done += amount
                 now = time.perf_counter()
-                if now - last >= PLAIN_EVERY and done:
+                if now - last >= PLAIN_EVERY and done > before:
                     last = now
-                    left = (now - began) * (total - done) / done
+                    left = (now - began) * (total - done) / (done - before)
                     self.say(f"{label}: {done:g}/{total:g}, {left:.0f} s left{', ' + note if note else ''}")
 
             yield advance

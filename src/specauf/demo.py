@@ -38,7 +38,7 @@ from specauf.run import (
     settings_of,
     step_note,
 )
-from specauf.strict import from_dict, require, to_dict
+from specauf.strict import UserError, from_dict, require, to_dict
 from specauf.target import Target
 from specauf.train.loop import calibrate
 
@@ -103,6 +103,11 @@ def run_demo(base: RunConfig, minutes: float, console: Console) -> Path:
     plan = Plan(**json.loads(plan_path.read_text())) if plan_path.is_file() else None
     if plan and plan.minutes != minutes:
         console.say(f"{plan_path} holds a plan for {plan.minutes:g} minutes: going on with that one")
+    if plan and plan.examples > len(prepared.train):
+        raise UserError(
+            f"{plan_path} is a plan for {plan.examples} conversations, and there are {len(prepared.train)}: other data need "
+            "another `out`"
+        )
     if plan is None:
         examples, rate = _affordable(base, target, prepared, minutes)
         plan = Plan(minutes, examples, {}, {}, rate)
@@ -210,8 +215,7 @@ def _train(run: Run, name: str, equal_steps: int, console: Console) -> None:
     trainer = run.trainer
     snapshot = Path(run.config.out) / "equal-steps"
     total = trainer.max_steps or 0
-    with console.progress(f"training {name}, {total} steps", total) as advance:
-        advance(trainer.done, "")
+    with console.progress(f"training {name}, {total} steps", total, trainer.done) as advance:
 
         def on_step(row: dict[str, Any]) -> None:
             if name == "auf" and row["step"] == equal_steps:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import logging
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from specauf import assets, provenance
 from specauf.bench.runner import measure, recorded
@@ -34,6 +35,11 @@ from specauf.train.batches import Batches
 from specauf.train.distributed import Ranks
 from specauf.train.loop import Trainer, calibrate
 from specauf.train.objectives import stored_extras
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 Tick = Callable[[int], None]
 NOT_GEOMETRY = (
@@ -60,26 +66,53 @@ def corpus_path(config: RunConfig) -> Path:
 
 
 def data_dir(config: RunConfig) -> Path:
-    """Where prepared data lives: a directory of rollouts, or in the cache, shared by runs with the same data section."""
+    """Where prepared data lives: a directory of rollouts, or in the cache, shared by runs with the same data section.
+
+    A file is known by where it is, not by the words of a recipe: `chats.jsonl` is another one in another project.
+    """
     if rollout_meta(config.data.path):
         return Path(config.data.path).expanduser()
-    key = {"data": to_dict(config.data), "target": config.target.path, "tasks": list(config.eval.tasks)}
+
+    def place(path: str | None) -> str | None:
+        return str(Path(path).expanduser().resolve()) if path and Path(path).expanduser().exists() else path
+
+    data = to_dict(config.data) | {"path": place(config.data.path)}
+    tasks = [list(config.eval.tasks), place(config.eval.tasks_dir)]
+    key = {"data": data, "target": place(config.target.path), "tasks": tasks}
     return assets.cache_dir() / "prepared" / digest(key)
 
 
 def prepare_data(config: RunConfig, target: Target) -> Prepared:
     """Tokens, held-out prompts and the ledger, reused when nothing changed. Rollouts are read as they are."""
-    if rollout_meta(config.data.path):
-        return open_rollouts(config.data, target)
-    excluded = task_texts(config.eval.tasks, config.eval.tasks_dir)
-    if target.tokenizer is None:
-        raise UserError(f"{target.name} has no tokenizer")
+    if not rollout_meta(config.data.path):
+        if target.tokenizer is None:
+            raise UserError(f"{target.name} has no tokenizer")
+        return prepare_corpus(config, target.tokenizer)
+    prepared = open_rollouts(config.data, target)
+    kept_out = prepared.train.meta.get("kept_out")
+    if exposed := [label for label in _kept_out(config) if kept_out is not None and label not in kept_out]:
+        log.warning(
+            "%s: the prompts of %s were not kept out of these rollouts, and are not measured fairly by what trains on them",
+            *(config.data.path, ", ".join(exposed)),
+        )
+    return prepared
+
+
+def prepare_corpus(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+    """`prepare_data` of a corpus, for which the tokenizer is enough."""
     return prepare(
-        *(config.data, target.tokenizer, data_dir(config)),
+        *(config.data, tokenizer, data_dir(config)),
         source=corpus_path(config),
-        excluded_prompts=excluded,
-        kept_out=[describe_task(name, tasks_dir=config.eval.tasks_dir).label for name in config.eval.tasks],
+        excluded_prompts=task_texts(config.eval.tasks, config.eval.tasks_dir),
+        kept_out=_kept_out(config),
     )
+
+
+def _kept_out(config: RunConfig) -> list[str]:
+    """Labels of the tasks whose prompts are not trained on; held-out conversations are apart by themselves."""
+    return [
+        describe_task(name, tasks_dir=config.eval.tasks_dir).label for name in config.eval.tasks if name != "heldout"
+    ]
 
 
 def require_heldout(config: RunConfig, prepared: Prepared) -> None:
@@ -283,14 +316,17 @@ def set_horizon(trainer: Trainer) -> str:
 
     Where several ranks train, the main one's clock decides.
     """
+    minutes = trainer.config.train.minutes
     if trainer.max_steps is None:
-        minutes = trainer.config.train.minutes
         if minutes is None:
             raise ConfigError("set train.max_steps or train.minutes: the learning-rate schedule needs a horizon")
         seconds = trainer.ranks.agree(calibrate([trainer])[0])
         trainer.max_steps = max(1, int(minutes * 60 / seconds))
         return f"{minutes:g} minutes at {seconds:.2f} s a step: max_steps {trainer.max_steps}, frozen"
-    return f"max_steps {trainer.max_steps}"
+    told = f"max_steps {trainer.max_steps}"
+    return (
+        told if minutes is None or trainer.done else f"{told}; train.minutes={minutes:g} waits for train.max_steps=null"
+    )
 
 
 def heldout_evaluator(

@@ -32,7 +32,9 @@ def show(
     """Stream the answer, then say tau and speed. False when a greedy answer is not plain decoding's, token for token, and the
     target was sure of the token where they part."""
     options: dict[str, Any] = {"sampling": sampling, "max_new_tokens": max_new_tokens}
-    stream = Stream(target, terminal)
+    stream, few = Stream(target, terminal), {**options, "max_new_tokens": 2}
+    for warm in (proposer, None):  # kernels are compiled, and caches filled, before either is timed
+        generate(target, warm, [list(prompt)], selection=selection if warm else None, **few)
     (out,) = generate(target, proposer, [list(prompt)], selection=selection, on_commit=stream.commit, **options)
     terminal.rich.print()
     (plain,) = generate(target, None, [list(prompt)], record_margins=True, **options)

@@ -42,6 +42,24 @@ def choose(name: str, choices: typing.Sequence[str], what: str) -> str:
     return name
 
 
+def gathered(arguments: typing.Sequence[str], flag: str) -> list[str]:
+    """`flag a flag b` as `flag a b`: argparse would keep the last alone, and say nothing of the first."""
+    rest: list[str] = []
+    values: list[str] = []
+    found, inside = 0, False
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        if name == flag:
+            found, inside = found + 1, True
+            values += [value] if value else []
+        elif inside and not argument.startswith("--"):
+            values.append(argument)
+        else:
+            inside = False
+            rest.append(argument)
+    return [*rest, flag, *values] if found > 1 else list(arguments)
+
+
 def require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)

@@ -40,6 +40,30 @@ class Tapped(NamedTuple):
     """The body's output after the final norm: what the LM head reads."""
 
 
+UNREADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+"""What transformers raises of a directory or a hub id that is not what it should be."""
+
+
+def _path(config: TargetConfig) -> str:
+    """What transformers loads. Raises `UserError` on a directory that does not exist."""
+    if config.path == EMBEDDED:
+        return str(assets.smollm2())
+    local = Path(config.path).expanduser()
+    if config.path.startswith(("/", "./", "../", "~")) and not local.is_dir():
+        raise UserError(f"target.path: no such directory: {config.path}")
+    return str(local) if local.is_dir() else config.path
+
+
+def load_tokenizer(config: TargetConfig) -> PreTrainedTokenizerBase:
+    """The target's tokenizer without its weights. Raises `UserError` as `Target.load` does."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(_path(config), trust_remote_code=config.trust_remote_code)
+    except UNREADABLE as error:
+        raise UserError(f"target.path: cannot load the tokenizer of {config.path!r}: {error}") from error
+
+
 class Target:
     """A frozen causal LM. Nothing here is trained, copied or saved with a drafter."""
 
@@ -56,21 +80,18 @@ class Target:
         if model.config.tie_word_embeddings and head.weight is not embedding.weight:
             raise UserError(f"{name}: the config ties embedding and head, but the loaded weights are not tied")
         self.softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
+        self.reach = _reach(model, embedding)
+        """Positions that text may take; None where more of them are no error."""
 
     @classmethod
     def load(cls, config: TargetConfig) -> Target:
         """Load a directory, a hub id or the embedded default. Raises `UserError` saying what is wrong with the path."""
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
 
-        embedded = config.path == EMBEDDED
-        path = str(assets.smollm2()) if embedded else config.path
-        if not embedded and path.startswith(("/", "./", "../", "~")) and not Path(path).expanduser().is_dir():
-            raise UserError(f"target.path: no such directory: {path}")
-        path = str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path
+        path = _path(config)
         device = config.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
@@ -79,11 +100,12 @@ class Target:
                 f"target.device: {device!r} cannot be used here ({why}): try cpu, cuda, cuda:1, mps or auto"
             ) from None
         try:
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype), **options)
-            tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+            model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=getattr(torch, config.dtype), trust_remote_code=config.trust_remote_code
+            )
+        except UNREADABLE as error:
             raise UserError(f"target.path: cannot load {config.path!r} as a causal LM: {error}") from error
-        target = cls(model.to(device), tokenizer, EMBEDDED if embedded else config.path)  # type: ignore[arg-type]
+        target = cls(model.to(device), load_tokenizer(config), config.path)  # type: ignore[arg-type]
         target.require_own_logits()
         return target
 
@@ -155,6 +177,8 @@ class Target:
         with four dimensions replaces causality and says who sees whom (True is seen); raises `UserError` when the
         target's attention cannot take it.
         """
+        if cache is None:
+            self.require_reach(input_ids.shape[1], "shorten the text, or lower data.max_length")
         if self.num_layers - 1 in layer_ids:
             raise ConfigError(f"layer {self.num_layers - 1} is the last; its hidden state is only known after the norm")
         if attention_mask is not None and attention_mask.ndim == 4:
@@ -173,6 +197,11 @@ class Target:
         final: Tensor = out.last_hidden_state
         features = torch.cat([taps[i] for i in layer_ids], -1) if layer_ids else final[..., :0]
         return Tapped(features, final)
+
+    def require_reach(self, positions: int, remedy: str) -> None:
+        """Raises `UserError` when so many positions are more than the target has, or has without changing its earlier ones."""
+        if self.reach is not None and positions > self.reach:
+            raise UserError(f"{self.name} reaches {self.reach} positions here, and this takes {positions}: {remedy}")
 
     def shard(self) -> None:
         """Spread the decoder layers over the processes of the default group (FSDP2); embedding, norm and head stay whole.
@@ -263,6 +292,24 @@ class Target:
                 "no unused embedding row found for MASK: give drafter.mask_token_id a row that text never uses"
             )
         return max(free)
+
+
+def _reach(model: PreTrainedModel, embedding: nn.Module) -> int | None:
+    """A table of learned positions ends somewhere, and some rotary scalings turn every position once the text is long: what
+    was cached before then belongs to another model than what follows."""
+    config = model.config
+    most: int | None = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    found = [
+        kind.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", most)
+        for kind in (rope, *rope.values())  # one for all layers, or one for each kind of layer
+        if isinstance(kind, dict) and kind.get("rope_type", kind.get("type")) in ("longrope", "dynamic")
+    ]
+    tables = (
+        m.num_embeddings for m in model.base_model.modules() if isinstance(m, nn.Embedding) and m is not embedding
+    )
+    found += [most for rows in tables if most is not None and most <= rows <= most + 8]  # OPT's has two rows more
+    return min((int(limit) for limit in found if limit is not None), default=None)
 
 
 def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

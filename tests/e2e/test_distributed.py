@@ -55,6 +55,14 @@ def test_two_ranks_go_on_as_one_process_with_twice_the_accumulation_would(world:
     assert_same_run(world, one, two, "one", "two")
 
 
+def test_a_mistake_is_said_once(world: Path) -> None:
+    arguments = ["train", str(world / "recipe.yaml"), "--set", f"out={world}/none", "data.path=nowhere.jsonl"]
+    done = subprocess.run([sys.executable, *ON_TWO, *arguments], capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert done.stderr.count("data.path: no such file: nowhere.jsonl") == 1
+    assert "Connection closed" not in done.stderr and "barrier" not in done.stderr
+
+
 def test_domino_on_a_target_that_is_spread_over_the_ranks(world: Path) -> None:
     domino = ("drafter.kind=domino", "objective.variant=f-auf-d", "train.batch_size=2", "train.max_steps=4")
     one = train(world, "whole", *domino, "train.accumulation=2")

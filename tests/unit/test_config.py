@@ -26,12 +26,24 @@ from specauf.config import (
     load,
     override,
 )
-from specauf.strict import ConfigError, UserError, from_dict, to_dict
+from specauf.strict import ConfigError, UserError, from_dict, gathered, to_dict
 
 
 def write(path: Path, text: str) -> Path:
     path.write_text(text)
     return path
+
+
+def test_a_repeated_flag_adds_to_what_was_set_before() -> None:
+    arguments = ["train", "r.yaml", "--set", "a=1", "b=2", "--fresh", "--set=c=3", "--set", "d=4"]
+    assert gathered(arguments, "--set") == ["train", "r.yaml", "--fresh", "--set", "a=1", "b=2", "c=3", "d=4"]
+    once = ["train", "--set", "a=1", "r.yaml"]
+    assert gathered(once, "--set") == once
+
+
+def test_an_output_directory_may_be_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert override(RunConfig(), ["out=~/runs/x"]).out == "/home/me/runs/x"
 
 
 runs = st.builds(

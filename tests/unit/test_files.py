@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
-from specauf.files import atomic_dir, atomic_file, atomic_write_text, recover_dir, set_aside
+from specauf.files import atomic_dir, atomic_file, atomic_write_text, recover_dir, save_tensors, set_aside
 
 
 def test_text_is_written_as_utf8_and_parents_are_made(tmp_path: Path) -> None:
@@ -126,3 +128,13 @@ def test_what_is_set_aside_replaces_what_was_before(tmp_path: Path) -> None:
         set_aside(tmp_path / "log")
     assert {p.name for p in tmp_path.iterdir()} == {"checkpoint.before", "log.before"}
     assert (tmp_path / "checkpoint.before" / "x").read_text() == (tmp_path / "log.before").read_text() == "second"
+
+
+def test_a_full_disk_is_an_os_error_for_tensors_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match="No space left on device") as raised:
+        save_tensors({}, tmp_path / "x")
+    assert raised.value.errno == errno.ENOSPC and raised.value.filename == str(tmp_path / "x")

@@ -44,7 +44,7 @@ class Quiet:
         self.said.append(text)
 
     @contextmanager
-    def progress(self, label: str, total: float) -> Iterator[Callable[[float, str], None]]:
+    def progress(self, label: str, total: float, done: float = 0) -> Iterator[Callable[[float, str], None]]:
         self.said.append(label)
         calls = 0
 

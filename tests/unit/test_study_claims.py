@@ -184,6 +184,11 @@ def test_single_runs_count_beyond_the_noise_floor_alone() -> None:
     found = claims(results)
     assert {row["verdict"] for row in found} == {"undecided"}
     assert "within the noise floor decide nothing" in found[0]["because"]
+    for row in results["comparisons"]:
+        row["seeds"], row["noise_floor"] = 2, None
+    found = claims(results)
+    assert {row["verdict"] for row in found} == {"undecided"}
+    assert "two seeds are too few" in found[0]["because"]
 
 
 def test_the_part_with_most_seeds_speaks() -> None:

@@ -267,22 +267,22 @@ def check_live(
     live: list[Generation] = []
     groups = [list(trajectories)] if batched else [[t] for t in trajectories]
     plain_seconds = live_seconds = 0.0
+    for warm in (None, proposer):  # kernels are compiled before any is timed
+        generate(target, warm, [t.prompt for t in groups[0]], sampling=sampling, max_new_tokens=min(2, limit))
     for group in groups:
         prompts = [t.prompt for t in group]
-        began = time.perf_counter()
+        began = _clock(target)
         plain += generate(target, None, prompts, sampling=sampling, max_new_tokens=limit, record_margins=True)
-        plain_seconds += time.perf_counter() - began
-        began = time.perf_counter()
+        between = _clock(target)
         live += generate(target, proposer, prompts, sampling=sampling, max_new_tokens=limit)
-        live_seconds += time.perf_counter() - began
+        plain_seconds, live_seconds = plain_seconds + between - began, live_seconds + _clock(target) - between
         if on_done:
             on_done(len(group))
-    began = time.perf_counter()
+    began = _clock(target)
     features = trajectory_features(target, trajectories, proposer.layer_ids) if proposer.layer_ids else None
-    prefill_seconds = time.perf_counter() - began
-    began = time.perf_counter()
+    between = _clock(target)
     replayed = replay(proposer, trajectories, features, limit)
-    replay_seconds = time.perf_counter() - began
+    prefill_seconds, replay_seconds = between - began, _clock(target) - between
     spent = live_seconds, plain_seconds, replay_seconds, prefill_seconds
     check = LiveCheck(live, plain, *spent, [], [], near_tie(target))
     for i, trajectory in enumerate(trajectories):
@@ -294,6 +294,13 @@ def check_live(
                 check, target, proposer, trajectory, features[i] if features else None, live[i], replayed[i]
             )
     return check
+
+
+def _clock(target: Target) -> float:
+    """Seconds, read when the device has done what it was given."""
+    if target.device.type == "cuda":
+        torch.cuda.synchronize(target.device)
+    return time.perf_counter()
 
 
 def _note(check: LiveCheck, text: str, margin: float) -> None:

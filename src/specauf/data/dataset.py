@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from specauf.config import DataConfig, digest
 from specauf.data.chat import UnstableTemplate, prompt_ids, render, template_hash, tokenizer_hash
 from specauf.data.sources import Conversation, Ledger, Message, content_hash, counter, read_conversations, split
-from specauf.files import atomic_file, atomic_write_text
+from specauf.files import atomic_file, atomic_write_text, save_tensors
 from specauf.strict import UserError
 
 if TYPE_CHECKING:
@@ -86,7 +85,7 @@ class TokenDataset:
         (directory / META).unlink(missing_ok=True)
         with atomic_file(directory / TOKENS) as temporary:
             tensors = {name: getattr(self, name) for name in ("ids", "mask", "offsets", "uid")}
-            save_file(tensors, temporary, metadata={"key": str(self.meta.get("key"))})
+            save_tensors(tensors, temporary, metadata={"key": str(self.meta.get("key"))})
         atomic_write_text(directory / META, json.dumps(self.meta, indent=1, ensure_ascii=False))
 
     @classmethod

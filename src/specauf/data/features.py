@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from specauf.config import FeaturesConfig, digest
-from specauf.files import atomic_file, atomic_write_text
+from specauf.files import atomic_file, atomic_write_text, save_tensors
 from specauf.strict import UserError
 from specauf.target import Target
 
@@ -171,7 +170,7 @@ def build_features(
                 for name in parts[0]
             }
             with atomic_file(path) as temporary:
-                save_file(tensors, temporary)
+                save_tensors(tensors, temporary)
         first += len(shard)
         if on_progress:
             on_progress(sum(shard))

@@ -6,6 +6,7 @@ so that tau = 1 + sum_k S_k holds exactly.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -81,7 +82,7 @@ def bootstrap(
     """95 % percentile interval of the mean of one value a prompt; NaN is left out.
 
     `clusters[i]` is the conversation that prompt i is a turn of: conversations are drawn, with all their turns. Without it
-    every prompt is its own. A single cluster or no spread gives a degenerate interval.
+    every prompt is its own. A single cluster says nothing of others: NaN. No spread gives a degenerate interval.
     """
     kept = ~np.isnan(values)
     values, mean = values[kept], float(values[kept].mean())
@@ -89,7 +90,9 @@ def bootstrap(
         np.arange(len(values)) if clusters is None else np.unique(np.asarray(clusters)[kept], return_inverse=True)[1]
     )
     sums, sizes = np.bincount(owner, values), np.bincount(owner)
-    if len(sums) < 2 or np.ptp(values) == 0:
+    if len(sums) < 2:
+        return math.nan, math.nan
+    if np.ptp(values) == 0:
         return mean, mean
     result = stats.bootstrap(
         (sums, sizes),
@@ -109,7 +112,7 @@ class Comparison:
     interval: tuple[float, float]
     """95 % paired bootstrap over prompts, or over their clusters."""
     ratio: float
-    """(tau_a - 1) / (tau_b - 1), of the means."""
+    """(tau_a - 1) / (tau_b - 1), of the means; NaN where b accepted nothing."""
 
 
 def compare(
@@ -118,7 +121,8 @@ def compare(
     """Two drafters over the same trajectories, prompt by prompt; `clusters` as `bootstrap` has them."""
     first, second = prompt_taus(a), prompt_taus(b)
     both = ~(np.isnan(first) | np.isnan(second))
-    ratio = float((first[both].mean() - 1) / max(second[both].mean() - 1, 1e-9))
+    gained, base = float(first[both].mean() - 1), float(second[both].mean() - 1)
+    ratio = gained / base if base > 0 else math.nan
     return Comparison(float((first - second)[both].mean()), bootstrap(first - second, clusters), ratio)
 
 

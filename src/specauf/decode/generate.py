@@ -71,7 +71,7 @@ class Generation:
     verified: int = 0
     """Inputs that the target verified, all rounds together: anchor and draft tokens, or the nodes of their tree."""
     seconds: float = 0.0
-    """Wall-clock time from the prefill until this row was done; rows of a batch share it."""
+    """Wall-clock time from the prefill until this row was done, without `on_commit`'s; rows of a batch share it."""
 
 
 @torch.no_grad()
@@ -92,8 +92,8 @@ def generate(
 
     `uids` number the prompts for the counter-based randomness (default 0, 1, ...). `on_commit(row, tokens, drafted)` is
     called as tokens are committed. Raises `UserError` on an empty prompt, and when `proposer` cannot propose what
-    `selection` or `sampling.proposal` ask for; when the target's layers cannot forget a rejected draft, or attend to a window
-    that the text outgrows.
+    `selection` or `sampling.proposal` ask for; when the target's layers cannot forget a rejected draft, attend to a window
+    that the text outgrows, or know no positions so far out.
     """
     began = time.perf_counter()
     sampling = sampling or SamplingConfig()
@@ -101,11 +101,12 @@ def generate(
     empty = [i for i, prompt in enumerate(prompts) if not len(prompt)]
     if empty:
         raise UserError(f"prompt {empty[0]} is empty: there is no token to start from")
-    _check(proposer, sampling, selection)
+    _check(target, proposer, sampling, selection)
     device, out = target.device, [Generation(list(prompt)) for prompt in prompts]
     block = proposer.block_size if proposer else 1
     layer_ids = proposer.layer_ids if proposer else ()
     lengths = torch.tensor([len(p) for p in prompts], device=device)
+    target.require_reach(int(lengths.max()) + max_new_tokens, "shorten the prompts, or lower the new tokens")
     width = int(lengths.max()) + max_new_tokens + 2 * block
     ids = torch.zeros(len(prompts), width, dtype=torch.long, device=device)
     for row, prompt in enumerate(prompts):
@@ -144,11 +145,14 @@ def generate(
                 "those: shorten the prompts, or lower the new tokens or the batch size (whose rows wait for each other)"
             )
         mask = tree.sees(columns) if selection else torch.cat([columns, columns.new_ones(len(rows), n)], 1)
+        positions = anchors[:, None] + tree.depth
+        if target.reach is not None:  # drafts beyond it are beyond the limit too, and never emitted: any place will do
+            positions = positions.clamp(max=target.reach - 1)
         seen = target.run(
             tree.tokens,
             layer_ids,
             attention_mask=None if mask.all() else mask,
-            position_ids=anchors[:, None] + tree.depth,
+            position_ids=positions,
             cache=cache,
         )
         logits = target.logits(seen.final)
@@ -192,7 +196,13 @@ def _forget(cache: DynamicCache, columns: int) -> None:
         cache.crop(-columns)
 
 
-def _check(proposer: Proposer | None, sampling: SamplingConfig, selection: Selection | None) -> None:
+def _check(target: Target, proposer: Proposer | None, sampling: SamplingConfig, selection: Selection | None) -> None:
+    if "local" in getattr(target.config, "attention_layers", ()):
+        raise UserError(
+            f"{target.name} attends to the last columns of its cache, which in a batch are not the last tokens"
+        )
+    if target.device.type == "mps" and (sampling.temperature > 0 or selection):
+        raise UserError("draws are made in float64, which mps does not have: use target.device=cpu, or temperature 0")
     drawn = sampling.proposal == "sampled"
     if selection and drawn:
         raise UserError("self-selection chooses between point masses: it cannot be had with the proposal 'sampled'")
@@ -279,8 +289,10 @@ class _Batch:
             if margin is not None:
                 generation.margins += margin[i][: len(new[:room])]
             generation.ended = stop is not None and stop < room
-            if self.on_commit:
+            if self.on_commit:  # what a listener does with the tokens is not decoding
+                told = time.perf_counter()
                 self.on_commit(row, new[:room], drafted[:room])
+                self.began += time.perf_counter() - told
             generation.seconds = time.perf_counter() - self.began
             go_on.append(stop is None and len(generation.tokens) < self.limit)
         anchors += 1 + accepted

@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from specauf.config import SamplingConfig
 from specauf.data.chat import Messages, TemplateRefused, UnstableTemplate, continuation_ids, prompt_ids
 from specauf.data.sources import Message
 from specauf.decode.generate import Round, generate
 from specauf.decode.propose import DrafterProposer, LookupFirst, PromptLookup
-from specauf.files import atomic_dir
+from specauf.files import atomic_dir, save_tensors
 from specauf.objective.blocks import counter_hash
 from specauf.objective.metrics import leading_run
 from specauf.objective.wavefront import default_cuts, read_head
@@ -179,7 +179,7 @@ def save_trajectories(directory: Path, trajectories: Sequence[Trajectory], meta:
     with atomic_dir(directory) as temporary:
         flat = torch.tensor([t for x in trajectories for t in x.ids], dtype=torch.int32)
         sizes = torch.tensor([[len(x.prompt), len(x.tokens), int(x.ended)] for x in trajectories])
-        save_file({"ids": flat, "sizes": sizes}, temporary / "trajectories.safetensors")
+        save_tensors({"ids": flat, "sizes": sizes}, temporary / "trajectories.safetensors")
         (temporary / "meta.json").write_text(json.dumps({**meta, "ids": [x.id for x in trajectories]}, indent=1) + "\n")
 
 

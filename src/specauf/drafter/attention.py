@@ -145,7 +145,12 @@ def _flex(
 def _kernel(device: str) -> Callable[..., Any]:
     """Compiled once, on first use; on a CPU, where only the tests come, as it is."""
     kernel: Callable[..., Any] = flex_attention
-    return torch.compile(kernel) if device == "cuda" else kernel
+    if device != "cuda":
+        return kernel
+    # A graph each for gradients or none, every dtype, and sizes of one: training, replay and live decoding come to more than
+    # the eight that dynamo allows, and what it then runs unfused holds all scores of a call at once.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    return torch.compile(kernel)
 
 
 def flex_mask(anchors: Int[Tensor, "b n"], rows: int, slots: int, s: int) -> BlockMask:

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from specauf.drafter.config import DFlashConfig
 from specauf.drafter.dflash import DFlash
 from specauf.drafter.domino import Domino
 from specauf.drafter.vocabulary import kept_tokens
+from specauf.files import save_tensors
 from specauf.strict import UserError
 
 OLD_PREFIX = "logit_head."
@@ -37,7 +38,7 @@ def save_drafter(drafter: DFlash, directory: str | Path, extra: Mapping[str, Any
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in drafter.state_dict().items()}
     config = dataclasses.replace(drafter.config, extra={**drafter.config.extra, **(extra or {})}).to_json()
     config["dtype"] = str(drafter.fc.weight.dtype).removeprefix("torch.")
-    save_file(tensors, directory / "model.safetensors.tmp", metadata={"format": "pt"})
+    save_tensors(tensors, directory / "model.safetensors.tmp", metadata={"format": "pt"})
     (directory / "config.json.tmp").write_text(json.dumps(config, indent=2) + "\n")
     # safetensors makes files that nobody else can read.
     shutil.copymode(directory / "config.json.tmp", directory / "model.safetensors.tmp")

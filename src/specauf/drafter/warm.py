@@ -51,6 +51,11 @@ def copy_layers(drafter: DFlash, layers: nn.ModuleList, final_norm: nn.Module, i
 
 def _copy(own: Layer, theirs: nn.Module, number: int) -> None:
     found, hidden = dict(theirs.named_parameters()), own.input_layernorm.weight.numel()
+    if sandwiched := [name for name in found if name.startswith(("pre_feedforward", "post_feedforward"))]:
+        raise ConfigError(
+            f"drafter.init_layers: layer {number} of the target has {sandwiched[0]}, its norms stand elsewhere than the "
+            "drafter's: leave init_layers out"
+        )
     for name in PROJECTIONS:
         parameter = own.get_parameter(name)
         if name not in found or found[name].shape != parameter.shape:

@@ -189,8 +189,11 @@ def find(results: Results, a: str, b: str, temperature: str, task: str) -> int |
 
 
 def standing(row: Mapping[str, Any]) -> str:
-    """The comparison's verdict as a claim may use it: that of single runs only beyond the noise floor."""
-    if row["seeds"] > 1 or row["verdict"] == "undecided":
+    """The comparison's verdict as a claim may use it: that of single runs only beyond the noise floor, that of two never.
+
+    The bootstrap of two seeds is too narrow (docs/statistics.md), and their own difference is no noise floor.
+    """
+    if row["seeds"] > 2 or row["verdict"] == "undecided":
         return str(row["verdict"])
     noise = row["noise_floor"]
     if noise is None:
@@ -216,6 +219,8 @@ def _decide(results: Results, indices: Iterable[int | None], good: set[str], bad
     because = f"{what}: {told} (differences {spread} tau)"
     if any(row["seeds"] == 1 and row["verdict"] != standing(row) for row in rows):
         because += "; single training runs within the noise floor decide nothing"
+    if any(row["seeds"] == 2 for row in rows):
+        because += "; two seeds are too few for a claim"
     if any(v in bad for v in verdicts):
         return Found("not reproduced", because, known)
     return Found("reproduced" if all(v in good for v in verdicts) else "undecided", because, known)

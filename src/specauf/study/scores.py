@@ -232,7 +232,7 @@ def _family(
                 "before_loop": before_loop,
                 "difference": told.estimate,
                 "interval": list(told.interval),
-                "ratio": float((means[0] - 1) / max(means[1] - 1, 1e-9)),
+                "ratio": float((means[0] - 1) / (means[1] - 1)) if means[1] > 1 else None,
                 "p": told.p,
                 "p_holm": adjusted[task],
                 "verdict": verdict(told.interval, MARGIN, adjusted[task], told.equivalence_interval),

@@ -144,10 +144,8 @@ def _train(study: Study, target: Target, corpus: Corpus, cell: Cell, console: Co
             study.out / "heldout", lambda: console.say("another process records the held-out prompts: waiting for it")
         ):
             evaluate = heldout_evaluator(dataclasses.replace(config, out=str(study.out)), target, prepared)
-    with console.progress(
-        f"training {cell.name}, {run.trainer.max_steps} steps", run.trainer.max_steps or 0
-    ) as advance:
-        advance(run.trainer.done, "")
+    steps = run.trainer.max_steps or 0
+    with console.progress(f"training {cell.name}, {steps} steps", steps, run.trainer.done) as advance:
         run.trainer.run(
             on_step=lambda row: advance(1, step_note(row)),
             evaluate=evaluate,

@@ -61,8 +61,8 @@ class Batches:
             raise UserError(
                 f"{self.examples} training conversations are fewer than train.batch_size={self.config.batch_size}"
             )
-        self._lengths = torch.tensor([len(self.dataset[i].input_ids) for i in range(self.examples)])
-        self._uids = torch.tensor([self.dataset[i].uid for i in range(self.examples)])
+        self._lengths = self.dataset.offsets[: self.examples + 1].diff()
+        self._uids = self.dataset.uid[: self.examples]
         self._epoch: tuple[int, list[list[int]]] | None = None
 
     @property

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from specauf.config import digest, dump
 from specauf.drafter.checkpoint import load_drafter, save_drafter
-from specauf.files import atomic_dir, atomic_write_text, recover_dir
+from specauf.files import atomic_dir, atomic_write_text, recover_dir, save_tensors
 from specauf.strict import UserError
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ def identity(trainer: Trainer) -> dict[str, str]:
     parts = {
         "target": trainer.target.fingerprint(),
         "data": [dump(config.data), meta.get("key"), trainer.batches.examples],  # it may be made again in its place
+        "features": [config.features.cache, config.features.cache and config.features.dtype],
         "drafter": drafter.to_json() | {"specauf": drafter.extra.get("init_from", {}).get("weights")},
         "drafter.init_layers": config.drafter.init_layers,
         "objective": dump(config.objective) + _content(config.objective.plugin),
@@ -75,7 +76,7 @@ def _data_of(trainer: Trainer) -> dict[str, Any]:
     return {
         "path": config.data.path,
         "conversations": len(set(meta.get("conversation_ids", range(used))[:used])),
-        "supervised_tokens": sum(int(dataset[i].loss_mask.sum()) for i in range(used)),
+        "supervised_tokens": int(dataset.mask[: dataset.offsets[used]].sum()),
         "max_length": config.data.max_length,
         "kept_out": meta.get("kept_out"),
         "split": meta.get("split"),
@@ -101,7 +102,7 @@ def save(trainer: Trainer, out: Path) -> None:
             for p, state in trainer.optimizer.state.items()
             for key, value in state.items()
         }
-        save_file(moments, directory / "optimizer.safetensors")
+        save_tensors(moments, directory / "optimizer.safetensors")
         state = {
             "step": trainer.done,
             "max_steps": trainer.max_steps,

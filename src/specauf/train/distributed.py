@@ -46,12 +46,21 @@ class Ranks:
 
     @contextmanager
     def first(self) -> Iterator[None]:
-        """The main rank runs the block before the others do: they find on disk what it wrote."""
+        """The main rank runs the block before the others do: they find on disk what it wrote.
+
+        What a user has to mend is said by the main rank alone; the others leave without a word.
+        """
         if not self.main:
-            self.wait()
-        yield
-        if self.main:
-            self.wait()
+            if self.agree(None):
+                raise SystemExit(2)
+            yield
+            return
+        try:
+            yield
+        except UserError:
+            self.agree(True)
+            raise
+        self.agree(False)
 
     def wait(self) -> None:
         """Until every rank is here."""

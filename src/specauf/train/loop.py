@@ -7,6 +7,7 @@ its weights, its optimizer moments and one integer: a resumed run is bitwise the
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import math
@@ -311,7 +312,7 @@ class Trainer:
                     if on_step:
                         on_step(row)
                     if self.out and self.done % train.save_every == 0:
-                        checkpoint.save(self, self.out)
+                        self._save_or_warn(self.out)
             except KeyboardInterrupt:
                 if self.out and len(asked) < 2:
                     checkpoint.save(self, self.out)
@@ -320,6 +321,15 @@ class Trainer:
             checkpoint.save(self, self.out)
         if asked:  # during the last step: the run is whole, what comes after it is not wanted
             raise KeyboardInterrupt
+
+    def _save_or_warn(self, out: Path) -> None:
+        """A full disk now may have room at the next checkpoint, and the one before is still there."""
+        try:
+            checkpoint.save(self, out)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            log.warning("step %d is not saved: %s; training goes on to the next checkpoint", self.done, error.strerror)
 
 
 @contextlib.contextmanager

@@ -36,7 +36,8 @@ def test_tau_is_one_plus_survival_and_survival_the_product_of_alpha(lengths: lis
     for s, a in zip(found.survival, found.alpha, strict=True):
         product *= a or 0.0
         assert product == pytest.approx(s)
-    assert found.interval[0] - 1e-9 <= found.tau <= found.interval[1] + 1e-9
+    low, high = found.interval
+    assert np.isnan([low, high]).all() if len(lengths) == 1 else low - 1e-9 <= found.tau <= high + 1e-9
 
 
 def test_a_prompt_without_rounds_is_left_out() -> None:
@@ -63,6 +64,12 @@ def test_a_loop_sets_in_where_eight_tokens_first_repeat() -> None:
     assert loop_onset(list(range(50))) == 50
     assert before_loop([[Round(3, 0), Round(27, 1), Round(29, 7)]], [text]) == [[Round(3, 0), Round(27, 1)]]
     assert repeated_share([list(range(50))]) == 0 and repeated_share([[1] * 16]) == pytest.approx(8 / 9)
+
+
+def test_one_conversation_has_no_interval_and_nothing_accepted_no_ratio() -> None:
+    assert np.isnan(bootstrap(np.array([1.0, 2.0]), [0, 0])).all()
+    one = compare([as_rounds([1])], [as_rounds([0])])
+    assert one.difference == 1 and np.isnan(one.interval).all() and np.isnan(one.ratio)
 
 
 def test_turns_of_a_conversation_are_drawn_together() -> None:

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from tests.conftest import make_geometry, make_target
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
 
 from specauf.bench.runner import check_live
 from specauf.config import SamplingConfig
@@ -126,6 +136,51 @@ def test_layers_with_a_window_are_decoded_until_it_is_full(prompts: list[list[in
         assert made.tokens == reference(target, prompt, 20, 1.0, target.eos_ids())
     with pytest.raises(UserError, match="windowed has layers that see the last 40 tokens alone"):
         generate(target, None, [prompts[0]], max_new_tokens=60, eos_ids=frozenset())
+
+
+def test_learned_positions_are_used_to_the_last_and_no_further() -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=61, n_positions=32, eos_token_id=60, bos_token_id=60)
+    target = Target(GPT2LMHeadModel(config), None, "learned")
+    prompt = list(range(20))
+    (plain,) = generate(target, None, [prompt], max_new_tokens=12, eos_ids=frozenset())
+    (made,) = generate(target, PromptLookup(8), [prompt], max_new_tokens=12, eos_ids=frozenset())
+    assert target.reach == 32 and made.tokens == plain.tokens and len(plain.tokens) == 12
+    with pytest.raises(UserError, match="learned reaches 32 positions here, and this takes 33: shorten the prompts"):
+        generate(target, None, [prompt], max_new_tokens=13)
+    with pytest.raises(UserError, match=r"takes 33: shorten the text, or lower data\.max_length"):
+        target.run(torch.zeros(1, 33, dtype=torch.long))
+
+
+def test_rotations_that_turn_with_the_length_are_used_as_far_as_they_stay() -> None:
+    geometry = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "rope_theta": 10000.0}
+    config = Phi3Config(
+        **geometry, vocab_size=61, max_position_embeddings=64, original_max_position_embeddings=24, pad_token_id=0,
+        rope_parameters=rope,
+    )  # fmt: skip
+    target = Target(Phi3ForCausalLM(config), None, "turning")
+    assert target.reach == 24
+    generate(target, PromptLookup(8), [[1] * 10, [2] * 4], max_new_tokens=14, eos_ids=frozenset())
+    with pytest.raises(UserError, match="turning reaches 24 positions here"):
+        generate(target, None, [[1] * 10, [2] * 4], max_new_tokens=15)
+
+
+def test_attention_to_the_last_columns_is_refused() -> None:
+    config = GPTNeoConfig(
+        hidden_size=32, num_layers=2, num_heads=4, vocab_size=61, max_position_embeddings=64, window_size=4,
+        attention_types=[[["global", "local"], 1]],
+    )  # fmt: skip
+    with pytest.raises(UserError, match="attends to the last columns of its cache"):
+        generate(Target(GPTNeoForCausalLM(config), None, "local"), None, [[1, 2]])
+
+
+def test_a_listener_costs_no_decoding_time(target: Target) -> None:
+    def slow(row: int, tokens: list[int], drafted: list[bool]) -> None:
+        time.sleep(0.2)
+
+    (made,) = generate(target, None, [[1, 2]], max_new_tokens=4, eos_ids=frozenset(), on_commit=slow)
+    assert made.seconds < 0.8
 
 
 def test_layers_that_cannot_forget_a_draft_are_refused(

@@ -9,6 +9,7 @@ import torch
 from tests.conftest import make_geometry
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     GemmaConfig,
     GemmaForCausalLM,
     GPT2Config,
@@ -108,7 +109,8 @@ def test_what_cannot_be_copied_is_said(target: Target, change: dict[str, object]
     [
         (Qwen2Config, "has self_attn.q_proj.bias, the drafter none"),
         (StableLmConfig, "LayerNorm of the target is no RMSNorm"),
-        (Olmo2Config, "layer 1 of the target has no input_layernorm"),
+        (Olmo2Config, "layer 1 of the target has post_feedforward_layernorm.weight, its norms stand elsewhere"),
+        (Gemma2Config, "has pre_feedforward_layernorm.weight, its norms stand elsewhere"),
     ],
 )
 def test_layers_of_another_make_are_refused(kind: type, told: str) -> None:

@@ -293,6 +293,31 @@ def test_resuming_on_another_target_or_to_another_horizon_is_refused(
         checkpoint.resume(make(changed, dataset, tmp_path, max_steps=1), tmp_path)
 
 
+def test_resuming_on_other_features_is_refused(target: Target, dataset: TokenDataset, tmp_path: Path) -> None:
+    cache = build_features(target, dataset, tmp_path, make_geometry(target).target_layer_ids, FeaturesConfig())
+    make(target, dataset, tmp_path, max_steps=1).run()
+    with pytest.raises(UserError, match="trained with another features: "):
+        checkpoint.resume(make(target, dataset, tmp_path, cache, max_steps=1), tmp_path)
+
+
+def test_a_checkpoint_that_finds_the_disk_full_does_not_end_the_training(
+    target: Target, dataset: TokenDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    trainer, save, left = make(target, dataset, tmp_path, max_steps=3, save_every=1), checkpoint.save, [28, 5]
+
+    def failing(trainer: Trainer, out: Path) -> None:
+        if left:
+            raise OSError(left.pop(0), "No room")
+        save(trainer, out)
+
+    monkeypatch.setattr(checkpoint, "save", failing)
+    with pytest.raises(OSError, match="No room"):  # the second is no full disk
+        trainer.run()
+    assert trainer.done == 2 and "step 1 is not saved: No room" in caplog.text
+    trainer.run()
+    assert json.loads((tmp_path / "checkpoint" / "state.json").read_text())["step"] == 3
+
+
 def test_too_few_conversations_is_a_clear_error(target: Target, dataset: TokenDataset) -> None:
     with pytest.raises(UserError, match="fewer than"):
         make(target, dataset, batch_size=12)
