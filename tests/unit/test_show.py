@@ -64,7 +64,7 @@ def test_a_text_that_parts_from_plain_decoding_passes_at_a_near_tie_alone(
 
     def parting(target: Target, proposer: Any, *args: Any, **options: Any) -> Any:
         (made,) = generate(target, proposer, *args, **options)
-        if proposer is None:
+        if proposer is None and len(made.tokens) > 3:  # not what warms the kernels up
             made.tokens[3] += 1
             made.margins[3] = margin
         return (made,)

@@ -144,7 +144,7 @@ def test_methods_of_a_seed_share_weights_anchors_and_order(study: recipe.Study, 
 
 def test_training_is_killed_goes_on_and_is_not_repeated(study: recipe.Study, tiny: Target) -> None:
     console = Quiet()
-    console.stop_at = ("training auf-s0", 3)
+    console.stop_at = ("training auf-s0", 2)
     with pytest.raises(KeyboardInterrupt):
         run_study(study, ["train"], [], tiny, console)
     assert finished(study.cell_dir("decay", 0)) and not finished(study.cell_dir("auf", 0))
