@@ -52,7 +52,7 @@ def gathered(arguments: typing.Sequence[str], flag: str) -> list[str]:
         if name == flag:
             found, inside = found + 1, True
             values += [value] if value else []
-        elif inside and not argument.startswith("--"):
+        elif inside and not argument.startswith("-"):
             values.append(argument)
         else:
             inside = False

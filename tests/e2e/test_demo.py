@@ -11,6 +11,7 @@ import specauf.demo
 from specauf.console import Terminal
 from specauf.demo import demo_recipe, run_demo
 from specauf.report import page
+from specauf.strict import UserError
 from specauf.train.loop import calibrate
 
 
@@ -61,6 +62,9 @@ def test_the_demo_trains_decay_then_auf_for_the_same_time(
     index = run_demo(base, 2.0, Terminal(silent=True))
     plan = json.loads((tmp_path / "demo" / "plan.json").read_text())
     assert all(plan[key] == measured[key] for key in ("examples", "tokens_per_second"))
+    (tmp_path / "demo" / "plan.json").write_text(json.dumps(plan | {"examples": 10**6}))
+    with pytest.raises(UserError, match=r"plan\.json is a plan for 1000000 conversations"):
+        run_demo(base, 2.0, Terminal(silent=True))
     assert plan["steps"] == {"decay": 27, "auf": round(27 * 3 / 2)}, (
         "0.45 of two minutes, in halves, at a second a step"
     )

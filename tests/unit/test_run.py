@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from specauf.config import DrafterConfig, RunConfig, TrainConfig
+from specauf.config import DataConfig, DrafterConfig, RunConfig, TrainConfig
 from specauf.data.dataset import Prepared
 from specauf.data.sources import Ledger
 from specauf.drafter.checkpoint import load_drafter, save_drafter
 from specauf.drafter.config import DFlashConfig
 from specauf.drafter.dflash import DFlash
-from specauf.run import new_drafter, open_run
+from specauf.run import data_dir, new_drafter, open_run
 from specauf.strict import ConfigError, UserError
 from specauf.target import Target
 from specauf.train.distributed import Ranks
@@ -92,3 +92,17 @@ def test_processes_that_see_different_checkpoints_stop_before_anything_is_writte
     assert not list((tmp_path / "run").iterdir())
     open_run(alone, target, data, None)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["data"] == "k"
+
+
+def test_prepared_data_are_known_by_where_their_corpus_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = set()
+    for project in ("a", "b"):
+        (tmp_path / project / "tasks").mkdir(parents=True)
+        (tmp_path / project / "chats.jsonl").write_text("")
+        monkeypatch.chdir(tmp_path / project)
+        plain = dataclasses.replace(config(), data=DataConfig(path="chats.jsonl"))
+        tasks = dataclasses.replace(plain, eval=dataclasses.replace(plain.eval, tasks_dir="tasks"))
+        whole = dataclasses.replace(plain, data=DataConfig(path=str(tmp_path / project / "chats.jsonl")))
+        assert data_dir(plain) == data_dir(whole)
+        found |= {data_dir(plain), data_dir(tasks)}
+    assert len(found) == 4

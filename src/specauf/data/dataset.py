@@ -189,7 +189,7 @@ def read_split(directory: Path) -> dict[str, Any] | None:
     """What divided the corpus into training and held-out conversations, None where it was not noted."""
     try:
         split: dict[str, Any] | None = json.loads((directory / META).read_text()).get("split")
-    except OSError:  # who needs the data will say so
+    except (OSError, ValueError):  # who needs the data will say so
         return None
     return split
 

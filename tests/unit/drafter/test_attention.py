@@ -87,6 +87,16 @@ def test_it_equals_dense_attention_wherever_the_chunks_end(
     same(block_attention(*given, anchors), dense(given, anchors), given, given)
 
 
+def test_the_compiled_kernel_may_have_a_graph_for_every_use() -> None:
+    before = torch._dynamo.config.recompile_limit
+    try:
+        torch._dynamo.config.recompile_limit = 8
+        attention._kernel.__wrapped__("cuda")  # compiles nothing before it is called
+        assert torch._dynamo.config.recompile_limit >= 64
+    finally:
+        torch._dynamo.config.recompile_limit = before
+
+
 def test_it_equals_dense_attention_at_random_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     g = torch.Generator().manual_seed(0)
 
