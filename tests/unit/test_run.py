@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -106,3 +107,30 @@ def test_prepared_data_are_known_by_where_their_corpus_is(tmp_path: Path, monkey
         assert data_dir(plain) == data_dir(whole)
         found |= {data_dir(plain), data_dir(tasks)}
     assert len(found) == 4
+
+
+class Told(Ranks):
+    """Of two processes, one that hears `heard` of the main one, or as that one remembers what it said."""
+
+    heard: Any = None
+    said: list[Any] = []
+
+    def agree(self, value: Any) -> Any:
+        self.said.append(value)
+        return self.heard
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_the_main_process_finds_wrong_ends_the_others_without_a_word(
+    fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Told, "said", [])
+    monkeypatch.setattr(Told, "heard", fails)
+    with pytest.raises(UserError) if fails else contextlib.nullcontext(), Told(0, 2).first():
+        if fails:
+            raise UserError("mend it")
+    assert Told.said == [fails]
+    went_on = []
+    with pytest.raises(SystemExit) if fails else contextlib.nullcontext(), Told(1, 2).first():
+        went_on.append(1)
+    assert bool(went_on) is not fails
