@@ -16,7 +16,8 @@ from specauf.cli import main
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
-ON_TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "specauf.cli"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ON_TWO = [*TORCHRUN, "-m", "specauf.cli"]
 
 
 def train(world: Path, out: str, *changes: str, processes: int = 1) -> list[dict[str, object]]:
@@ -61,6 +62,38 @@ def test_a_mistake_is_said_once(world: Path) -> None:
     assert done.returncode != 0
     assert done.stderr.count("data.path: no such file: nowhere.jsonl") == 1
     assert "Connection closed" not in done.stderr and "barrier" not in done.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="thread names are Linux's")
+def test_no_thread_of_the_ranks_outlives_their_block(tmp_path: Path) -> None:
+    """One that is still there when Python ends may abort the process after all the work is done."""
+    script = tmp_path / "block.py"
+    script.write_text("""
+from pathlib import Path
+
+import torch
+from torch.distributed.fsdp import fully_shard
+
+from specauf.train.distributed import ranks_of_run
+
+
+def forward():
+    layer = torch.nn.Linear(4, 4)
+    fully_shard(layer)
+    layer(torch.ones(1, 4))
+
+
+with ranks_of_run() as ranks:
+    import torch._dynamo  # as training does, within the block
+
+    forward()
+    before = [task.read_text() for task in Path("/proc/self/task").glob("*/comm")]
+after = [task.read_text() for task in Path("/proc/self/task").glob("*/comm")]
+gone = "gloo" in " ".join(before) and "gloo" not in " ".join(after)
+print(f"let go: {gone}\\n", end="")  # one write, so that the ranks' lines stay whole
+""")
+    done = subprocess.run([sys.executable, *TORCHRUN, str(script)], capture_output=True, text=True, timeout=300)
+    assert done.stdout.splitlines() == ["let go: True"] * 2, done.stdout + done.stderr
 
 
 def test_domino_on_a_target_that_is_spread_over_the_ranks(world: Path) -> None:

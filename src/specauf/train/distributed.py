@@ -12,6 +12,7 @@ spread over the ranks with `train.shard_target` (FSDP2).
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,9 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed.nn.functional  # see _forget_groups
 from torch import distributed as dist
+from torch.distributed.tensor import debug
 
 from specauf.strict import UserError
 
@@ -122,3 +125,14 @@ def ranks_of_run() -> Iterator[Ranks]:
         yield Ranks(dist.get_rank(), world)
     finally:
         dist.destroy_process_group()
+        _forget_groups()
+
+
+def _forget_groups() -> None:
+    """Drop what still holds a destroyed group, whose threads would live on and may abort the process at Python's end.
+
+    `torch.distributed.nn.functional` keeps whatever group there is when it is first imported (torch._dynamo imports it) as
+    a default argument: imported above, before there is a group, it keeps none. FSDP2's mesh stays in DTensor's caches.
+    """
+    getattr(debug, "_clear_sharding_prop_cache", lambda: None)()
+    gc.collect()
