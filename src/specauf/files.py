@@ -6,6 +6,7 @@ import contextlib
 import errno
 import glob
 import json
+import math
 import os
 import re
 import shutil
@@ -42,6 +43,19 @@ def atomic_write_text(path: str | Path, text: str) -> None:
     """Write `text` as UTF-8. Readers see the old content or the new, never a part; parents are made."""
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def json_text(value: Any, indent: int | None = 1) -> str:
+    """`value` as a line or more of JSON, with null for numbers that JSON does not have."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def save_tensors(tensors: Mapping[str, Any], path: Path, metadata: dict[str, str] | None = None) -> None:

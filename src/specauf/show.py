@@ -17,6 +17,7 @@ from specauf.data.dataset import read_split
 from specauf.decode.generate import generate
 from specauf.decode.propose import Proposer
 from specauf.decode.select import Selection
+from specauf.strict import require
 from specauf.target import Target
 
 
@@ -30,7 +31,8 @@ def show(
     selection: Selection | None,
 ) -> bool:
     """Stream the answer, then say tau and speed. False when a greedy answer is not plain decoding's, token for token, and the
-    target was sure of the token where they part."""
+    target was sure of the token where they part. Raises `ConfigError` when there is no room for a round."""
+    require(max_new_tokens >= 2, "--max-new-tokens must be at least 2: the first is the prefill's, and no round")
     options: dict[str, Any] = {"sampling": sampling, "max_new_tokens": max_new_tokens}
     stream, few = Stream(target, terminal), {**options, "max_new_tokens": 2}
     for warm in (proposer, None):  # kernels are compiled, and caches filled, before either is timed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,8 @@ def test_prepare_train_eval_generate_and_report(world: Path, capsys: pytest.Capt
     told = capsys.readouterr().out
     assert "prompt lookup" in told and "ok: run, birds, batch 1" in told and "FAILED" not in told
     assert "ok: run, lookup first, birds, batch 1" in told
+    kept = json.loads((world / "eval" / "results.json").read_text())
+    assert kept["command"].startswith("specauf ") and kept["settings"]["lookup first where so many tokens repeat"] == 2
 
     ship = ["export", str(world / "run" / "checkpoint"), str(world / "shipped"), "--results", str(world / "eval")]
     assert main([*ship, "--base-model", "hub/target"]) == 0
@@ -89,6 +92,14 @@ def test_self_selection_and_the_drawn_proposal_are_told_apart(world: Path, capsy
     assert main([*say, "--lookup-first", "2", "--candidates", "2"]) == 2
     assert main([*say, "--lookup-first", "2"]) == 0
     assert "there is no drafter here" in capsys.readouterr().err
+    shutil.copytree(world / "untrained", world / "prompt-lookup")
+    for arguments, told in (
+        ([*measure, "--live", "-1"], "--live must be at least 0, got -1"),
+        ([*measure[:1], str(world / "prompt-lookup"), *measure[2:]], "prompt-lookup is in the table already"),
+        (["generate", str(world / "prompt-lookup"), "hi", *where, "--max-new-tokens", "1"], "must be at least 2"),
+    ):
+        capsys.readouterr()
+        assert main(arguments) == 2 and told in capsys.readouterr().err
 
 
 def test_rollouts_are_training_data_and_a_drafter_goes_on_from_another(

@@ -266,6 +266,59 @@ def test_another_recipes_recording_is_not_measured_as_this_ones(
     assert console.said[-1] == "finished cells are measured"
 
 
+@pytest.mark.parametrize(
+    ("part", "more", "told"),
+    [
+        ("b", {"max_new_tokens": 14}, "not recorded yet, so not measured: birds at T=0, pairs at T=0"),
+        ("c", {"methods": ["decay", "wider"], "baseline": "decay", "max_new_tokens": 10}, None),
+    ],
+)
+def test_a_recording_that_is_too_short_or_narrow_is_not_measured_as_if_it_were_not(
+    whole: tuple[recipe.Study, dict[str, Any]],
+    world: Path,
+    tiny: Target,
+    part: str,
+    more: dict[str, Any],
+    told: str | None,
+) -> None:
+    changed = content(world, whole[0].out)
+    changed["methods"]["wider"] = {"label": "B=9", "set": ["drafter.block_size=9", "train.max_steps=1"]}
+    changed["parts"].setdefault(part, {"title": "wider"}).update(more)
+    study, console = recipe.study_of(changed, "test"), Quiet()
+    run_study(study, ["measure"], [part], tiny, console)
+    assert console.said[-1] == "not recorded yet, so not measured: birds at T=0, pairs at T=0"
+    found = collect(study, tiny, Corpus(study, tiny, console).prepared(study.base))
+    missing = {p["key"]: p["missing"] for p in found["parts"]}
+    assert missing["a"] == [] and missing[part], "what the recording is enough for stays"
+    assert not any(row["part"] == part for row in found["scores"])
+
+
+def test_a_report_is_not_of_another_sampling_than_it_says(
+    whole: tuple[recipe.Study, dict[str, Any]], world: Path, tiny: Target
+) -> None:
+    changed = content(world, whole[0].out)
+    changed["base"]["eval"]["sampling"] = {"repetition_penalty": 1.3}
+    study = recipe.study_of(changed, "test")
+    found = collect(study, tiny, Corpus(study, tiny, Quiet()).prepared(study.base))
+    assert found["scores"] == found["checks"] == []
+
+
+def test_what_cannot_be_recorded_is_said_before_anything_is_trained(world: Path, tiny: Target, tmp_path: Path) -> None:
+    tasks = tmp_path / "tasks"
+    shutil.copytree(world / "tasks", tasks)
+    (tasks / "one.jsonl").write_text(json.dumps({"id": "one/1", "turns": ["the quick fox?"]}) + "\n")
+    lonely, far = content(world, tmp_path / "lonely"), content(world, tmp_path / "far")
+    lonely["base"]["eval"] |= {"tasks": ["birds", "one"], "tasks_dir": str(tasks)}
+    far["parts"]["a"]["max_new_tokens"] = 600
+    with pytest.raises(UserError, match="one has 1 conversation, and an interval needs two or more"):
+        run_study(recipe.study_of(lonely, "test"), [], [], tiny, Quiet())
+    near = Target(tiny.model, tiny.tokenizer, tiny.name)
+    near.reach = 512
+    with pytest.raises(UserError, match=r"reaches 512 positions.*birds/0 has a prompt of \d+ tokens"):
+        run_study(recipe.study_of(far, "test"), [], [], near, Quiet())
+    assert not list(tmp_path.glob("*/cells/*"))
+
+
 def test_what_has_not_run_is_named(world: Path, tiny: Target, tmp_path: Path) -> None:
     study = recipe.study_of(content(world, tmp_path / "study"), "test")
     console = Quiet()
@@ -390,6 +443,18 @@ def test_a_method_starts_from_another_and_has_its_time(world: Path, tiny: Target
     state = json.loads((study.cell_dir("time", 0) / "checkpoint" / "state.json").read_text())
     assert state["step"] == state["max_steps"] == plan["max_steps"]
 
+    for name, dependent in (("auf", "on"), ("decay", "time")):  # trained anew under a cell that was made from it
+        kept = (study.cell_dir(name, 0) / "checkpoint" / "model.safetensors").read_bytes()
+        (study.cell_dir(name, 0) / "checkpoint" / "model.safetensors").write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+        with pytest.raises(
+            ConfigError, match=f"{dependent}-s0 was made from {name}-s0 as it was before it was trained"
+        ):
+            run_study(study, ["train"], [], tiny, Quiet())
+        (study.cell_dir(name, 0) / "checkpoint" / "model.safetensors").write_bytes(kept)
+    shutil.move(study.out, tmp_path / "moved")  # a study is where its recipe says
+    run_study(recipe.study_of(data | {"out": str(tmp_path / "moved")}, "test"), ["train"], [], tiny, console)
+    assert console.said[-1] == "4 of 5 cells are trained; left: later-s0"
+
 
 def test_a_claim_ends_with_its_process(tmp_path: Path) -> None:
     code = (
@@ -480,7 +545,12 @@ def changed(world: Path, path: str, value: Any) -> dict[str, Any]:
         ("parts.a.baseline", "wide", "parts.a: the baseline 'wide' is not one of its methods"),
         ("parts.a.seeds", [0, 0], "parts.a: seeds names something twice"),
         ("parts.a.seeds", [], "parts.a: seeds is empty"),
-        ("parts.a.prompts", 0, "parts.a: prompts must be at least 1"),
+        ("parts.a.prompts", 0, "parts.a: prompts must be at least 2"),
+        (
+            "base.eval.sampling",
+            {"proposal": "sampled", "temperature": 1.0},
+            "base.eval.sampling.proposal: a study replays",
+        ),
         ("base.train.max_steps", None, "train.max_steps is not set"),
         ("live.tokens", 1, "live: .*tokens >= 2"),
     ],

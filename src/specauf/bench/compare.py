@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import shlex
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -19,9 +20,11 @@ from specauf.decode.select import Selection
 from specauf.drafter.checkpoint import fingerprint, load_drafter
 from specauf.drafter.dflash import DFlash
 from specauf.drafter.domino import Domino
-from specauf.files import atomic_write_text
+from specauf.files import atomic_write_text, json_text
 from specauf.strict import ConfigError, UserError, require, to_dict
 from specauf.target import Target
+
+LOOKUP = "prompt-lookup"
 
 
 class Progress(Protocol):
@@ -31,11 +34,13 @@ class Progress(Protocol):
 def open_checkpoints(checkpoints: Sequence[Path]) -> dict[str, DFlash]:
     """Drafters that can share a table, by the name of their run, on the CPU.
 
-    Raises `UserError` when they differ in block size or thinking flag, or have the same name.
+    Raises `UserError` when they differ in block size or thinking flag, have the same name, or prompt lookup's.
     """
     if not checkpoints:
         raise UserError("give at least one drafter directory")
     names = [_name(path) for path in checkpoints]
+    if LOOKUP in names:
+        raise UserError(f"{LOOKUP} is in the table already, and owns that name: rename the run's directory")
     if len(set(names)) < len(names):
         raise UserError(f"checkpoints must have different names, got {', '.join(names)}")
     drafters = {name: load_drafter(path) for name, path in zip(names, checkpoints, strict=True)}
@@ -75,6 +80,7 @@ def evaluate(
     require(
         config.max_new_tokens >= 2, "eval.max_new_tokens must be at least 2: the first is the prefill's, and no round"
     )
+    require(live >= 0, f"--live must be at least 0, got {live}")
     if selection and any(isinstance(d, Domino) for d in drafters.values()):
         raise ConfigError("--candidates draws the slots of a block one by one: Domino's depend on one another")
     names, first = list(drafters), next(iter(drafters.values()))
@@ -91,7 +97,7 @@ def evaluate(
     lookup = lookup_block or block
     behind = {f"{n}, lookup first": n for n in names} if lookup_first else {}
     proposers |= {label: LookupFirst(alone[n], lookup_first, lookup) for label, n in behind.items()}
-    proposers["prompt-lookup"] = PromptLookup(lookup)
+    proposers[LOOKUP] = PromptLookup(lookup)
     everything = {
         task: load_task(task, tasks_dir=config.tasks_dir, data_dir=data_dir)[: config.prompts] for task in config.tasks
     }
@@ -116,10 +122,12 @@ def evaluate(
     results: dict[str, Any] = {
         "title": "Acceptance by replay",
         "created": box["created"],
+        "command": shlex.join(["specauf", *sys.argv[1:]]),
         "provenance": {**box, "target": {"name": target.display_name, "fingerprint": target.fingerprint()}},
         "settings": {
             "block size": block,
             **({"block size of prompt lookup": lookup} if lookup != block else {}),
+            **({"lookup first where so many tokens repeat": lookup_first} if lookup_first else {}),
             "new tokens": config.max_new_tokens,
             "prompts": config.prompts,
             **_sampling(config.sampling),
@@ -137,7 +145,7 @@ def evaluate(
             ),
             *({"name": label, "label": label, "kind": "drafter", "of": n} for label, n in pools.items()),
             *({"name": label, "label": label, "kind": "both", "of": n} for label, n in behind.items()),
-            {"name": "prompt-lookup", "label": "prompt lookup", "kind": "lookup"},
+            {"name": LOOKUP, "label": "prompt lookup", "kind": "lookup"},
         ],
         "evaluation": evaluation,
         "comparisons": [
@@ -146,7 +154,7 @@ def evaluate(
                 *((other, names[0]) for other in names[1:]),
                 *pools.items(),
                 *behind.items(),
-                *((name, "prompt-lookup") for name in behind or names),  # the competitor that costs nothing
+                *((name, LOOKUP) for name in behind or names),  # the competitor that costs nothing
             ]
             for row in comparison(tasks, rounds, other, first)
         ],
@@ -163,7 +171,7 @@ def evaluate(
         for recording in tasks.values():
             if live:
                 passed &= _live(target, name, proposer, recording, live, config.sampling, results, console)
-    atomic_write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
+    atomic_write_text(out / "results.json", json_text(results))
     return results, passed
 
 

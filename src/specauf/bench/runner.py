@@ -135,7 +135,10 @@ def recorded(
 def _covering(cache: Path, meta: Mapping[str, Any]) -> Path | None:
     """A recording in `cache` that differs from what is wanted in its block size alone, which is as large or larger."""
     for path in sorted(cache.glob("trajectories-*/meta.json")):
-        other = json.loads(path.read_text())
+        try:
+            other = json.loads(path.read_text())
+        except (OSError, ValueError):  # another one's, damaged or just being put in place
+            continue
         if (
             all(other.get(k) == v for k, v in meta.items() if k != "block_size")
             and other["block_size"] >= meta["block_size"]

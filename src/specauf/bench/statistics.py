@@ -48,7 +48,6 @@ of resamples on either side of zero, so that p < 0.05 and an interval without ze
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -57,13 +56,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from specauf.decode.resampling import deviations, student
+
 MARGIN = 0.02
 """tau. A smaller difference is not worth a claim; fixed before any study was run."""
 
 LEVEL = 0.05
-CHUNK = 1000
-"""Resamples whose indices are in memory at a time."""
-
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Verdict = Literal["better", "worse", "equivalent", "undecided"]
@@ -121,11 +119,11 @@ def hierarchical_bootstrap(
     for cells, groups in values.values():
         sizes = np.asarray(np.bincount(groups), dtype=np.float64)
         sums = np.asarray(np.bincount(groups, weights=cells.mean(axis=0)), dtype=np.float64)
-        levels.append((_deviations(sums, sizes, resamples, rng) / len(tasks), len(sizes)))
+        levels.append((deviations(sums, sizes, resamples, rng) / len(tasks), len(sizes)))
     if len(per_seed) > 1:
-        levels.append((_deviations(per_seed, np.ones_like(per_seed), resamples, rng), len(per_seed)))
+        levels.append((deviations(per_seed, np.ones_like(per_seed), resamples, rng), len(per_seed)))
     estimate = float(per_seed.mean())
-    return _distribution(estimate, estimate + _student(levels, rng))
+    return _distribution(estimate, estimate + student(levels, rng))
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -204,28 +202,6 @@ def _difference(
     if numbers.max() == 0:
         raise ValueError(f"{task}: an interval needs two or more conversations with a verify round")
     return cells[:, kept], numbers
-
-
-def _deviations(sums: Floats, sizes: Floats, resamples: int, rng: np.random.Generator) -> Floats:
-    """[resamples]: resampled mean (sum of sums over sum of sizes) minus the observed one, its variance made unbiased."""
-    n, means = len(sums), np.empty(resamples)
-    for start in range(0, resamples, CHUNK):
-        drawn = rng.integers(0, n, (min(CHUNK, resamples - start), n))
-        means[start : start + CHUNK] = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
-    observed = float(sums.sum() / sizes.sum())
-    return (means - observed) * math.sqrt(n / (n - 1))
-
-
-def _student(levels: Sequence[tuple[Floats, int]], rng: np.random.Generator) -> Floats:
-    """[resamples]: the levels' deviations added, with the tails that the number of units of each calls for."""
-    total: Floats = np.sum([deviations for deviations, _ in levels], axis=0)
-    variances = np.array([np.mean(deviations**2) for deviations, _ in levels])
-    if not variances.any():
-        return total  # no spread at all: a method against itself
-    shares = variances / variances.sum()
-    freedom = 1 / np.sum(shares**2 / np.array([n - 1 for _, n in levels]))
-    scale: Floats = np.sqrt(freedom / rng.chisquare(freedom, len(total)))
-    return total * scale
 
 
 def _distribution(estimate: float, resampled: Floats) -> Distribution:

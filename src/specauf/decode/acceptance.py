@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 from specauf.decode.generate import Round
+from specauf.decode.resampling import deviations, student
 from specauf.strict import UserError
 
 
@@ -25,7 +25,7 @@ class Acceptance:
 
     tau: float
     interval: tuple[float, float]
-    """95 % percentile bootstrap over prompts."""
+    """95 %, over prompts."""
     survival: list[float]
     """S_1 .. S_{B-1}."""
     alpha: list[float | None]
@@ -79,7 +79,7 @@ def summarise(
 def bootstrap(
     values: NDArray[np.float64], clusters: Sequence[int] | None = None, resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float]:
-    """95 % percentile interval of the mean of one value a prompt; NaN is left out.
+    """95 % interval of the mean of one value a prompt, by a bootstrap that is mended for few prompts; NaN is left out.
 
     `clusters[i]` is the conversation that prompt i is a turn of: conversations are drawn, with all their turns. Without it
     every prompt is its own. A single cluster says nothing of others: NaN. No spread gives a degenerate interval.
@@ -89,20 +89,15 @@ def bootstrap(
     owner = (
         np.arange(len(values)) if clusters is None else np.unique(np.asarray(clusters)[kept], return_inverse=True)[1]
     )
-    sums, sizes = np.bincount(owner, values), np.bincount(owner)
+    sums, sizes = (np.asarray(np.bincount(owner, each), dtype=np.float64) for each in (values, np.ones_like(values)))
     if len(sums) < 2:
         return math.nan, math.nan
     if np.ptp(values) == 0:
         return mean, mean
-    result = stats.bootstrap(
-        (sums, sizes),
-        lambda total, size, axis: total.sum(axis) / size.sum(axis),
-        paired=True,
-        n_resamples=resamples,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    )
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+    rng = np.random.default_rng(seed)
+    moved = student([(deviations(sums, sizes, resamples, rng), len(sums))], rng)
+    low, high = np.quantile(mean + moved, [0.025, 0.975]).tolist()
+    return low, high
 
 
 @dataclass(frozen=True)
@@ -110,7 +105,7 @@ class Comparison:
     difference: float
     """Mean over prompts of tau_a - tau_b."""
     interval: tuple[float, float]
-    """95 % paired bootstrap over prompts, or over their clusters."""
+    """95 %, paired, over prompts or their clusters."""
     ratio: float
     """(tau_a - 1) / (tau_b - 1), of the means; NaN where b accepted nothing."""
 

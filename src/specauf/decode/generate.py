@@ -82,7 +82,7 @@ def generate(
     *,
     sampling: SamplingConfig | None = None,
     selection: Selection | None = None,
-    max_new_tokens: int = 128,
+    max_new_tokens: int | Sequence[int] = 128,
     uids: Sequence[int] | None = None,
     eos_ids: frozenset[int] | None = None,
     record_margins: bool = False,
@@ -90,10 +90,10 @@ def generate(
 ) -> list[Generation]:
     """Decode every prompt. `proposer` None is plain decoding, one token a round; `selection` is self-selection.
 
-    `uids` number the prompts for the counter-based randomness (default 0, 1, ...). `on_commit(row, tokens, drafted)` is
-    called as tokens are committed. Raises `UserError` on an empty prompt, and when `proposer` cannot propose what
-    `selection` or `sampling.proposal` ask for; when the target's layers cannot forget a rejected draft, attend to a window
-    that the text outgrows, or know no positions so far out.
+    `max_new_tokens` is one number, or one for each prompt. `uids` number the prompts for the counter-based randomness
+    (default 0, 1, ...). `on_commit(row, tokens, drafted)` is called as tokens are committed. Raises `UserError` on an empty
+    prompt, and when `proposer` cannot propose what `selection` or `sampling.proposal` ask for; when the target's layers
+    cannot forget a rejected draft, attend to a window that the text outgrows, or know no positions so far out.
     """
     began = time.perf_counter()
     sampling = sampling or SamplingConfig()
@@ -106,8 +106,10 @@ def generate(
     block = proposer.block_size if proposer else 1
     layer_ids = proposer.layer_ids if proposer else ()
     lengths = torch.tensor([len(p) for p in prompts], device=device)
-    target.require_reach(int(lengths.max()) + max_new_tokens, "shorten the prompts, or lower the new tokens")
-    width = int(lengths.max()) + max_new_tokens + 2 * block
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    longest = max(len(p) + limit for p, limit in zip(prompts, limits, strict=True))
+    target.require_reach(longest, "shorten the prompts, or lower the new tokens")
+    width = longest + 2 * block
     ids = torch.zeros(len(prompts), width, dtype=torch.long, device=device)
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = torch.tensor(prompt, device=device)
@@ -124,7 +126,7 @@ def generate(
         proposer.observe(seen.features, torch.arange(first, device=device).expand(len(prompts), -1))
     ending = seen.final.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, seen.final.shape[-1]))
     anchors = lengths - 1  # position of the last committed token; its features are known only during the prefill
-    batch = _Batch(target, sampling, eos, max_new_tokens, record_margins, on_commit, out, began)
+    batch = _Batch(target, sampling, eos, limits, record_margins, on_commit, out, began)
     active = batch.commit(rows, uid, ids, anchors, ids[:, :0], target.logits(ending), first=True)
 
     while True:
@@ -237,7 +239,7 @@ class _Batch:
     target: Target
     sampling: SamplingConfig
     eos: frozenset[int]
-    limit: int
+    limits: Sequence[int]
     record_margins: bool
     on_commit: Callable[[int, list[int], list[bool]], None] | None
     out: list[Generation]
@@ -283,7 +285,7 @@ class _Batch:
             done = len(generation.tokens)
             if not first:
                 generation.rounds.append(Round(done - 1, min(a, len(new)), cut=stop is not None and stop < a))
-            room = self.limit - done
+            room = self.limits[row] - done
             generation.tokens += new[:room]
             generation.drafted += drafted[:room]
             if margin is not None:
@@ -294,6 +296,6 @@ class _Batch:
                 self.on_commit(row, new[:room], drafted[:room])
                 self.began += time.perf_counter() - told
             generation.seconds = time.perf_counter() - self.began
-            go_on.append(stop is None and len(generation.tokens) < self.limit)
+            go_on.append(stop is None and len(generation.tokens) < self.limits[row])
         anchors += 1 + accepted
         return torch.tensor(go_on, device=ids.device)

@@ -63,6 +63,8 @@ class DrafterProposer:
         self.head = draft_head(drafter, target.head_weight, target.head_bias, target.softcap)
         if candidate_pool and not isinstance(drafter, Domino):
             raise UserError("a candidate pool limits what a Domino drafter corrects; this one corrects nothing")
+        if candidate_pool < 0:
+            raise UserError(f"a candidate pool has at least 0 tokens (0: all of them), got {candidate_pool}")
         self.candidate_pool = candidate_pool if candidate_pool < drafter.config.vocab_size else 0
         self.block_size = drafter.config.block_size
         self.layer_ids = drafter.config.target_layer_ids

@@ -91,11 +91,12 @@ def record(
     Conversations are numbered in that order, for the randomness. The answers of one with several are named `<id>#1`,
     `<id>#2`. With `parts`, a directory, every batch is kept there and a killed recording goes on with what is missing.
     `on_progress` is told of conversations. Raises `UserError` when `sampling` asks for a drawn proposal, which replay
-    over the recording could not measure.
+    over the recording could not measure, and when a first prompt and its answer are more than the target reaches.
     """
     if sampling.proposal != "greedy":
         raise UserError("replay measures deterministic proposals alone: proposal 'sampled' is for `specauf generate`")
     dialogues = {i: Dialogue(*p) for i, p in enumerate(prompts)}
+    check_reach(target, list(dialogues.values()), limit + block_size - 1)  # all of them first: a new limit begins anew
     done = _read_parts(parts, dialogues) if parts else {}
     if on_progress and done:
         on_progress(len(done))
@@ -110,6 +111,13 @@ def record(
         if on_progress:
             on_progress(len(batch))
     return [t for i in dialogues for t in done[i]]
+
+
+def check_reach(target: Target, dialogues: Sequence[Dialogue], tokens: int) -> None:
+    """Raise `UserError` when a first prompt with so many tokens behind it is more than the target reaches."""
+    for d in dialogues:
+        remedy = f"{d.id} has a prompt of {len(d.prompt)} tokens; leave it out, or lower the new tokens"
+        target.require_reach(len(d.prompt) + tokens, remedy)
 
 
 def _answer(

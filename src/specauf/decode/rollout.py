@@ -78,32 +78,33 @@ class Roller:
     """No sample may hold it: the drafter reads it as an open slot."""
     proposer: Proposer | None = None
 
-    def begin(self, uid: int, conversation: Conversation) -> list[Sample]:
-        """The samples of a conversation before its first answer; none when the prompt leaves no room for two tokens.
+    def begin(self, uid: int, conversation: Conversation) -> list[Sample] | str:
+        """The samples of a conversation before its first answer, or why there are none.
 
         Raises `UnstableTemplate` when the template refuses the prompt.
         """
         question = _question(conversation.messages)
         prompt = prompt_ids(self._tokenizer, question, self.data.enable_thinking)
         if self.data.max_length - len(prompt) < 2:
-            return []
+            return "prompt fills max_length"
+        if self.mask_token_id in prompt:
+            return "the prompt holds the MASK token"
         uids = [int(counter_hash(SAMPLE, uid, i)) for i in range(self.plan.samples)]
         return [Sample(u, i, conversation, question, prompt) for i, u in enumerate(uids)]
 
     def roll(self, batch: Sequence[Sample]) -> None:
         """Answer every turn of every sample, the batch going from turn to turn together."""
         while going := [s for s in batch if not s.stop]:
-            room = [min(self.plan.max_new_tokens, self._room(s)) for s in going]
             made = generate(
                 self.target,
                 self.proposer,
                 [s.ids + s.pending for s in going],
                 sampling=self.plan.sampling,
-                max_new_tokens=max(room),
+                max_new_tokens=[min(self.plan.max_new_tokens, self._room(s)) for s in going],
                 uids=[s.uid for s in going],
             )
-            for sample, limit, generation in zip(going, room, made, strict=True):
-                self._take(sample, generation.tokens[:limit])
+            for sample, generation in zip(going, made, strict=True):
+                self._take(sample, generation.tokens)
 
     def _take(self, sample: Sample, tokens: list[int]) -> None:
         if self.mask_token_id in tokens:
@@ -133,6 +134,8 @@ class Roller:
         sample.question = question
         if self._room(sample) < 2:
             sample.stop = "samples ended at max_length"
+        elif self.mask_token_id in sample.pending:
+            sample.stop = "samples ended before a question with the MASK token"
 
     def _room(self, sample: Sample) -> int:
         return self.data.max_length - len(sample.ids) - len(sample.pending)
@@ -241,12 +244,12 @@ def _plan(roller: Roller, conversations: Sequence[Identified]) -> Iterator[Plann
         if begun == roller.data.max_conversations:
             return
         try:
-            samples = roller.begin(uid, conversation)
+            begin = roller.begin(uid, conversation)
         except UnstableTemplate as error:
             yield error.reason, []
         else:
-            begun += bool(samples)
-            yield "" if samples else "prompt fills max_length", samples
+            begun += not isinstance(begin, str)
+            yield (begin, []) if isinstance(begin, str) else ("", begin)
 
 
 def _window(

@@ -14,7 +14,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
-from specauf.files import atomic_file, atomic_write_text
+from specauf.files import atomic_file, atomic_write_text, json_text
 from specauf.report import plots, tables
 from specauf.report.words import CAPTIONS, COMPARED, GLOSSARY, LEGEND, PROSE, SELECTION, clean
 from specauf.strict import UserError, nearest
@@ -147,7 +147,7 @@ def write_files(
             with atomic_file(out / "figures" / f"{name}.png") as temporary:
                 temporary.write_bytes(plots.to_png(wide))
         markdown, html = texts(inline)
-        atomic_write_text(out / "results.json", json.dumps(_finite(results), indent=2, allow_nan=False) + "\n")
+        atomic_write_text(out / "results.json", json_text(results))
         atomic_write_text(out / "report.md", markdown)
         atomic_write_text(out / "index.html", html)
     except OSError as error:
@@ -255,12 +255,3 @@ def _inline(svg: str, kind: str, label: str) -> Markup:
     limit = math.ceil(float(size[1]) * 4 / 3)  # points to CSS pixels
     head = '<svg class="{}" role="img" aria-label="{}" viewBox="{}" style="max-width: {}px">'
     return Markup(head).format(kind, label, size[0][9:-1], limit) + Markup(body)
-
-
-def _finite(value: Any) -> Any:
-    """`value` with null for numbers that JSON does not have."""
-    if isinstance(value, dict):
-        return {str(k): _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -76,8 +76,11 @@ def finished(out: Path) -> bool:
 
 
 def identity(config: RunConfig) -> dict[str, Any]:
-    """The configuration without `NOT_IDENTITY`."""
+    """The configuration without `NOT_IDENTITY`. A cell that it starts from goes by its name: a study may be moved."""
     tree = to_dict(config)
+    source, cells = tree["drafter"]["init_from"], Path(config.out).parent
+    if source and Path(source).is_relative_to(cells):
+        tree["drafter"]["init_from"] = str(Path(source).relative_to(cells))
     for *parents, last in NOT_IDENTITY:
         node = tree
         for parent in parents:

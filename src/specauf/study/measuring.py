@@ -42,11 +42,11 @@ class Want:
 def measure_all(
     study: Study, target: Target, parts: Sequence[str], recordings: Sequence[Recording], console: Console
 ) -> tuple[list[str], list[str]]:
-    """(What is left to another process, what is not recorded yet), after measuring the rest."""
+    """(What is left to another process, what is not recorded as it is wanted), after measuring the rest."""
     left, unrecorded = [], []
     for wanted in recordings:
         for task in study.base.eval.tasks:
-            about = describe(study, task, wanted.temperature, target)
+            about = describe(study, task, wanted, target)
             told = f"{task} at T={wanted.temperature:g}"
             if about is None:
                 unrecorded.append(told)
@@ -125,7 +125,7 @@ def check_live_all(study: Study, target: Target, part: str, console: Console) ->
     for subject in (*cells, *lookup_subjects(study, part)):
         for task in study.base.eval.tasks if study.live.prompts and subject else ():
             assert subject is not None
-            about = describe(study, task, 0.0, target)
+            about = describe(study, task, study.live_recording(), target)
             if about is None or read_live(study, subject, task, about):
                 continue
             with claim(study.out / "measured" / subject.name) as mine:

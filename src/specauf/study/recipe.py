@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -66,7 +67,8 @@ class Part:
         require(self.baseline in self.methods, f"the baseline {self.baseline!r} is not one of its methods")
         require(all(seed >= 0 for seed in self.seeds), "seeds are 0, 1, 2, ...")
         require(all(t >= 0 for t in self.temperatures), "temperatures are >= 0")
-        require(self.prompts is None or self.prompts >= 1, f"prompts must be at least 1, got {self.prompts}")
+        told = f"prompts must be at least 2, which an interval needs; got {self.prompts}"
+        require(self.prompts is None or self.prompts >= 2, told)
         require(self.max_new_tokens >= 2, f"max_new_tokens must be at least 2, got {self.max_new_tokens}")
 
 
@@ -107,6 +109,15 @@ class Recording:
     prompts: int | None
     max_new_tokens: int
     block_size: int
+
+    def covers(self, other: Recording, conversations: int) -> bool:
+        """Whether `other` can be read out of this one, of which so many conversations are recorded.
+
+        Fewer than were asked for are all that the task has.
+        """
+        whole = self.prompts is None or conversations < self.prompts
+        enough = whole or (other.prompts or math.inf) <= (self.prompts or 0)
+        return enough and self.max_new_tokens >= other.max_new_tokens and self.block_size >= other.block_size
 
 
 @dataclass(frozen=True)
@@ -187,6 +198,15 @@ class Study:
             found.append(Recording(t, prompts, longest, max(self.block_sizes())))
         return found
 
+    def recording(self, key: str, temperature: float) -> Recording:
+        """What this part alone needs of it."""
+        part = self.parts[key]
+        return Recording(temperature, part.prompts, part.max_new_tokens, max(self.block_sizes(key)))
+
+    def live_recording(self) -> Recording:
+        """What the live sample of the first part needs."""
+        return Recording(0.0, self.live.prompts, self.live.tokens, max(self.block_sizes(next(iter(self.parts)))))
+
 
 SECTIONS = ("title", "out", "base", "methods", "parts", "live")
 
@@ -266,6 +286,10 @@ def _check(study: Study, where: str) -> None:
         if content in seen:
             raise ConfigError(f"{at} is the same run as methods.{seen[content]}: name one of them in both parts")
         seen[content] = name
+    require(
+        study.base.eval.sampling.proposal == "greedy",
+        f"{where}: base.eval.sampling.proposal: a study replays, which needs the greedy one",
+    )
     primary, first = next(iter(study.parts.items()))
     require(
         study.live.tokens <= first.max_new_tokens or not study.live.prompts,

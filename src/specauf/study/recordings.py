@@ -17,27 +17,42 @@ from specauf.bench.tasks import BenchPrompt, describe_task, load_task, render_pr
 from specauf.config import EvalConfig, digest
 from specauf.console import Console
 from specauf.decode.acceptance import repeated_share
+from specauf.decode.replay import check_reach
 from specauf.files import atomic_write_text
 from specauf.run import data_dir
-from specauf.strict import to_dict
+from specauf.strict import UserError, to_dict
 from specauf.study.cells import claim
 from specauf.study.recipe import Recording, Study
 from specauf.target import Target
 
 
-def describe(study: Study, task: str, temperature: float, target: Target | None = None) -> dict[str, Any] | None:
-    """What is recorded of a task at a temperature; None when nothing is.
+def describe(study: Study, task: str, wanted: Recording, target: Target | None = None) -> dict[str, Any] | None:
+    """What is recorded of a task, if `wanted` can be read out of it: enough conversations, tokens and slots; else None.
 
     With `target`, also None when it is a recording of another target, other prompts or another sampling than the recipe's.
     Keys: `key` (digest of the tokens), `recording` (the fields of `Recording`), `made_of` (digest of target, EOS ids,
     prompts and sampling), `label`, `clusters` (conversation number of each trajectory), `repeated_share`.
     """
-    path = _path(study, task, temperature)
-    found: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
-    if found and target:
-        made_of = _made_of(study, target, _prompts(study, task), Recording(**found["recording"]))
-        return found if found["made_of"] == made_of else None
-    return found
+    path = _path(study, task, wanted.temperature)
+    if not path.is_file():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text())
+    fits = Recording(**found["recording"]).covers(wanted, len(set(found["clusters"])))
+    if fits and target:
+        fits = found["made_of"] == _made_of(study, target, _prompts(study, task), wanted)
+    return found if fits else None
+
+
+def check_tasks(study: Study, target: Target, recordings: Sequence[Recording]) -> None:
+    """Raise `UserError` when a task cannot be recorded or gives no interval: before hours of training, not after."""
+    for task in study.base.eval.tasks:
+        prompts, label = _prompts(study, task), describe_task(task, tasks_dir=study.base.eval.tasks_dir).label
+        if len(prompts) < 2:
+            held = f"eval.tasks: {label} has {len(prompts) or 'no'} conversation"
+            raise UserError(f"{held}, and an interval needs two or more: add some, or leave it out")
+        for wanted in recordings:
+            rendered = render_prompts(target, prompts[: wanted.prompts], study.base.data.enable_thinking)
+            check_reach(target, rendered, wanted.max_new_tokens + wanted.block_size - 1)
 
 
 def chosen(clusters: Sequence[int], conversations: int | None) -> list[int]:
@@ -51,14 +66,13 @@ def record_all(study: Study, target: Target, recordings: Sequence[Recording], co
     left = []
     for wanted in recordings:
         for task in study.base.eval.tasks:
-            prompts = _prompts(study, task)
-            if _covers(describe(study, task, wanted.temperature), study, target, prompts, wanted):
+            if describe(study, task, wanted, target):
                 continue
             with claim(_path(study, task, wanted.temperature).with_suffix("")) as mine:
                 if not mine:
                     left.append(f"{task} at T={wanted.temperature:g}")
-                elif not _covers(describe(study, task, wanted.temperature), study, target, prompts, wanted):
-                    _record(study, target, task, prompts, wanted, console)
+                elif not describe(study, task, wanted, target):
+                    _record(study, target, task, _prompts(study, task), wanted, console)
     return left
 
 
@@ -102,18 +116,6 @@ def _open(
 def _settings(study: Study, wanted: Recording) -> EvalConfig:
     sampling = dataclasses.replace(study.base.eval.sampling, temperature=wanted.temperature)
     return dataclasses.replace(study.base.eval, sampling=sampling, max_new_tokens=wanted.max_new_tokens)
-
-
-def _covers(
-    about: dict[str, Any] | None, study: Study, target: Target, prompts: list[BenchPrompt], wanted: Recording
-) -> bool:
-    """Whether what is recorded has everything that is wanted, and is of the same target, prompts and sampling."""
-    if about is None or about["made_of"] != _made_of(study, target, prompts, wanted):
-        return False
-    have = Recording(**about["recording"])
-    count = len(prompts)
-    enough = min(have.prompts or count, count) >= min(wanted.prompts or count, count)
-    return enough and have.max_new_tokens >= wanted.max_new_tokens and have.block_size >= wanted.block_size
 
 
 def _made_of(study: Study, target: Target, prompts: list[BenchPrompt], wanted: Recording) -> str:

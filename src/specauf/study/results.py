@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,12 @@ from specauf.train.objectives import objectives_of
 def collect(study: Study, target: Target, prepared: Prepared) -> dict[str, Any]:
     """The dict that the report reads. Whatever has not run is named, nothing is left out."""
     box = provenance.for_report(digest(_recipe(study)))
-    measured = Measured(study)
+    measured = Measured(study, target)
     results: dict[str, Any] = {
         "kind": "study",
         "title": study.title,
         "created": box["created"],
-        "command": " ".join(["specauf", *sys.argv[1:]]),
+        "command": shlex.join(["specauf", *sys.argv[1:]]),
         "provenance": {
             **box,
             "target": {"name": target.display_name, "fingerprint": target.fingerprint()},
@@ -46,13 +46,13 @@ def collect(study: Study, target: Target, prepared: Prepared) -> dict[str, Any]:
         "settings": _settings(study),
         "margin": MARGIN,
         "primary": "macro-average tau at T=0",
-        "tasks": {name: _task(study, name) for name in study.base.eval.tasks},
+        "tasks": {name: _task(study, target, name) for name in study.base.eval.tasks},
         "methods": [_method(study, name) for name in _used(study)] + _lookups(study),
         "training": {name: _training(study, name) for name in _used(study)},
         "parts": [_part(study, measured, key) for key in study.parts],
         "scores": scores(measured),
         "comparisons": comparisons(measured),
-        "checks": _checks(study),
+        "checks": _checks(study, target),
     }
     results["claims"] = claims(results)
     return results
@@ -80,13 +80,13 @@ def _used(study: Study) -> list[str]:
     return [name for name in study.methods if name in named]
 
 
-def _task(study: Study, name: str) -> dict[str, Any]:
+def _task(study: Study, target: Target, name: str) -> dict[str, Any]:
     known = describe_task(name, tasks_dir=study.base.eval.tasks_dir)
     shares, clusters = {}, list[int]()
-    for t in sorted({t for part in study.parts.values() for t in part.temperatures}):
-        about = describe(study, name, t)
+    for wanted in sorted(study.recordings(), key=lambda r: r.temperature):
+        about = describe(study, name, wanted, target)
         if about is not None:
-            shares[f"{t:g}"] = about["repeated_share"]
+            shares[f"{wanted.temperature:g}"] = about["repeated_share"]
             clusters = max(clusters, about["clusters"], key=len)
     return {
         "label": known.label,
@@ -203,7 +203,7 @@ def _part(study: Study, measured: Measured, key: str) -> dict[str, Any]:
     }
 
 
-def _checks(study: Study) -> list[dict[str, Any]]:
+def _checks(study: Study, target: Target) -> list[dict[str, Any]]:
     """Of the primary part's methods: live decoding of a sample against replay, task by task."""
     key, part = next(iter(study.parts.items()))
     found = []
@@ -211,7 +211,7 @@ def _checks(study: Study) -> list[dict[str, Any]]:
     for subject in (*cells, *lookup_subjects(study, key)):
         for task in study.base.eval.tasks if subject else ():
             assert subject is not None
-            about = describe(study, task, 0.0)
+            about = describe(study, task, study.live_recording(), target)
             check = read_live(study, subject, task, about) if about else None
             if check is None:
                 continue
@@ -233,7 +233,3 @@ def write(study: Study, results: dict[str, Any]) -> Path:
 
     index: Path = study_page.write(results, study.out / "report")
     return index
-
-
-def dumped(results: dict[str, Any]) -> str:
-    return json.dumps(results, indent=1) + "\n"

@@ -28,6 +28,7 @@ from specauf.study.claims import DOMINO, PRIORS
 from specauf.study.recipe import LOOKUP, Part, Study
 from specauf.study.recordings import chosen, describe
 from specauf.study.records import Place, Subject, cell_subject, load_records, lookup_subjects
+from specauf.target import Target
 
 MACRO = "macro"
 NO_SEED = -1
@@ -77,6 +78,11 @@ class Counts:
         share = at_least[:, kept] / rounds[:, kept, None]
         return np.asarray(share.mean(axis=(0, 1)))
 
+    def engine_tau(self) -> float:
+        """Generated tokens over rounds, pooled; a prompt without a round is in neither."""
+        rounds = self.accepted.sum(-1)
+        return float(self.tokens[rounds > 0].sum() / rounds.sum())
+
     def of(self, seeds: Sequence[int]) -> Counts:
         """The same of these seeds alone; a method without seeds is repeated for each."""
         rows = [self.seeds.index(s) for s in seeds] if self.seeds else [0] * len(seeds)
@@ -96,8 +102,9 @@ ByTask = dict[str, Counts]
 class Measured:
     """Everything measured of a study, read once from its directory."""
 
-    def __init__(self, study: Study) -> None:
-        self.study = study
+    def __init__(self, study: Study, target: Target | None = None) -> None:
+        """With `target`, what was recorded of another one, or by another recipe, counts as not measured."""
+        self.study, self.target = study, target
         self._cache: dict[tuple[str, float, str, tuple[int, ...]], ByTask] = {}
 
     def of(self, key: str, temperature: float, method: str, seeds: Sequence[int] | None = None) -> ByTask:
@@ -121,7 +128,7 @@ class Measured:
         found: dict[str, dict[int, list[dict[str, Any]]]] = {}
         clusters: dict[str, list[int]] = {}
         for task in self.study.base.eval.tasks:
-            about = describe(self.study, task, temperature)
+            about = describe(self.study, task, self.study.recording(key, temperature), self.target)
             if about is None:
                 return {}
             numbers = chosen(about["clusters"], part.prompts)
@@ -182,7 +189,7 @@ def _score(by_task: ByTask) -> dict[str, Any]:
         "rounds": int(sum(rounds.values())),
         "prompts": sum(len(counts.clusters) for counts in by_task.values()),
         "cut_share": float(np.mean([counts.cut.sum() / rounds[task] for task, counts in by_task.items()])),
-        "engine_tau": float(np.mean([counts.tokens.sum() / rounds[task] for task, counts in by_task.items()])),
+        "engine_tau": float(np.mean([counts.engine_tau() for counts in by_task.values()])),
         "seed_taus": {
             str(seed): macro({task: tau[i : i + 1] for task, tau in taus.items()}) for i, seed in enumerate(first.seeds)
         },

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from specauf.console import Console
-from specauf.files import atomic_write_text
+from specauf.files import atomic_write_text, json_text
 from specauf.study import results
 from specauf.study.cells import check_same_data, check_unchanged
 from specauf.study.measuring import check_live_all, measure_all
 from specauf.study.recipe import Study, known_parts
-from specauf.study.recordings import record_all
-from specauf.study.training import Corpus, train_cells
+from specauf.study.recordings import check_tasks, record_all
+from specauf.study.training import Corpus, check_source, train_cells
 from specauf.target import Target
 
 STAGES = ("train", "record", "measure", "report")
@@ -27,7 +27,11 @@ def run_study(
     console.say(f"{study.title}: {study.out}; target {target.name}, fingerprint {target.fingerprint()}")
     for cell in study.cells():  # of every part: the report shows them all under the recipe's names
         check_unchanged(cell)
+        check_source(study, cell)
     corpus, recordings = Corpus(study, target, console), study.recordings(keys)
+    if {"train", "record"} & set(wanted):
+        corpus.prepared(study.base)  # the task of held-out prompts comes from it
+        check_tasks(study, target, recordings)
     if {"train", "measure"} & set(wanted):  # what is measured must not have been trained on, by any of them
         for cell in study.cells(keys):
             if (cell.out / "run.json").is_file():
@@ -38,7 +42,6 @@ def run_study(
         done = len(cells) - len(left)
         console.say(f"{done} of {len(cells)} cells are trained" + (f"; left: {', '.join(left)}" if left else ""))
     if "record" in wanted:
-        corpus.prepared(study.base)  # the task of held-out prompts comes from it
         left = record_all(study, target, recordings, console)
         console.say("the target is recorded" + _left("recordings", left))
     if "measure" in wanted:
@@ -51,7 +54,7 @@ def run_study(
     if "report" not in wanted:
         return None
     found = results.collect(study, target, corpus.prepared(study.base))
-    atomic_write_text(study.out / "results.json", results.dumped(found))
+    atomic_write_text(study.out / "results.json", json_text(found))
     return results.write(study, found)
 
 

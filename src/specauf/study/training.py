@@ -26,8 +26,9 @@ from specauf.run import (
     prepare_data,
     require_heldout,
     step_note,
+    weights_hash,
 )
-from specauf.strict import UserError, to_dict
+from specauf.strict import ConfigError, UserError, to_dict
 from specauf.study.cells import claim, finished, identity, progress, turn
 from specauf.study.recipe import Cell, Study
 from specauf.target import Target
@@ -87,6 +88,27 @@ class Corpus:
         """Two processes would write the same files; the second finds them instead."""
         told = f"another process is preparing the {what}: waiting for it"
         return turn(self.study.out / what, lambda: self.console.say(told))
+
+
+def check_source(study: Study, cell: Cell) -> None:
+    """Raise `ConfigError` when a trained cell was made from another cell that has been trained anew since."""
+    method, path = study.methods[cell.method], cell.out / "checkpoint" / "config.json"
+    if not path.is_file():
+        return
+    calibrated = _calibrations(study).get(cell.method, {})
+    made_from = json.loads(path.read_text())["specauf"].get("init_from", {}).get("weights")
+    for source, seed, then in (
+        (method.start_from, cell.seed, made_from),
+        (method.minutes_as, calibrated.get("seed"), calibrated.get("weights_of_other")),
+    ):
+        if source is None or then is None:
+            continue
+        there = study.cell_dir(source, seed)
+        if finished(there) and weights_hash(there / "checkpoint") != then:
+            raise ConfigError(
+                f"{cell.out} was made from {there.name} as it was before it was trained anew: delete {cell.out} to train it "
+                "again"
+            )
 
 
 def train_cells(study: Study, target: Target, corpus: Corpus, cells: Sequence[Cell], console: Console) -> list[str]:
@@ -163,26 +185,33 @@ def steps_of(study: Study, target: Target, corpus: Corpus, cell: Cell, console: 
         assert cell.config.train.max_steps is not None
         return cell.config.train.max_steps
     with turn(study.out / "calibration", lambda: console.say("another process is calibrating: waiting for it")):
-        path = study.out / CALIBRATION
-        known: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-        other = study.config(method.minutes_as, cell.seed)
+        known, other = _calibrations(study).get(cell.method, {}), study.config(method.minutes_as, cell.seed)
+        there = study.cell_dir(method.minutes_as, cell.seed)
         of = digest([identity(study.config(name, 0)) for name in (cell.method, method.minutes_as)])
-        if known.get(cell.method, {}).get("of") != of:
+        before = known.get("seed") == cell.seed and known["weights_of_other"] != weights_hash(there / "checkpoint")
+        if known.get("of") != of or before:
             console.say(f"calibrating {cell.method} against {method.minutes_as}: alternating steps, undone afterwards")
             trainers = [_bare_trainer(target, corpus, config) for config in (cell.config, other)]
-            there = study.cell_dir(method.minutes_as, cell.seed)
             mine, theirs = calibrate(trainers, steps=10, weights=load_drafter(there / "checkpoint").state_dict())
             steps = progress(there)[0]
-            known[cell.method] = {
+            known = {
                 "as": method.minutes_as,
                 "of": of,
+                "seed": cell.seed,
+                "weights_of_other": weights_hash(there / "checkpoint"),
                 "seconds_per_step": mine,
                 "seconds_per_step_of_other": theirs,
                 "steps_of_other": steps,
                 "max_steps": max(1, round(steps * theirs / mine)),
             }
-            atomic_write_text(path, json.dumps(known, indent=2) + "\n")
-    return int(known[cell.method]["max_steps"])
+            found = _calibrations(study) | {cell.method: known}
+            atomic_write_text(study.out / CALIBRATION, json.dumps(found, indent=2) + "\n")
+    return int(known["max_steps"])
+
+
+def _calibrations(study: Study) -> dict[str, Any]:
+    path = study.out / CALIBRATION
+    return dict(json.loads(path.read_text())) if path.is_file() else {}
 
 
 def _bare_trainer(target: Target, corpus: Corpus, config: RunConfig) -> Trainer:

@@ -172,7 +172,7 @@ def test_results_depend_on_the_seed_alone(monkeypatch: pytest.MonkeyPatch) -> No
     first = hierarchical_bootstrap(tasks, None, groups, resamples=1000)
     assert first == hierarchical_bootstrap(dict(reversed(tasks.items())), None, groups, resamples=1000)
     assert first != hierarchical_bootstrap(tasks, None, groups, resamples=1000, seed=1)
-    monkeypatch.setattr(made, "CHUNK", 77)
+    monkeypatch.setattr("specauf.decode.resampling.CHUNK", 77)
     assert first == hierarchical_bootstrap(tasks, None, groups, resamples=1000)
 
 
@@ -243,7 +243,7 @@ def test_without_the_mending_three_seeds_would_not_cover(monkeypatch: pytest.Mon
     def plain(levels: Any, _: Any) -> Any:
         return np.sum([deviations * math.sqrt(1 - 1 / n) for deviations, n in levels], axis=0)
 
-    monkeypatch.setattr(made, "_student", plain)
+    monkeypatch.setattr(made, "student", plain)
     assert coverage(3, 5)[0] < 0.85
 
 

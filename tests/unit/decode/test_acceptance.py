@@ -72,6 +72,17 @@ def test_one_conversation_has_no_interval_and_nothing_accepted_no_ratio() -> Non
     assert one.difference == 1 and np.isnan(one.interval).all() and np.isnan(one.ratio)
 
 
+@pytest.mark.parametrize("prompts", [2, 3, 8, 32])
+def test_few_prompts_do_not_make_an_interval_too_narrow(prompts: int) -> None:
+    rng = np.random.default_rng(prompts)
+    worlds = 400
+    missed = 0
+    for values in rng.normal(2, 1, (worlds, prompts)):
+        low, high = bootstrap(values, resamples=1000)
+        missed += not low <= 2 <= high
+    assert missed / worlds < 0.05 + 3 * np.sqrt(0.05 * 0.95 / worlds)  # the plain percentile bootstrap: 0.5 at two
+
+
 def test_turns_of_a_conversation_are_drawn_together() -> None:
     conversations = np.random.default_rng(0).normal(2, 1, 60)
     turns = np.repeat(conversations, 2)  # the second turn says what the first did: nothing new

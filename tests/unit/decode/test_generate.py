@@ -152,6 +152,17 @@ def test_learned_positions_are_used_to_the_last_and_no_further() -> None:
         target.run(torch.zeros(1, 33, dtype=torch.long))
 
 
+def test_every_prompt_has_a_limit_of_its_own() -> None:
+    target = make_target()
+    prompts, limits = [[1, 2, 3], [4, 5, 6, 7, 8], [9]], [7, 2, 12]
+    made = generate(target, PromptLookup(4), prompts, max_new_tokens=limits, eos_ids=frozenset())
+    for prompt, limit, found in zip(prompts, limits, made, strict=True):
+        (alone,) = generate(target, PromptLookup(4), [prompt], max_new_tokens=limit, eos_ids=frozenset())
+        assert (found.tokens, found.rounds) == (alone.tokens, alone.rounds) and len(found.tokens) == limit
+    target.reach = 13  # of each with its own limit, not of the longest with the largest
+    generate(target, None, prompts, max_new_tokens=limits, eos_ids=frozenset())
+
+
 def test_rotations_that_turn_with_the_length_are_used_as_far_as_they_stay() -> None:
     geometry = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "rope_theta": 10000.0}

@@ -289,6 +289,23 @@ def test_prompts_without_room_are_counted(world: World) -> None:
     assert int(data.offsets.diff().max()) <= 30
 
 
+def test_no_question_holds_the_mask_token_either(world: World) -> None:
+    """Of a first question the conversation is dropped, before a later one it ends."""
+    mask = world.target.tokenizer.encode("0123", add_special_tokens=False)[-1]  # type: ignore[union-attr]
+    data = world.roll(GREEDY, mask_token_id=mask)
+    assert mask not in data.ids
+    ledger = data.meta["ledger"]
+    assert ledger["dropped"]["the prompt holds the MASK token"] > 0
+    assert ledger["changed"]["samples ended before a question with the MASK token"] > 0
+
+
+def test_a_batch_reaches_no_further_than_its_members(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long prompt with little room beside a short one with much: each ends within the target's reach."""
+    wanted = rows(world.roll(dataclasses.replace(GREEDY, max_new_tokens=40), "far"))
+    monkeypatch.setattr(world.target, "reach", DATA.max_length)
+    assert rows(world.roll(dataclasses.replace(GREEDY, max_new_tokens=40))) == wanted
+
+
 def test_several_samples_at_temperature_0_are_refused() -> None:
     with pytest.raises(UserError, match="4 samples at temperature 0"):
         RolloutConfig(samples=4)

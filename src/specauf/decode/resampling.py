@@ -1,0 +1,38 @@
+"""The bootstrap of a mean, mended for few units: what intervals of `specauf eval` and of studies are made of.
+
+`bench/statistics.py` says why, and what share of the intervals then holds the truth.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+CHUNK = 1000
+"""Resamples whose indices are in memory at a time."""
+Floats = NDArray[np.float64]
+
+
+def deviations(sums: Floats, sizes: Floats, resamples: int, rng: np.random.Generator) -> Floats:
+    """[resamples]: resampled mean (sum of sums over sum of sizes) minus the observed one, its variance made unbiased."""
+    n, means = len(sums), np.empty(resamples)
+    for start in range(0, resamples, CHUNK):
+        drawn = rng.integers(0, n, (min(CHUNK, resamples - start), n))
+        means[start : start + CHUNK] = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
+    observed = float(sums.sum() / sizes.sum())
+    return (means - observed) * math.sqrt(n / (n - 1))
+
+
+def student(levels: Sequence[tuple[Floats, int]], rng: np.random.Generator) -> Floats:
+    """[resamples]: the levels' deviations added, with the tails that the number of units of each calls for."""
+    total: Floats = np.sum([deviations for deviations, _ in levels], axis=0)
+    variances = np.array([np.mean(deviations**2) for deviations, _ in levels])
+    if not variances.any():
+        return total  # no spread at all: a method against itself
+    shares = variances / variances.sum()
+    freedom = 1 / np.sum(shares**2 / np.array([n - 1 for _, n in levels]))
+    scale: Floats = np.sqrt(freedom / rng.chisquare(freedom, len(total)))
+    return total * scale
