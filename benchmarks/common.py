@@ -25,9 +25,9 @@ class Row:
     at: str
     ratio: float
     reach: float | None = None
-    """The ratio that was promised; None: reported only."""
+    """The goal, set before it was measured; None: reported only."""
     below: bool = False
-    """The promise is an upper bound."""
+    """The goal is an upper bound."""
     note: str = ""
 
     @property
@@ -91,10 +91,10 @@ def table(found: Iterable[Row]) -> str:
     lines = []
     for row in found:
         sign = "<=" if row.below else ">="
-        promise = (
+        goal = (
             "reported" if row.reach is None else f"{sign} {row.reach:g}: {'reached' if row.reached else 'NOT reached'}"
         )
-        lines.append(f"{row.what} against {row.against}; {row.at}\n    {row.ratio:.2f} ({promise}) {row.note}")
+        lines.append(f"{row.what} against {row.against}; {row.at}\n    {row.ratio:.2f} ({goal}) {row.note}")
     return "\n".join(lines)
 
 

@@ -140,7 +140,7 @@ def serving(config: DFlashConfig, out: Path, layout: str, base: str, dtype: str)
     if config.domino:  # vLLM has no Domino; SGLang corrects 2048 candidates unless told otherwise
         served = config.domino.pure_draft_prefix_len == 1 and dtype == "bfloat16"
         return [f"{sglang} --dtype bfloat16 --speculative-domino-candidate-pool-size 0"] * served
-    return [vllm, sglang]
+    return [vllm, sglang, f'specauf generate {where} "Write a haiku about rain."']
 
 
 def card(
@@ -179,7 +179,8 @@ def card(
         *(text for found in results for text in _measured(found)),
         "## Use",
         "```sh\n" + "\n".join(commands) + "\n```" if commands else NOT_SERVED,
-        "Acceptance is highest under the chat template and thinking flag above.",
+        "Figures are of the target above; acceptance is highest under its chat template and thinking flag. docs/serving.md of "
+        "specauf says what each engine was seen to do.",
     ]
     return "\n".join(lines[: len(head)]) + "\n\n" + "\n\n".join(lines[len(head) :]) + "\n"
 

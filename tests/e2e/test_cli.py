@@ -28,6 +28,8 @@ def test_prepare_train_eval_generate_and_report(world: Path, capsys: pytest.Capt
     rows = [json.loads(line) for line in (world / "run" / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == list(range(1, 7))
     assert rows[2]["replay_tau"] >= 1 and "replay_tau" not in rows[1]
+    told = (Path(__file__).parents[2] / "docs" / "log.md").read_text()
+    assert not [key for row in rows for key in row if f"`{key}`" not in told]
     for name in ("config.yaml", "run.json", "checkpoint/model.safetensors", "checkpoint/state.json"):
         assert (world / "run" / name).is_file(), name
     assert main(["train", recipe]) == 0, "a finished run is finished, not an error"

@@ -32,7 +32,7 @@ def checkpoint(target: Target, tmp_path: Path) -> Path:
 def test_the_layout_of_engines_in_bfloat16_with_commands_that_name_both_models(
     checkpoint: Path, tmp_path: Path
 ) -> None:
-    vllm, sglang = export(checkpoint, tmp_path / "out", license="apache-2.0")
+    vllm, sglang, own = export(checkpoint, tmp_path / "out", license="apache-2.0")
     found, was = load_file(tmp_path / "out" / "model.safetensors"), load_file(checkpoint / "model.safetensors")
     assert found.keys() == was.keys()
     assert all(torch.equal(found[name], was[name].to(torch.bfloat16)) for name in was)
@@ -41,6 +41,7 @@ def test_the_layout_of_engines_in_bfloat16_with_commands_that_name_both_models(
     assert vllm.startswith("vllm serve a/b --speculative-config '{")
     assert json.loads(vllm.split("'")[1])["num_speculative_tokens"] == 4, "the anchor is not proposed"
     assert sglang.endswith(f"--speculative-algorithm DFLASH --speculative-draft-model-path {tmp_path}/out")
+    assert own.startswith(f"specauf generate {tmp_path}/out ")
     card = (tmp_path / "out" / "README.md").read_text()
     head = yaml.safe_load(card.split("---")[1])
     assert head["base_model"] == "a/b" and head["license"] == "apache-2.0"
