@@ -206,7 +206,7 @@ def _history(told: Mapping[str, Any]) -> dict[str, str]:
     if "init_layers" in told:
         rows["began as target layers"] = ", ".join(map(str, told["init_layers"]))
     if before:
-        rows["went on from"] = f"{before['path']}, weights {before['weights']}"
+        rows["went on from"] = f"{before['path']}, model.safetensors {before['weights']}"
         if trained := before.get("trained"):
             rows["went on from"] += f", {trained.get('steps', '?')} steps of {trained.get('objective', '?')}"
             if "block_size" in before:

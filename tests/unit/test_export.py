@@ -138,7 +138,7 @@ def test_the_card_tells_what_a_drafter_was_trained_on_and_from(target: Target, t
     card = (tmp_path / "out" / "README.md").read_text()
     for row in (
         "| trained on | 2,200 conversations of runs/own, to 384 tokens: the target's own answers at T=0 |",
-        "| went on from | runs/first, weights ba9876543210, 7 steps of auf |",
+        "| went on from | runs/first, model.safetensors ba9876543210, 7 steps of auf |",
         "| trained on (before that) | 2,200 conversations of sharegpt, to 384 tokens |",
         "| prompts kept out of it (before that) | GSM8K |",
         "| began as target layers (before that) | 0, 1 |",
