@@ -252,7 +252,7 @@ def status() -> list[Status]:
             size = sum(file.stat().st_size for file in path.iterdir()) if present else 0
         else:
             path = _cached_path(asset)
-            present = path.is_file()
+            present = os.access(path, os.R_OK)
             size = path.stat().st_size if present else 0
         found.append(Status(asset.name, asset.package, asset.version, present, path, size))
     return found

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from specauf.target import Target
     from specauf.train.distributed import Ranks
 
-MENDABLE = (errno.EACCES, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOSPC, errno.EROFS)
+MENDABLE = (errno.EACCES, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """What the file system says of a user's path or disk; other errors of it are ours, with their traceback."""
 Recipe = Annotated[Path, tyro.conf.Positional]
 Overrides = Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="SECTION.KEY=VALUE ...")]
@@ -44,8 +44,8 @@ class Prepare:
     """Override fields of the recipe."""
 
     def run(self, terminal: Terminal) -> int:
-        from specauf.data.chat import Rendered, colour
         from specauf.run import data_dir, prepare_corpus, prepare_data
+        from specauf.show import show_conversation
         from specauf.target import load_tokenizer
 
         config = configuration.load(self.recipe, self.set)
@@ -58,9 +58,7 @@ class Prepare:
         terminal.say(f"held out: {prepared.train.meta['heldout']}")
         terminal.say(f"{'reused' if prepared.reused else 'written to'} {data_dir(config)}")
         for i in range(min(self.show, len(prepared.train))):
-            example = prepared.train[i]
-            terminal.rich.rule(f"conversation {prepared.train.meta['conversation_ids'][i]}")
-            terminal.rich.print(colour(tokenizer, Rendered(example.input_ids.tolist(), example.loss_mask.tolist())))
+            show_conversation(terminal, tokenizer, prepared.train, i)
         return 0
 
 
@@ -119,17 +117,19 @@ class Train:
 
     def _run(self, terminal: Terminal, ranks: Ranks) -> int:
         from specauf import run
+        from specauf.locks import hold
         from specauf.train.objectives import objectives_of
 
-        config = configuration.load(self.recipe, self.set)
-        if config.train.max_steps is None and config.train.minutes is None:
-            raise ConfigError("set train.max_steps or train.minutes: the learning-rate schedule needs a horizon")
-        objectives_of(config)  # what it cannot be is said before anything is loaded
-        with ranks.first():  # downloads and prepared data, once
+        with ranks.first():  # mistakes are said, downloads and data made, once
+            config = configuration.load(self.recipe, self.set)
+            if config.train.max_steps is None and config.train.minutes is None:
+                raise ConfigError("set train.max_steps or train.minutes: the learning-rate schedule needs a horizon")
+            objectives_of(config)  # what it cannot be is said before anything is loaded
             target = _target(config.target)
             prepared = run.prepare_data(config, target)
+            run.require_trainable(config, target, prepared)
+            lock = hold(Path(config.out)) if ranks.main else None
         terminal.say("data: prepared before" if prepared.reused else "\n".join(prepared.ledger.lines()))
-        run.require_heldout(config, prepared)
         with terminal.progress("features", float(len(prepared.train.ids)) if config.features.cache else 0) as advance:
             features = run.feature_cache(config, target, prepared, on_progress=lambda n: advance(n, ""), ranks=ranks)
         trainer = run.open_run(config, target, prepared, features, resume=not self.fresh, ranks=ranks).trainer
@@ -141,6 +141,7 @@ class Train:
             evaluate = run.heldout_evaluator(config, target, prepared, alone=not sharded)
         with terminal.progress(f"training {config.objective.name}", trainer.max_steps or 0, trainer.done) as advance:
             trainer.run(on_step=lambda row: advance(1, run.step_note(row)), evaluate=evaluate)
+        del lock  # held until here
         terminal.say(f"drafter: {Path(config.out) / 'checkpoint'}; log: {Path(config.out) / 'log.jsonl'}")
         return 0
 

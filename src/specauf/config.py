@@ -260,6 +260,7 @@ class TrainConfig:
             require(getattr(self, name) > 0, f"train.{name} must be > 0, got {getattr(self, name)}")
         for name in ("weight_decay", "seed"):
             require(getattr(self, name) >= 0, f"train.{name} must be >= 0, got {getattr(self, name)}")
+        require(self.seed < 2**63, f"train.seed must be below 2^63, got {self.seed}")
         require(0 <= self.warmup < 1, f"train.warmup is a share in [0, 1), got {self.warmup}")
         require(self.eval_every >= 0, f"train.eval_every must be >= 0, got {self.eval_every}")
 

@@ -35,6 +35,7 @@ from specauf.run import (
     new_drafter,
     open_run,
     prepare_data,
+    require_trainable,
     settings_of,
     step_note,
 )
@@ -97,6 +98,7 @@ def run_demo(base: RunConfig, minutes: float, console: Console) -> Path:
     prepared = prepare_data(base, target)
     for line in prepared.ledger.lines():
         console.say("  " + line)
+    require_trainable(base, target, prepared)
     tasks = _record(base, target, out, console)
 
     plan_path = out / "plan.json"

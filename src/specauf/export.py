@@ -75,7 +75,9 @@ def export(
             path = directory / "config.json"
             path.write_text(json.dumps(nested(json.loads(path.read_text()), base or ""), indent=2) + "\n")
         parameters = sum(p.numel() for p in drafter.parameters())
-        (directory / "README.md").write_text(card(config, parameters, dtype, base, commands, found, license))
+        (directory / "README.md").write_text(
+            card(config, parameters, dtype, base, commands, found, license), encoding="utf-8"
+        )
     return commands
 
 

@@ -15,6 +15,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What the system says of a disk or a quota that is full: there may be room later."""
+
 
 def _destination(path: str | Path) -> Path:
     """The real path (a link is followed, so that it survives), its parents made."""
@@ -43,6 +46,32 @@ def atomic_write_text(path: str | Path, text: str) -> None:
     """Write `text` as UTF-8. Readers see the old content or the new, never a part; parents are made."""
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+class Journal:
+    """A file of lines that are there as soon as they are written; what a full disk refuses comes with the next line."""
+
+    def __init__(self, path: Path, *, append: bool) -> None:
+        self._file = path.open("ab" if append else "wb", buffering=0)
+        self._late = b""
+
+    def write(self, line: str) -> None:
+        """Raises `OSError` for anything but a full disk or quota."""
+        self._late += line.encode() + b"\n"
+        start = self._file.seek(0, os.SEEK_END)
+        try:
+            done = self._file.write(self._late)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            done = 0
+        if done == len(self._late):
+            self._late = b""
+        elif done:
+            self._file.truncate(start)  # no half lines
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def json_text(value: Any, indent: int | None = 1) -> str:

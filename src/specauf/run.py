@@ -27,11 +27,11 @@ from specauf.drafter.config import DFlashConfig, DominoHead
 from specauf.drafter.dflash import DFlash
 from specauf.drafter.vocabulary import coverage, keep_tokens, most_frequent
 from specauf.drafter.warm import copy_layers
-from specauf.files import atomic_write_text, set_aside
+from specauf.files import atomic_write_text, recover_dir, set_aside
 from specauf.strict import ConfigError, UserError, to_dict
 from specauf.target import Target
 from specauf.train import checkpoint
-from specauf.train.batches import Batches
+from specauf.train.batches import Batches, require_batch
 from specauf.train.distributed import Ranks
 from specauf.train.loop import Trainer, calibrate
 from specauf.train.objectives import stored_extras
@@ -206,12 +206,19 @@ def weights_hash(directory: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
-def require_unused_mask(prepared: Prepared, mask_token_id: int) -> None:
-    """MASK must be a row that text never uses, or the drafter learns to read it as that text."""
+def require_trainable(config: RunConfig, target: Target, prepared: Prepared) -> None:
+    """Raise `UserError` for what training could not begin with: said before hours go into features.
+
+    MASK must be a row that text never uses, or the drafter learns to read it as that text.
+    """
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    mask_token_id = target.mask_token_id(config.drafter.mask_token_id)
     if bool((prepared.train.ids == mask_token_id).any()):
         raise ConfigError(
             f"mask_token_id {mask_token_id} occurs in the training data: set drafter.mask_token_id to an unused row"
         )
+    require_batch(len(prepared.train), config.train)
+    require_heldout(config, prepared)
 
 
 @dataclass
@@ -243,13 +250,13 @@ def open_run(
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     drafter = new_drafter(config, target)
-    require_unused_mask(prepared, drafter.config.mask_token_id)
     batches = Batches(prepared.train, features, config.train, stored_extras(config))
     trainer = Trainer(config, drafter, target, batches, out, ranks)
     trainer.max_steps = horizon or trainer.max_steps
     if resume:
         checkpoint.resume(trainer, out)
     elif ranks.main:
+        recover_dir(out / "checkpoint")  # or a later resume would bring back what was to be forgotten
         for path in (out / "checkpoint", out / "log.jsonl"):
             set_aside(path)
     if len(set(ranks.gather(trainer.done))) > 1:

@@ -12,13 +12,20 @@ from specauf.bench.runner import near_tie
 from specauf.bench.tasks import describe_task
 from specauf.config import EvalConfig, SamplingConfig
 from specauf.console import Terminal
-from specauf.data.chat import template_hash
-from specauf.data.dataset import read_split
+from specauf.data.chat import Rendered, colour, template_hash
+from specauf.data.dataset import TokenDataset, read_split
 from specauf.decode.generate import generate
 from specauf.decode.propose import Proposer
 from specauf.decode.select import Selection
 from specauf.strict import require
 from specauf.target import Target
+
+
+def show_conversation(terminal: Terminal, tokenizer: Any, data: TokenDataset, number: int) -> None:
+    """A conversation as it is trained on, the supervised tokens coloured."""
+    example = data[number]
+    terminal.rich.rule(Text(f"conversation {data.meta['conversation_ids'][number]}"))
+    terminal.rich.print(colour(tokenizer, Rendered(example.input_ids.tolist(), example.loss_mask.tolist())))
 
 
 def show(

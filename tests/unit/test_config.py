@@ -115,6 +115,14 @@ def test_sections_left_out_or_empty_keep_their_defaults(tmp_path: Path) -> None:
     assert run == RunConfig(drafter=DrafterConfig(block_size=16))
 
 
+def test_what_is_merged_may_be_given_again(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("drafter: &base {block_size: 4, num_taps: 2}\ntrain: {lr: 1e-3}\n")
+    path.write_text("out: x\ndrafter: {<<: {block_size: 4, num_taps: 2}, block_size: 8}\n")
+    found = load(path)
+    assert (found.drafter.block_size, found.drafter.num_taps) == (8, 2)
+
+
 def test_an_override_wins_over_the_recipe_and_leaves_the_rest(tmp_path: Path) -> None:
     recipe = write(tmp_path / "r.yaml", "train: {lr: 1e-3, seed: 5}\n")
     run = load(recipe, ["train.lr=6e-4", "eval.sampling.temperature=1", "drafter.target_layer_ids=[1, 5]", "out=x"])

@@ -17,6 +17,7 @@ from specauf.data.sources import Ledger
 from specauf.drafter.checkpoint import load_drafter, save_drafter
 from specauf.drafter.config import DFlashConfig
 from specauf.drafter.dflash import DFlash
+from specauf.locks import hold
 from specauf.run import data_dir, new_drafter, open_run
 from specauf.strict import ConfigError, UserError
 from specauf.target import Target
@@ -81,6 +82,14 @@ class Apart(Ranks):
 
     def gather(self, value: Any) -> list[Any]:
         return [value, 3]
+
+
+def test_one_process_at_a_time_trains_in_a_directory(tmp_path: Path) -> None:
+    held = hold(tmp_path)
+    with pytest.raises(UserError, match="another process trains there"):
+        hold(tmp_path)
+    held.close()
+    hold(tmp_path).close()
 
 
 def test_processes_that_see_different_checkpoints_stop_before_anything_is_written(

@@ -19,11 +19,12 @@ import yaml
 from specauf.cli import main
 from specauf.config import TargetConfig, digest, override
 from specauf.data.dataset import Prepared
+from specauf.locks import claim
 from specauf.report import study_index
 from specauf.run import new_drafter
 from specauf.strict import ConfigError, UserError
-from specauf.study import measuring, recipe
-from specauf.study.cells import claim, finished, identity
+from specauf.study import measuring, recipe, recordings
+from specauf.study.cells import finished, identity
 from specauf.study.results import collect
 from specauf.study.stages import run_study
 from specauf.study.training import Corpus
@@ -293,6 +294,22 @@ def test_a_recording_that_is_too_short_or_narrow_is_not_measured_as_if_it_were_n
     assert not any(row["part"] == part for row in found["scores"])
 
 
+def test_prompts_that_a_template_dates_are_another_days_recording(
+    whole: tuple[recipe.Study, dict[str, Any]], tiny: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Llama-3.2's template writes today's date into every prompt: nothing measured tomorrow may go by today's name."""
+    study, wanted = whole[0], whole[0].recordings()[0]
+    about = recordings.describe(study, "birds", wanted, tiny)
+    assert about and recordings.open_recorded(study, tiny, "birds", recipe.Recording(**about["recording"]))
+    template = tiny.tokenizer.chat_template  # type: ignore[union-attr]
+    monkeypatch.setattr(tiny.tokenizer, "chat_template", "27 Nov 2026" + template)
+    recordings._rendered.cache_clear()
+    assert recordings.describe(study, "birds", wanted, tiny) is None
+    with pytest.raises(UserError, match="the recording of birds changed while it was measured"):
+        recordings.open_recorded(study, tiny, "birds", recipe.Recording(**about["recording"]))
+    recordings._rendered.cache_clear()
+
+
 def test_a_report_is_not_of_another_sampling_than_it_says(
     whole: tuple[recipe.Study, dict[str, Any]], world: Path, tiny: Target
 ) -> None:
@@ -459,7 +476,7 @@ def test_a_method_starts_from_another_and_has_its_time(world: Path, tiny: Target
 def test_a_claim_ends_with_its_process(tmp_path: Path) -> None:
     code = (
         "import sys, time, pathlib\n"
-        "from specauf.study.cells import claim\n"
+        "from specauf.locks import claim\n"
         "with claim(pathlib.Path(sys.argv[1])) as mine:\n"
         "    print(mine, flush=True)\n"
         "    time.sleep(60)\n"

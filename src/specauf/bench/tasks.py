@@ -198,7 +198,9 @@ def load_task(
                 "the task 'heldout' needs prepared data: run `specauf prepare`, and give `specauf eval` the directory that it "
                 "prints as --data-dir"
             )
-        found = [BenchPrompt(p["id"], p["messages"]) for p in json.loads((data_dir / HELDOUT).read_text())]
+        found = [
+            BenchPrompt(p["id"], p["messages"]) for p in json.loads((data_dir / HELDOUT).read_text(encoding="utf-8"))
+        ]
     else:
         raise _unknown(name, tasks_dir)
     return found[: count if count is not None or name not in TASKS else TASKS[name].count]

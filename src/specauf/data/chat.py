@@ -109,7 +109,8 @@ def _in_history(
     last = bare + _common(rest, _render_text(tokenizer, other, thinking).rpartition(ELSEWHERE)[2])
     while bare < last < len(full) and not _splits_at(tokenizer, full, last):
         last -= 1  # what begins the next turn may begin like the rest of this one
-    return (first, last) if last > bare else None
+    # A template may end an answer otherwise in history (gpt-oss): without an end of turn in common, none is supervised.
+    return (first, last) if last > bare or _splits_at(tokenizer, full, bare) else None
 
 
 def _common(a: str, b: str) -> int:

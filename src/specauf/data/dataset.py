@@ -188,7 +188,7 @@ def read_heldout(directory: Path) -> list[Prompt]:
 def read_split(directory: Path) -> dict[str, Any] | None:
     """What divided the corpus into training and held-out conversations, None where it was not noted."""
     try:
-        split: dict[str, Any] | None = json.loads((directory / META).read_text()).get("split")
+        split: dict[str, Any] | None = json.loads((directory / META).read_text(encoding="utf-8")).get("split")
     except (OSError, ValueError):  # who needs the data will say so
         return None
     return split

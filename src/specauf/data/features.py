@@ -169,6 +169,10 @@ def build_features(
                 name: torch.cat([p[name].to(dtype) if name in ("features", "final") else p[name] for p in parts])
                 for name in parts[0]
             }
+            if not all(bool(t.isfinite().all()) for t in tensors.values() if t.is_floating_point()):
+                raise UserError(
+                    f"the features of {target.name} are not finite as {config.dtype}: set features.dtype=bfloat16, or float32"
+                )
             with atomic_file(path) as temporary:
                 save_tensors(tensors, temporary)
         first += len(shard)
@@ -177,4 +181,9 @@ def build_features(
     atomic_write_text(out / "meta.json", json.dumps({"layer_ids": list(layer_ids), "shards": plan}) + "\n")
     if wait:
         wait()
+    for number in range(len(plan)):
+        if not (out / f"shard-{number:05d}.safetensors").is_file():
+            raise UserError(
+                f"{out} has no shard {number}: the processes of a run share SPECAUF_CACHE, which has to be on a disk of all"
+            )
     return FeatureCache(out)

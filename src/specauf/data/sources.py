@@ -103,10 +103,14 @@ def read_records(path: Path, ledger: Ledger) -> Iterator[Any]:
     a line that is not JSON is dropped and counted. Raises `UserError` when there is no such file, or when it is
     parquet and pyarrow is not installed.
     """
+    if path.is_dir():
+        raise UserError(f"{path} is a directory, and holds no rollouts: name a file in it")
     if not path.is_file():
         raise UserError(f"no such data file: {path}")
     with path.open("rb") as file:
         head = file.read(1 << 12).removeprefix(codecs.BOM_UTF8).lstrip()
+    if head.startswith((b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PK\x03\x04")):
+        raise UserError(f"{path} is compressed: unpack it first (gunzip, unzstd, unzip)")
     if head.startswith(b"PAR1"):
         records = _read_parquet(path)
     elif head.startswith(b"[") and path.suffix not in (".jsonl", ".ndjson"):
@@ -160,7 +164,7 @@ def _read_lines(path: Path, ledger: Ledger) -> Iterator[Any]:
                 continue
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 bad, first, last, lost = bad + 1, first or number, number, len(line)
                 cut = not line.endswith(b"\n")
                 ledger.records_in += 1
@@ -207,10 +211,14 @@ def _message(item: Any) -> Message:
 
 
 def _repair(message: Message) -> Message:
+    return Message(message.role, _decodable(message.content))
+
+
+def _decodable(text: str) -> str:
     """Half a surrogate pair cannot be hashed or tokenised."""
-    if message.content.isascii() or not _SURROGATE.search(message.content):
-        return message
-    return Message(message.role, message.content.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+    if text.isascii() or not _SURROGATE.search(text):
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _strip_leading(messages: list[Message]) -> list[Message]:
@@ -272,7 +280,8 @@ def normalise(record: Any, ledger: Ledger) -> Conversation | None:
     try:
         if not isinstance(record, dict):
             raise _Unusable("malformed")
-        items = next((record[k] for k in ("conversations", "messages") if isinstance(record.get(k), list)), None)
+        lists = [record[k] for k in ("conversations", "messages") if isinstance(record.get(k), list)]
+        items = next(filter(None, lists), lists[0] if lists else None)
         if items is None:
             raise _Unusable("neither conversations nor messages")
         raw = [_message(item) for item in items]
@@ -298,7 +307,9 @@ def normalise(record: Any, ledger: Ledger) -> Conversation | None:
     for reason in repairs:
         ledger.change(reason)
     identity = record.get("id")
-    return Conversation(str(identity) if identity not in (None, "") else content_hash(filled), tuple(filled))
+    return Conversation(
+        _decodable(str(identity)) if identity not in (None, "") else content_hash(filled), tuple(filled)
+    )
 
 
 def read_conversations(path: Path, ledger: Ledger, excluded_prompts: Iterable[str] = ()) -> list[Conversation]:

@@ -80,7 +80,11 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, block_key, block_value, context_key, context_value, anchors = ctx.saved_tensors
         to_rows, to_block_key, to_block_value = (torch.empty_like(t) for t in (rows, block_key, block_value))
-        to_key, to_value = torch.zeros_like(context_key), torch.zeros_like(context_value)
+        # Sums over all chunks, which 16 bits would round at each.
+        to_key, to_value = (
+            torch.zeros_like(t, dtype=torch.float32) if t.dtype.itemsize < 4 else torch.zeros_like(t)
+            for t in (context_key, context_value)
+        )
         for at, low, high in _chunks(rows, context_key, anchors):
             asked, came = rows[:, at], grad[:, at]
             scores = _products(asked, block_key[:, at], context_key[:, :high])
@@ -94,7 +98,7 @@ class _Chunked(torch.autograd.Function):
             ):
                 near[:, at] = matrix[..., high:].mT @ side
                 far[:, :high] += matrix.flatten(1, 2)[..., :high].mT @ side.flatten(1, 2)
-        return to_rows, to_block_key, to_block_value, to_key, to_value, None
+        return to_rows, to_block_key, to_block_value, to_key.to(rows.dtype), to_value.to(rows.dtype), None
 
 
 def _chunks(rows: Tensor, context: Tensor, anchors: Tensor) -> Iterator[tuple[slice, int, int]]:

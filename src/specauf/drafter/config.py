@@ -131,7 +131,6 @@ class DFlashConfig:
             if getattr(target, name, None) is None:
                 hint = ": give drafter.intermediate_size" if name == "intermediate_size" else ""
                 raise ConfigError(f"the target's configuration ({type(target).__name__}) has no {name}{hint}")
-        rope = getattr(target, "rope_parameters", None) or {}
         heads = target.num_attention_heads
         ids = target_layer_ids or spread_layer_ids(target.num_hidden_layers, num_taps)
         return cls(
@@ -147,7 +146,7 @@ class DFlashConfig:
             mask_token_id=mask_token_id,
             block_size=block_size,
             rms_norm_eps=getattr(target, "rms_norm_eps", 1e-6),
-            rope_theta=float(rope.get("rope_theta", getattr(target, "rope_theta", None) or 1e4)),
+            rope_theta=_rope_theta(target),
             max_position_embeddings=target.max_position_embeddings,
             bos_token_id=target.bos_token_id,
             eos_token_id=target.eos_token_id,
@@ -202,6 +201,9 @@ class DFlashConfig:
     @classmethod
     def from_json(cls, data: Mapping[str, Any], where: str = "config.json") -> DFlashConfig:
         """Read a shipped checkpoint's configuration. A missing or unsupported field is an error that names it."""
+        parts = (data, *(data.get(key, {}) for key in ("dflash_config", "specauf") if isinstance(data, Mapping)))
+        if not all(isinstance(part, Mapping) for part in parts):
+            raise ConfigError(f"{where} is not a drafter's configuration: it, dflash_config and specauf are mappings")
         if "speculators_model_type" in data:
             raise ConfigError(f"{where} is in speculators' layout, which is written here and not read: give z-lab's")
         nested = data.get("dflash_config", {})
@@ -244,8 +246,13 @@ class DFlashConfig:
             "rms_norm_eps",
             "max_position_embeddings",
         ]
+        numbers = {name: get(name) for name in plain_fields}
+        for name, value in {**numbers, "rope_theta": theta}.items():
+            usable = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not usable or value < 0 or (value == 0 and name != "mask_token_id"):
+                raise ConfigError(f"{where}: {name} is {value!r}, which is no such number")
         return cls(
-            **{name: get(name) for name in plain_fields},
+            **numbers,
             target_layer_ids=tuple(get("target_layer_ids")),
             rope_theta=float(theta),
             initializer_range=data.get("initializer_range", 0.02),
@@ -255,6 +262,13 @@ class DFlashConfig:
             draft_vocab_size=_reduced(data.get("draft_vocab_size"), get("vocab_size"), where),
             extra=data.get("specauf", {}),
         )
+
+
+def _rope_theta(target: Any) -> float:
+    """The rotary base; where each kind of layer has its own, that of full attention, which a drafter's layers have."""
+    rope = getattr(target, "rope_parameters", None) or {}
+    own = rope.get("full_attention") or rope
+    return float(own.get("rope_theta") or getattr(target, "rope_theta", None) or 1e4)
 
 
 def _reduced(size: Any, vocab_size: int, where: str) -> int | None:

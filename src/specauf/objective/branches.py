@@ -176,13 +176,18 @@ def two_branch_loss(
     return TwoBranchTerms(mixed, found["base"], found["final"])
 
 
+def temperature_of(objectives: Sequence[Objective]) -> float:
+    """At which a branch is read for those of `objectives` that read its probabilities. Raises `ValueError` on two."""
+    found = {float(o.options["temperature"]) for o in objectives if "temperature" in o.options}
+    if len(found) > 1:
+        raise ValueError(f"two objectives read one branch at different temperatures, {sorted(found)}")
+    return found.pop() if found else 1.0
+
+
 def _reading(
     objectives: Sequence[Objective], blocks: Blocks, cuts: Sequence[int] | None, uniform: Tensor | None
 ) -> dict[str, Any]:
     """How a branch is read for the credits of all `objectives`: left to right when every one of them ends somewhere."""
-    temperatures = {o.options.get("temperature", 1.0) for o in objectives}
-    if len(temperatures) > 1:
-        raise ValueError(f"two objectives read one branch at different temperatures, {sorted(temperatures)}")
     truncates = all(o.truncates for o in objectives)
 
     def survives(slots: Slots) -> Tensor:
@@ -192,7 +197,7 @@ def _reading(
         "cuts": (cuts or default_cuts(blocks.valid.shape[-1])) if truncates else None,
         "survives": survives if truncates else None,
         "uniform": uniform,
-        "temperature": temperatures.pop(),
+        "temperature": temperature_of(objectives),
         "ranks": any("rank" in o.rule.needs for o in objectives),
     }
 

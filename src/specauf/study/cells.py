@@ -1,21 +1,15 @@
-"""A cell's directory: who works in it, how far it is, and whether it is still the cell that the recipe describes.
-
-Several processes may run one study. A claim is a lock that the system gives back when its holder ends, however it ends.
-"""
+"""A cell's directory: how far it is, and whether it is still the cell that the recipe describes."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from specauf.config import RunConfig
-from specauf.strict import ConfigError, UserError, from_dict, to_dict
+from specauf.strict import ConfigError, from_dict, to_dict
 from specauf.study.recipe import Cell
 
 NOT_IDENTITY = (
@@ -23,41 +17,6 @@ NOT_IDENTITY = (
     *(("objective", "logits_rows"), ("train", "save_every"), ("train", "eval_every")),
 )
 """What may change about a cell that is trained or in training: none of it changes a weight."""
-
-
-@contextlib.contextmanager
-def claim(directory: Path) -> Iterator[bool]:
-    """Whether `directory` (made if need be) is this process's until the block ends; False when another has it."""
-    with _lock_file(directory) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True  # closing the file gives the lock back
-
-
-@contextlib.contextmanager
-def turn(directory: Path, on_wait: Callable[[], None]) -> Iterator[None]:
-    """Wait until `directory` is nobody else's, and hold it until the block ends. `on_wait` is called if it has to."""
-    with _lock_file(directory) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            on_wait()
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-@contextlib.contextmanager
-def _lock_file(directory: Path) -> Iterator[Any]:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        file = (directory / "lock").open("a")
-    except OSError as error:
-        raise UserError(f"{directory} cannot be written: {error}") from None
-    with file:
-        yield file
 
 
 def progress(out: Path) -> tuple[int, int | None]:

@@ -17,7 +17,7 @@ from specauf.decode.propose import DrafterProposer, PromptLookup
 from specauf.decode.replay import Replayable, replay, trajectory_features
 from specauf.drafter.checkpoint import load_drafter
 from specauf.files import atomic_write_text
-from specauf.study.cells import claim
+from specauf.locks import claim
 from specauf.study.recipe import Recording, Study
 from specauf.study.recordings import chosen, describe, open_recorded
 from specauf.study.records import Place, Subject, add_records, cell_subject, load_records, lookup_subjects, records

@@ -7,6 +7,8 @@ Beside each stands a small file that says what it holds, so that the report need
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,9 +21,9 @@ from specauf.console import Console
 from specauf.decode.acceptance import repeated_share
 from specauf.decode.replay import check_reach
 from specauf.files import atomic_write_text
+from specauf.locks import claim
 from specauf.run import data_dir
 from specauf.strict import UserError, to_dict
-from specauf.study.cells import claim
 from specauf.study.recipe import Recording, Study
 from specauf.target import Target
 
@@ -77,8 +79,15 @@ def record_all(study: Study, target: Target, recordings: Sequence[Recording], co
 
 
 def open_recorded(study: Study, target: Target, task: str, recording: Recording) -> Recorded:
-    """The trajectories of a recording that `describe` knows."""
-    return _open(study, target, task, _prompts(study, task), recording, None)
+    """The trajectories of a recording that `describe` knows.
+
+    Raises `UserError` when they are others by now: no measurement may go by the name of another recording.
+    """
+    found = _open(study, target, task, _prompts(study, task), recording, None)
+    about = describe(study, task, recording, target)
+    if about is None or about["key"] != _key(found):
+        raise UserError(f"the recording of {task} changed while it was measured: run the same command again")
+    return found
 
 
 def _record(
@@ -89,7 +98,7 @@ def _record(
     with console.progress(f"recording the target on {label}, T={wanted.temperature:g}", count) as advance:
         made = _open(study, target, task, prompts, wanted, lambda n: advance(n, ""))
     about = {
-        "key": digest([[t.id, t.prompt, t.tokens] for t in made.trajectories]),
+        "key": _key(made),
         "recording": dataclasses.asdict(wanted),
         "made_of": _made_of(study, target, prompts, wanted),
         "label": made.label,
@@ -97,6 +106,10 @@ def _record(
         "repeated_share": repeated_share(made.texts()),
     }
     atomic_write_text(_path(study, task, wanted.temperature), json.dumps(about) + "\n")
+
+
+def _key(recorded: Recorded) -> str:
+    return digest([[t.id, t.prompt, t.tokens] for t in recorded.trajectories])
 
 
 def _open(
@@ -119,9 +132,17 @@ def _settings(study: Study, wanted: Recording) -> EvalConfig:
 
 
 def _made_of(study: Study, target: Target, prompts: list[BenchPrompt], wanted: Recording) -> str:
-    sampling = to_dict(_settings(study, wanted).sampling)
-    thinking = study.base.data.enable_thinking
-    return digest([target.fingerprint(), sorted(target.eos_ids()), [list(p) for p in prompts], sampling, thinking])
+    sampling, thinking = to_dict(_settings(study, wanted).sampling), study.base.data.enable_thinking
+    text = json.dumps([list(p) for p in prompts])
+    ids = _rendered(target, text, thinking, datetime.date.today())
+    return digest([target.fingerprint(), sorted(target.eos_ids()), text, ids, sampling, thinking])
+
+
+@functools.lru_cache(maxsize=64)
+def _rendered(target: Target, prompts: str, thinking: bool, day: datetime.date) -> str:
+    """Digest of the prompts' tokens. Some templates write today's date into them, hence `day`: no other day's are theirs."""
+    found = render_prompts(target, [BenchPrompt(*p) for p in json.loads(prompts)], thinking)
+    return digest([d.prompt for d in found])
 
 
 def _prompts(study: Study, task: str) -> list[BenchPrompt]:

@@ -17,6 +17,7 @@ from specauf.data.features import FeatureCache
 from specauf.data.rollouts import rollout_meta
 from specauf.drafter.checkpoint import load_drafter
 from specauf.files import atomic_write_text
+from specauf.locks import claim, turn
 from specauf.run import (
     draft_vocabulary,
     feature_cache,
@@ -24,12 +25,12 @@ from specauf.run import (
     new_drafter,
     open_run,
     prepare_data,
-    require_heldout,
+    require_trainable,
     step_note,
     weights_hash,
 )
 from specauf.strict import ConfigError, UserError, to_dict
-from specauf.study.cells import claim, finished, identity, progress, turn
+from specauf.study.cells import finished, identity, progress
 from specauf.study.recipe import Cell, Study
 from specauf.target import Target
 from specauf.train.batches import Batches
@@ -158,7 +159,7 @@ def _train(study: Study, target: Target, corpus: Corpus, cell: Cell, console: Co
     config = cell.config
     horizon = progress(cell.out)[1] or steps_of(study, target, corpus, cell, console)
     prepared = corpus.prepared(config)
-    require_heldout(config, prepared)
+    require_trainable(config, target, prepared)
     run = open_run(config, target, prepared, corpus.features(config), horizon=horizon)
     evaluate = None
     if config.train.eval_every:  # the held-out recordings are the study's: every cell replays the same

@@ -45,6 +45,12 @@ class Batch(NamedTuple):
         return Batch(*fields)
 
 
+def require_batch(examples: int, config: TrainConfig) -> None:
+    """Raise `UserError` when so many conversations make no batch."""
+    if examples < config.batch_size:
+        raise UserError(f"{examples} training conversations are fewer than train.batch_size={config.batch_size}")
+
+
 @dataclass
 class Batches:
     """Micro-batches of a dataset, by global index."""
@@ -57,10 +63,7 @@ class Batches:
 
     def __post_init__(self) -> None:
         self.examples = len(self.features) if self.features is not None else len(self.dataset)
-        if self.examples < self.config.batch_size:
-            raise UserError(
-                f"{self.examples} training conversations are fewer than train.batch_size={self.config.batch_size}"
-            )
+        require_batch(self.examples, self.config)
         self._lengths = self.dataset.offsets[: self.examples + 1].diff()
         self._uids = self.dataset.uid[: self.examples]
         self._epoch: tuple[int, list[list[int]]] | None = None

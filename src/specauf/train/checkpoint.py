@@ -28,16 +28,11 @@ def identity(trainer: Trainer) -> dict[str, str]:
         "features": [config.features.cache, config.features.cache and config.features.dtype],
         "drafter": drafter.to_json() | {"specauf": drafter.extra.get("init_from", {}).get("weights")},
         "drafter.init_layers": config.drafter.init_layers,
-        "objective": dump(config.objective) + _content(config.objective.plugin),
+        "objective": dump(config.objective) + trainer.plugin,
         "train": {key: value for key, value in vars(config.train).items() if key not in free},
         "train.accumulation times processes": config.train.accumulation * trainer.ranks.world,
     }
     return {name: digest(part) for name, part in parts.items()}
-
-
-def _content(plugin: str | None) -> str:
-    """A plugin's file is part of the objective; a module's version is not looked into."""
-    return Path(plugin).read_text() if plugin is not None and plugin.endswith(".py") else ""
 
 
 def provenance_of(trainer: Trainer) -> dict[str, Any]:

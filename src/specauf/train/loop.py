@@ -7,7 +7,6 @@ its weights, its optimizer moments and one integer: a resumed run is bitwise the
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import logging
 import math
@@ -29,6 +28,7 @@ from specauf.data.features import extras_of
 from specauf.drafter.dflash import DFlash, Pending
 from specauf.drafter.domino import Corrected, Domino
 from specauf.drafter.vocabulary import DraftHead, draft_head
+from specauf.files import FULL, Journal
 from specauf.objective.blocks import (
     Blocks,
     before_labels,
@@ -47,7 +47,7 @@ from specauf.target import Target
 from specauf.train import checkpoint
 from specauf.train.batches import Batch, Batches, Prefetcher
 from specauf.train.distributed import Ranks
-from specauf.train.objectives import objectives_of
+from specauf.train.objectives import objectives_of, plugin_text
 from specauf.train.window import Window
 
 log = logging.getLogger(__name__)
@@ -89,6 +89,8 @@ class Trainer:
         self.ranks = ranks or Ranks()
         self.out = out if self.ranks.main else None
         self.branches = objectives_of(config)
+        self.plugin = plugin_text(config.objective.plugin)
+        """As it was imported, not as it is at a later checkpoint."""
         self.loader = Prefetcher(batches, drafter.fc.weight.device, self.ranks.world)
         self.done = 0
         self.max_steps = config.train.max_steps
@@ -297,8 +299,8 @@ class Trainer:
         one ends it at once."""
         train = self.config.train
         # A log without a checkpoint is of a process that died before its first one, or is not to be gone on with.
-        journal = (self.out / "log.jsonl").open("a" if self.done else "w") if self.out else contextlib.nullcontext()
-        with journal as file, interrupts() as asked:
+        journal = Journal(self.out / "log.jsonl", append=bool(self.done)) if self.out else None
+        with contextlib.closing(journal) if journal else contextlib.nullcontext(), interrupts() as asked:
             try:
                 while self.done < (self.max_steps or 0):
                     if any(self.ranks.gather(bool(asked))):  # every rank stops at the same step
@@ -306,9 +308,8 @@ class Trainer:
                     row = self.step()
                     if evaluate and train.eval_every and self.done % train.eval_every == 0:
                         row.update(evaluate(self.drafter))
-                    if file:
-                        file.write(json.dumps(row) + "\n")
-                        file.flush()
+                    if journal:
+                        journal.write(json.dumps(row))
                     if on_step:
                         on_step(row)
                     if self.out and self.done % train.save_every == 0:
@@ -327,7 +328,7 @@ class Trainer:
         try:
             checkpoint.save(self, out)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in FULL:
                 raise
             log.warning("step %d is not saved: %s; training goes on to the next checkpoint", self.done, error.strerror)
 

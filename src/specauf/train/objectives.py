@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from specauf.config import RunConfig
 from specauf.data.rollouts import rollout_meta
-from specauf.objective.branches import VARIANTS, Branch
+from specauf.objective.branches import VARIANTS, Branch, temperature_of
 from specauf.objective.loss import Objective
 from specauf.objective.registry import rule_of
 from specauf.strict import ConfigError
@@ -34,6 +35,12 @@ def objectives_of(config: RunConfig) -> tuple[Branch, ...]:
         )
     else:
         found = (Branch(_objective(config, wanted.name, wanted.options), "base"),)
+    for side in ("base", "final"):
+        read = [b.objective for b in found if b.support == side and not b.prior]
+        try:
+            temperature_of(read)
+        except ValueError as error:
+            raise ConfigError(f"objective: {error}") from None
     for objective, _ in found:
         if "rollouts" in objective.rule.needs and rollout_meta(config.data.path) is None:
             raise ConfigError(
@@ -67,14 +74,22 @@ def stored_extras(config: RunConfig) -> tuple[str, ...]:
     return ("final",) * teacher + ("argmax",) * (config.objective.labels == "target")
 
 
+def plugin_text(plugin: str | None) -> str:
+    """A plugin's file is part of the objective; a module's version is not looked into."""
+    return Path(plugin).read_text(encoding="utf-8") if plugin is not None and plugin.endswith(".py") else ""
+
+
 def _import(plugin: str) -> None:
     """Import a module by name, or a file by path, for what it registers."""
     path = Path(plugin)
     try:
         if path.suffix == ".py":
-            spec = importlib.util.spec_from_file_location(path.stem, path)
+            spec = importlib.util.spec_from_file_location(f"specauf_plugin_{path.stem}", path)
             assert spec is not None and spec.loader is not None
-            spec.loader.exec_module(importlib.util.module_from_spec(spec))
+            module = sys.modules[spec.name] = importlib.util.module_from_spec(
+                spec
+            )  # dataclasses look themselves up there
+            spec.loader.exec_module(module)
         else:
             importlib.import_module(plugin)
     except (ImportError, OSError, SyntaxError, ValueError) as error:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 
 from specauf.data import chat
 from specauf.data.chat import (
@@ -141,6 +142,19 @@ def test_an_answer_whose_thinking_is_stripped_from_the_history_is_supervised_wit
     turns = talk("q", "<think>\nwhy\n</think>\n\nthe fox", "r", "<think></think>\ndog", "s", "b")
     rendered = render(tokenizer, turns, enable_thinking=False)
     assert supervised(tokenizer, rendered) == "the fox<|im_end|>\ndog<|im_end|>\nb<|im_end|>\n"
+
+
+def test_an_answer_that_ends_otherwise_in_the_history_is_supervised_without_its_end(make_tokenizer: Make) -> None:
+    """gpt-oss: the last answer ends with <|return|>, the earlier ones with <|end|>."""
+    tokenizer = make_tokenizer(
+        "{% for m in messages %}{{ '<|start|>' + m['role'] + '<|message|>' + m['content'] }}"
+        "{{ '<|return|>' if m['role'] == 'assistant' and loop.last else '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start|>assistant<|message|>' }}{% endif %}"
+    )
+    marks = ("<|start|>", "<|message|>", "<|end|>", "<|return|>")
+    tokenizer.add_tokens([AddedToken(mark, special=True, normalized=False) for mark in marks])
+    rendered = render(tokenizer, talk("q", "the answer", "r", "b"), enable_thinking=False)
+    assert supervised(tokenizer, rendered) == "the answerb<|return|>"
 
 
 def test_a_template_that_ends_every_rendering_is_no_obstacle(make_tokenizer: Make) -> None:

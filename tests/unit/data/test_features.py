@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,20 @@ def test_extras_that_were_not_written_are_a_clear_error(target: Target, dataset:
     cache = build_features(target, dataset, tmp_path, (1,), FeaturesConfig())
     with pytest.raises(UserError, match=r"features\.extras"):
         cache.get(0, "argmax")
+
+
+def test_features_beyond_float16_are_refused(target: Target, dataset: TokenDataset, tmp_path: Path) -> None:
+    large = copy.deepcopy(target)
+    large.model.model.embed_tokens.weight.data[:, 3] += 1e5
+    config = FeaturesConfig(cache=True, dtype="float16")
+    with pytest.raises(UserError, match=r"not finite as float16: set features\.dtype=bfloat16"):
+        build_features(large, dataset, tmp_path, (1, 2), config)
+    assert not list(tmp_path.rglob("shard-*"))
+
+
+def test_processes_that_do_not_share_a_cache_are_told(target: Target, dataset: TokenDataset, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no shard 1: the processes of a run share SPECAUF_CACHE"):
+        build_features(target, dataset, tmp_path, (1, 2), FeaturesConfig(cache=True), share=(0, 2), wait=lambda: None)
 
 
 def test_several_processes_write_a_share_each(target: Target, dataset: TokenDataset, tmp_path: Path) -> None:

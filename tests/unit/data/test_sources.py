@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 import sys
 from collections.abc import Callable
@@ -223,6 +224,32 @@ def test_half_a_surrogate_pair_is_replaced_and_counted() -> None:
     assert conversation is not None
     assert [m.content for m in conversation.messages] == ["q \ufffd", "ok 🙂"]
     assert ledger.changed == {"undecodable characters replaced": 1}
+
+
+def test_an_id_that_is_no_text_is_repaired_too(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps({"id": "\ud83d_1", "conversations": turns}) + "\n")
+    (found,) = read_conversations(path, Ledger())
+    assert found.id == "\ufffd_1" and split([found], 0.5, 0)
+
+
+def test_the_list_that_holds_something_is_the_conversation() -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    found = normalise({"conversations": [], "messages": turns}, Ledger())
+    assert found is not None and len(found.messages) == 2
+
+
+def test_what_is_no_corpus_is_refused_by_what_it_is(tmp_path: Path) -> None:
+    packed = tmp_path / "chats.jsonl.gz"
+    packed.write_bytes(gzip.compress(b"{}"))
+    for path, told in ((packed, "is compressed: unpack it first"), (tmp_path, "is a directory")):
+        with pytest.raises(UserError, match=told):
+            list(read_records(path, Ledger()))
+    deep = tmp_path / "deep.jsonl"
+    deep.write_text('{"id": "a", "conversations": ' + "[" * 200_000 + "]" * 200_000 + "}\n")
+    ledger = Ledger()
+    assert list(read_records(deep, ledger)) == [] and ledger.dropped == {"not JSON": 1}
 
 
 def test_a_missing_id_becomes_a_hash_of_the_content() -> None:

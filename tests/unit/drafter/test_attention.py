@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.attention import flex_attention as torch_flex
 
 from specauf.drafter import attention
@@ -129,6 +130,25 @@ def test_the_gradient_is_that_of_finite_differences() -> None:
     g = torch.Generator().manual_seed(0)
     given, anchors = case.tensors(g), case.anchors(g)
     assert torch.autograd.gradcheck(lambda *t: block_attention(*t, anchors), given)
+
+
+def test_sums_over_many_chunks_are_not_rounded_at_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    given = [
+        torch.randn(1, 64, 4, 16),
+        *(torch.randn(1, 64, 4, 16) for _ in "kv"),
+        *(torch.randn(1, 128, 16) for _ in "kv"),
+    ]
+    anchors = torch.full((1, 64), 128)
+
+    def grads(dtype: torch.dtype) -> list[Tensor]:
+        leaves = [t.to(dtype).requires_grad_() for t in given]
+        attention._Chunked.apply(*leaves, anchors).sum().backward()
+        return [t.grad.double() for t in leaves[3:]]  # type: ignore[union-attr]
+
+    monkeypatch.setattr(attention, "SCORES", 1)  # a block a chunk
+    for rounded, exact in zip(grads(torch.bfloat16), grads(torch.float64), strict=True):
+        assert (rounded - exact).norm() / exact.norm() < 0.01  # 0.02 when each chunk's sum is rounded
 
 
 @pytest.mark.parametrize("s", [1, 7])

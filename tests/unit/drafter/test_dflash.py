@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,25 @@ def test_a_missing_field_is_an_error_that_names_it(target: Target, tmp_path: Pat
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match=name):
         load_drafter(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change", [{"dflash_config": None}, {"specauf": None}, {"hidden_size": "576"}, {"num_attention_heads": 0}, None]
+)
+def test_a_configuration_of_something_else_is_refused(target: Target, change: dict[str, Any] | None) -> None:
+    data: Any = make_geometry(target).to_json() | change if change is not None else [1]
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        DFlashConfig.from_json(data)
+
+
+def test_the_rotary_base_is_that_of_full_attention(target: Target) -> None:
+    config = copy.deepcopy(target.config)
+    full, near = ({"rope_type": "default", "rope_theta": theta} for theta in (5e5, 1e4))
+    config.rope_parameters = {"full_attention": full, "sliding_attention": near}
+    assert (
+        DFlashConfig.for_target(config, block_size=4, num_hidden_layers=1, mask_token_id=1, num_taps=2).rope_theta
+        == 5e5
+    )
 
 
 def test_the_last_layer_cannot_be_tapped(target: Target) -> None:

@@ -20,6 +20,9 @@ from specauf.data.dataset import TokenDataset
 from specauf.data.features import build_features
 from specauf.drafter.checkpoint import build_drafter
 from specauf.drafter.config import DominoHead
+from specauf.files import Journal
+from specauf.objective.registry import RULES
+from specauf.run import draft_vocabulary
 from specauf.strict import ConfigError, UserError, from_dict
 from specauf.target import Target
 from specauf.train import checkpoint
@@ -210,6 +213,19 @@ def test_target_labels_are_what_the_target_says(target: Target, dataset: TokenDa
         ({"objective": {"name": "dpace", "options": {"alfa": 0.5}}}, "no option 'alfa'; it takes"),
         ({"objective": {"name": "griffin-exclusive", "options": {"k": 0}}}, "k must be at least 1"),
         ({"objective": {"name": "mine", "plugin": "no_such_module"}}, "cannot import 'no_such_module'"),
+        (
+            {
+                "drafter": {"kind": "domino"},
+                "objective": {
+                    "name": "soft-auf",
+                    "options": {"temperature": 0.5},
+                    "final": "dpace",
+                    "support": "base",
+                    "final_options": {"temperature": 2.0},
+                },
+            },
+            "two objectives read one branch at different temperatures",
+        ),
         ({"objective": {"name": "soft-afu", "plugin": "json"}}, "did you mean 'soft-auf'"),
     ],
 )
@@ -383,3 +399,69 @@ def test_the_log_of_a_run_that_left_no_checkpoint_begins_anew(
     (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"st')
     make(target, dataset, tmp_path, max_steps=2).run()
     assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [1, 2]
+
+
+PLUGIN = """
+from __future__ import annotations
+from dataclasses import dataclass
+import torch
+from specauf.objective import register
+
+@dataclass(frozen=True)
+class Options:
+    k: int = 3
+
+@register("mine-too")
+def mine_too(slots):
+    return torch.ones_like(slots.valid, dtype=torch.float32)
+"""
+
+
+def test_a_plugin_is_the_one_that_was_imported_whatever_becomes_of_its_file(
+    target: Target, dataset: TokenDataset, tmp_path: Path
+) -> None:
+    file, objective = tmp_path / "mine.py", {"name": "mine-too", "plugin": str(tmp_path / "mine.py")}
+    file.write_text(PLUGIN)
+    trainer = make(target, dataset, tmp_path, objective=objective)
+    trainer.step()
+    file.write_text(PLUGIN.replace("torch.ones_like", "2 * torch.ones_like"))
+    checkpoint.save(trainer, tmp_path)
+    del RULES["mine-too"]  # as another process would begin
+    edited = make(target, dataset, tmp_path, objective=objective)
+    with pytest.raises(UserError, match="another objective"):
+        checkpoint.resume(edited, tmp_path)
+    file.write_text(PLUGIN)
+    del RULES["mine-too"]
+    assert checkpoint.resume(make(target, dataset, tmp_path, objective=objective), tmp_path)
+    del RULES["mine-too"]
+
+
+def test_a_step_whose_labels_are_all_outside_a_draft_vocabulary_changes_nothing_and_goes_on(
+    target: Target, dataset: TokenDataset
+) -> None:
+    config = make(target, dataset, batch_size=1, num_anchors=1, max_steps=60).config
+    drafter = build_drafter(make_geometry(target, layers=1, draft_vocab_size=40))
+    draft_vocabulary(drafter, target, dataset)
+    trainer = Trainer(config, drafter, target, Batches(dataset, None, config.train))
+    rows = [trainer.step() for _ in range(60)]
+    assert any(row["grad_norm"] == 0 for row in rows) and any(row["grad_norm"] > 0 for row in rows)
+
+
+def test_a_full_disk_ends_neither_the_log_nor_the_training(
+    target: Target, dataset: TokenDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, calls = Journal.write, 0
+
+    def full(self: Journal, line: str) -> None:
+        nonlocal calls
+        calls += 1
+        file = self._file
+        if calls in (2, 3):
+            self._file = Path("/dev/full").open("ab", buffering=0)  # noqa: SIM115
+        write(self, line)
+        self._file = file
+
+    monkeypatch.setattr(Journal, "write", full)
+    make(target, dataset, tmp_path, max_steps=5).run()
+    steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5] and calls == 5
