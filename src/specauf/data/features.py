@@ -139,8 +139,7 @@ def build_features(
     Raises `UserError` when the estimate exceeds `config.max_gb`.
     """
     count = len(dataset) if examples is None else min(examples, len(dataset))
-    sequences = [dataset[i].input_ids for i in range(count)]
-    lengths = [len(s) for s in sequences]
+    lengths = dataset.offsets[: count + 1].diff().tolist()
     size = estimate_gb(sum(lengths), layer_ids, int(target.config.hidden_size), config)
     if size > config.max_gb:
         raise UserError(
@@ -153,7 +152,7 @@ def build_features(
             "layers": list(layer_ids),
             "dtype": config.dtype,
             "extras": config.extras,
-            "tokens": [int(torch.cat(sequences).to(torch.int64).mul(torch.arange(1, sum(lengths) + 1)).sum()), lengths],
+            "tokens": [_checksum(dataset.ids[: sum(lengths)]), lengths],
         }
     )
     out = Path(directory) / f"features-{key}"
@@ -163,7 +162,8 @@ def build_features(
     for number, shard in enumerate(plan):
         path = out / f"shard-{number:05d}.safetensors"
         if number % share[1] == share[0] and not path.exists():
-            parts = extract(target, sequences[first : first + len(shard)], layer_ids, extras=config.extras)
+            sequences = [dataset[i].input_ids for i in range(first, first + len(shard))]
+            parts = extract(target, sequences, layer_ids, extras=config.extras)
             dtype = getattr(torch, config.dtype)
             tensors = {
                 name: torch.cat([p[name].to(dtype) if name in ("features", "final") else p[name] for p in parts])
@@ -187,3 +187,12 @@ def build_features(
                 f"{out} has no shard {number}: the processes of a run share SPECAUF_CACHE, which has to be on a disk of all"
             )
     return FeatureCache(out)
+
+
+def _checksum(ids: Int[Tensor, " tokens"]) -> int:
+    """Of tokens and their places, a part at a time: a corpus may be as large as memory is."""
+    total = 0
+    for start in range(0, len(ids), 1 << 20):
+        part = ids[start : start + (1 << 20)].to(torch.int64)
+        total += int((part * torch.arange(start + 1, start + 1 + len(part))).sum())
+    return total

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
+
 from specauf.objective.loss import LossTerms
 from specauf.train.distributed import Ranks
 
@@ -46,14 +48,19 @@ class Window:
         if self.micro_batches * self.ranks.world == 1 and len(terms.num) > 1:
             terms = terms.mixed()
         self.parts.extend(Part() for _ in range(len(terms.num) - len(self.parts)))
+        counted = [
+            i for i, scale in enumerate(terms.scale.tolist()) if scale
+        ]  # of Domino's two, one may be out for now
         for i, part in enumerate(self.parts):
-            for parameter, kept in zip(self.parameters, part.grads or [None] * len(self.parameters), strict=True):
-                parameter.grad = kept
-            terms.num[i].backward(retain_graph=i + 1 < len(self.parts))
-            part.grads = [parameter.grad for parameter in self.parameters]
             part.num += float(terms.num[i].detach())
             part.den += float(terms.den[i])
             part.scale = float(terms.scale[i])
+            if i not in counted:
+                continue
+            for parameter, kept in zip(self.parameters, part.grads or [None] * len(self.parameters), strict=True):
+                parameter.grad = kept
+            terms.num[i].backward(retain_graph=i != counted[-1])
+            part.grads = [parameter.grad for parameter in self.parameters]
 
     def close(self) -> float:
         """Leave the window's gradient in the parameters, the same on every rank; returns its loss."""
@@ -70,4 +77,6 @@ class Window:
                     continue
                 grad.div_(part.divisor)
                 parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+            if parameter.grad is None and not all(part.scale for part in self.parts):
+                parameter.grad = torch.zeros_like(parameter)  # the optimizer's moments go on without it
         return sum(part.num / part.divisor for part in self.parts)

@@ -465,3 +465,26 @@ def test_a_full_disk_ends_neither_the_log_nor_the_training(
     make(target, dataset, tmp_path, max_steps=5).run()
     steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5] and calls == 5
+
+
+def test_a_branch_that_is_out_costs_no_backward_pass(
+    target: Target, dataset: TokenDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = {"variant": "f-auf-d", "lambda_base_decay_ratio": 0.0}  # of the base branch, from the first step
+    mixed = make(target, dataset, kind="domino", objective=out, batch_size=4)
+    apart = make(target, dataset, kind="domino", objective=out, batch_size=2, accumulation=2)
+    chosen = mixed.batches.order(0)[0]
+    apart.batches._epoch = (0, [chosen[:2], chosen[2:]] + [[0, 1]] * 3)
+    passes, backward = 0, torch.Tensor.backward
+
+    def counted(self: torch.Tensor, *given: Any, **options: Any) -> None:
+        nonlocal passes
+        passes += 1
+        backward(self, *given, **options)
+
+    monkeypatch.setattr(torch.Tensor, "backward", counted)
+    rows = [mixed.step(), apart.step()]
+    assert passes == 1 + 2
+    assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-5)
+    assert rows[0]["grad_norm"] == pytest.approx(rows[1]["grad_norm"], rel=1e-4)
+    assert len(apart.optimizer.state) == len(list(apart.drafter.parameters()))
