@@ -54,4 +54,6 @@ def hold(directory: Path) -> Any:
     except BlockingIOError:
         file.close()
         raise UserError(f"{directory}: another process trains there: wait for it, or choose another `out`") from None
+    except OSError:  # a file system without locks: as careful as its user
+        pass
     return file

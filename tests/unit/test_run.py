@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,14 @@ def test_one_process_at_a_time_trains_in_a_directory(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="another process trains there"):
         hold(tmp_path)
     held.close()
+    hold(tmp_path).close()
+
+
+def test_a_file_system_without_locks_trains_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
     hold(tmp_path).close()
 
 

@@ -170,9 +170,8 @@ def build_features(
                 for name in parts[0]
             }
             if not all(bool(t.isfinite().all()) for t in tensors.values() if t.is_floating_point()):
-                raise UserError(
-                    f"the features of {target.name} are not finite as {config.dtype}: set features.dtype=bfloat16, or float32"
-                )
+                mend = "features.dtype=bfloat16" if config.dtype == "float16" else "target.dtype=bfloat16 or float32"
+                raise UserError(f"the features of {target.name} are not finite as {config.dtype}: set {mend}")
             with atomic_file(path) as temporary:
                 save_tensors(tensors, temporary)
         first += len(shard)

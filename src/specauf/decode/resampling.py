@@ -28,8 +28,8 @@ def deviations(sums: Floats, sizes: Floats, resamples: int, rng: np.random.Gener
 
 def student(levels: Sequence[tuple[Floats, int]], rng: np.random.Generator) -> Floats:
     """[resamples]: the levels' deviations added, with the tails that the number of units of each calls for."""
-    total: Floats = np.sum([deviations for deviations, _ in levels], axis=0)
-    variances = np.array([np.mean(deviations**2) for deviations, _ in levels])
+    total: Floats = np.sum([moved for moved, _ in levels], axis=0)
+    variances = np.array([np.mean(moved**2) for moved, _ in levels])
     if not variances.any():
         return total  # no spread at all: a method against itself
     shares = variances / variances.sum()
