@@ -60,6 +60,8 @@ def corpus_path(config: RunConfig) -> Path:
     path = Path(config.data.path).expanduser()
     if rollout_meta(config.data.path):
         raise UserError(f"data.path: {path} holds rollouts already: give the corpus whose prompts are to be answered")
+    if path.is_dir():
+        raise UserError(f"data.path: {path} is a directory, and holds no rollouts: name a file in it")
     if not path.is_file():
         raise UserError(f"data.path: no such file: {path}. Give JSON, JSONL, parquet, rollouts, or 'sharegpt'")
     return path

@@ -156,6 +156,7 @@ def test_rollouts_are_training_data_and_a_drafter_goes_on_from_another(
             "there are none (0 conversations",
         ),
         (["prepare", "{recipe}", "--set", "data.path=/no/such.json"], "no such file: /no/such.json"),
+        (["prepare", "{recipe}", "--set", "data.path=/tmp"], "/tmp is a directory, and holds no rollouts"),
         (["prepare", "{recipe}", "--set", "target.path=./nothing"], "no such directory: ./nothing"),
         (["rollout", "{recipe}", "--out", "x", "--samples", "2"], "2 samples at temperature 0"),
         (["rollout", "{recipe}", "--out", "x", "--temperature", "-1"], "temperature must be >= 0"),
