@@ -34,18 +34,20 @@ class Terminal:
         self.lively = sys.stdout.isatty() and not silent
 
     def say(self, text: str) -> None:
-        self.rich.print(text, markup=False, soft_wrap=True)
+        self.rich.print(text, markup=False, emoji=False, soft_wrap=True)
 
     @contextmanager
     def progress(self, label: str, total: float, done: float = 0) -> Iterator[Callable[[float, str], None]]:
-        if self.lively:
+        if not total:  # nothing to do
+            yield lambda amount, note: None
+        elif self.lively:
             columns = (
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
             )
             with Progress(*columns, console=self.rich) as bar:
                 task = bar.add_task(label, total=total, completed=int(done), note="")
@@ -62,7 +64,7 @@ class Terminal:
                 if now - last >= PLAIN_EVERY and done > before:
                     last = now
                     left = (now - began) * (total - done) / (done - before)
-                    self.say(f"{label}: {done:g}/{total:g}, {left:.0f} s left{', ' + note if note else ''}")
+                    self.say(f"{label}: {done:,.0f}/{total:,.0f}, {left:.0f} s left{', ' + note if note else ''}")
 
             yield advance
             self.say(f"{label}: done in {time.perf_counter() - began:.0f} s")

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import glob
 import json
+import logging
 import math
 import os
 import re
@@ -14,6 +15,8 @@ import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """What the system says of a disk or a quota that is full: there may be room later."""
@@ -58,6 +61,9 @@ class Journal:
     def write(self, line: str) -> None:
         """Raises `OSError` for anything but a full disk or quota."""
         self._late += line.encode() + b"\n"
+        self._flush()
+
+    def _flush(self) -> None:
         start = self._file.seek(0, os.SEEK_END)
         try:
             done = self._file.write(self._late)
@@ -71,6 +77,9 @@ class Journal:
             self._file.truncate(start)  # no half lines
 
     def close(self) -> None:
+        self._flush()
+        if self._late:
+            log.warning("%s: the disk is full, its last %d lines are lost", self._file.name, self._late.count(b"\n"))
         self._file.close()
 
 

@@ -108,15 +108,26 @@ def read_yaml(path: Path, missing: str, instead: str) -> Any:
 
 
 class UniqueKeys(yaml.SafeLoader):
-    """A key given twice is an error: which of the two was meant cannot be known."""
+    """A key given twice is an error: which of the two was meant cannot be known. What is merged may be given again."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        merge = "tag:yaml.org,2002:merge"  # `<<`, whose keys may well be given again
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != merge]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        _require_unique(node, set())
+        return node
+
+
+def _require_unique(node: yaml.Node | None, seen: set[int]) -> None:
+    if id(node) in seen or not isinstance(node, yaml.CollectionNode):
+        return
+    seen.add(id(node))
+    for child in node.value:
+        for part in child if isinstance(child, tuple) else (child,):
+            _require_unique(part, seen)
+    if isinstance(node, yaml.MappingNode):
+        keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for tag, name in keys:
+            if keys.count((tag, name)) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} is given twice", node.start_mark)
 
 
 def from_dict(cls: type[T], data: Any, where: str = "config") -> T:

@@ -26,7 +26,7 @@ from specauf.config import (
     load,
     override,
 )
-from specauf.strict import ConfigError, UserError, from_dict, gathered, to_dict
+from specauf.strict import ConfigError, UserError, from_dict, gathered, read_yaml, to_dict
 
 
 def write(path: Path, text: str) -> Path:
@@ -117,10 +117,14 @@ def test_sections_left_out_or_empty_keep_their_defaults(tmp_path: Path) -> None:
 
 def test_what_is_merged_may_be_given_again(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
-    path.write_text("drafter: &base {block_size: 4, num_taps: 2}\ntrain: {lr: 1e-3}\n")
     path.write_text("out: x\ndrafter: {<<: {block_size: 4, num_taps: 2}, block_size: 8}\n")
     found = load(path)
     assert (found.drafter.block_size, found.drafter.num_taps) == (8, 2)
+    path.write_text("x: {inner: &b {<<: {p: 1}, p: 2}}\nc: {<<: *b, q: 3}\n")
+    assert read_yaml(path, "", "")["c"] == {"p": 2, "q": 3}
+    path.write_text("x: {inner: {p: 1, p: 2}}\n")
+    with pytest.raises(ConfigError, match="the key 'p' is given twice"):
+        read_yaml(path, "", "")
 
 
 def test_an_override_wins_over_the_recipe_and_leaves_the_rest(tmp_path: Path) -> None:

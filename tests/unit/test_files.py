@@ -3,11 +3,12 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors import SafetensorError
 
-from specauf.files import atomic_dir, atomic_file, atomic_write_text, recover_dir, save_tensors, set_aside
+from specauf.files import Journal, atomic_dir, atomic_file, atomic_write_text, recover_dir, save_tensors, set_aside
 
 
 def test_text_is_written_as_utf8_and_parents_are_made(tmp_path: Path) -> None:
@@ -138,3 +139,36 @@ def test_a_full_disk_is_an_os_error_for_tensors_too(tmp_path: Path, monkeypatch:
     with pytest.raises(OSError, match="No space left on device") as raised:
         save_tensors({}, tmp_path / "x")
     assert raised.value.errno == errno.ENOSPC and raised.value.filename == str(tmp_path / "x")
+
+
+def test_a_journal_keeps_what_a_full_disk_refuses_and_writes_whole_lines(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Full:
+        """A file with room for so many bytes."""
+
+        def __init__(self, path: Path, room: int) -> None:
+            self.file, self.room, self.name = path.open("ab", buffering=0), room, str(path)
+
+        def write(self, data: bytes) -> int:
+            if not self.room:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return self.file.write(data[: self.room])
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.file, name)
+
+    journal, path = Journal(tmp_path / "log", append=False), tmp_path / "log"
+    journal.write("one")
+    whole, journal._file = journal._file, Full(path, 2)  # type: ignore[assignment]
+    journal.write("two")
+    assert path.read_text() == "one\n", "no half lines"
+    journal._file.room = 0  # type: ignore[union-attr]
+    journal.write("three")
+    journal._file = whole
+    journal.write("four")
+    assert path.read_text() == "one\ntwo\nthree\nfour\n"
+    journal._file = Full(path, 0)  # type: ignore[assignment]
+    journal.write("five")
+    journal.close()
+    assert "its last 1 lines are lost" in caplog.text

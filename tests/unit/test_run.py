@@ -144,10 +144,12 @@ def test_what_the_main_process_finds_wrong_ends_the_others_without_a_word(
 ) -> None:
     monkeypatch.setattr(Told, "said", [])
     monkeypatch.setattr(Told, "heard", fails)
-    with pytest.raises(UserError) if fails else contextlib.nullcontext(), Told(0, 2).first():
-        if fails:
-            raise UserError("mend it")
-    assert Told.said == [fails]
+    for error in (UserError("mend it"), PermissionError("out"), KeyboardInterrupt()):
+        Told.said = []
+        with pytest.raises(type(error)) if fails else contextlib.nullcontext(), Told(0, 2).first():
+            if fails:
+                raise error
+        assert Told.said == [fails]
     went_on = []
     with pytest.raises(SystemExit) if fails else contextlib.nullcontext(), Told(1, 2).first():
         went_on.append(1)

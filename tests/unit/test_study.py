@@ -268,10 +268,10 @@ def test_another_recipes_recording_is_not_measured_as_this_ones(
 
 
 @pytest.mark.parametrize(
-    ("part", "more", "told"),
+    ("part", "more"),
     [
-        ("b", {"max_new_tokens": 14}, "not recorded yet, so not measured: birds at T=0, pairs at T=0"),
-        ("c", {"methods": ["decay", "wider"], "baseline": "decay", "max_new_tokens": 10}, None),
+        ("b", {"max_new_tokens": 14}),
+        ("c", {"methods": ["decay", "wider"], "baseline": "decay", "max_new_tokens": 10}),
     ],
 )
 def test_a_recording_that_is_too_short_or_narrow_is_not_measured_as_if_it_were_not(
@@ -280,7 +280,6 @@ def test_a_recording_that_is_too_short_or_narrow_is_not_measured_as_if_it_were_n
     tiny: Target,
     part: str,
     more: dict[str, Any],
-    told: str | None,
 ) -> None:
     changed = content(world, whole[0].out)
     changed["methods"]["wider"] = {"label": "B=9", "set": ["drafter.block_size=9", "train.max_steps=1"]}
@@ -289,6 +288,7 @@ def test_a_recording_that_is_too_short_or_narrow_is_not_measured_as_if_it_were_n
     run_study(study, ["measure"], [part], tiny, console)
     assert console.said[-1] == "not recorded yet, so not measured: birds at T=0, pairs at T=0"
     found = collect(study, tiny, Corpus(study, tiny, console).prepared(study.base))
+    assert found["tasks"]["pairs"]["prompts"] == 6
     missing = {p["key"]: p["missing"] for p in found["parts"]}
     assert missing["a"] == [] and missing[part], "what the recording is enough for stays"
     assert not any(row["part"] == part for row in found["scores"])
@@ -303,11 +303,30 @@ def test_prompts_that_a_template_dates_are_another_days_recording(
     assert about and recordings.open_recorded(study, tiny, "birds", recipe.Recording(**about["recording"]))
     template = tiny.tokenizer.chat_template  # type: ignore[union-attr]
     monkeypatch.setattr(tiny.tokenizer, "chat_template", "27 Nov 2026" + template)
-    recordings._rendered.cache_clear()
     assert recordings.describe(study, "birds", wanted, tiny) is None
     with pytest.raises(UserError, match="the recording of birds changed while it was measured"):
         recordings.open_recorded(study, tiny, "birds", recipe.Recording(**about["recording"]))
-    recordings._rendered.cache_clear()
+    found = collect(study, tiny, Corpus(study, tiny, Quiet()).prepared(study.base))
+    assert found["scores"] == whole[1]["scores"], "the report is of what was measured then"
+
+
+def test_midnight_may_pass_while_a_dated_prompt_is_recorded(
+    study: recipe.Study, tiny: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template, original = tiny.tokenizer.chat_template, recordings.recorded  # type: ignore[union-attr]
+    monkeypatch.setattr(tiny.tokenizer, "chat_template", "28 Nov 2026" + template)
+
+    def slow(*given: Any) -> Any:
+        made = original(*given)
+        tiny.tokenizer.chat_template = "29 Nov 2026" + template  # type: ignore[union-attr]
+        return made
+
+    monkeypatch.setattr(recordings, "recorded", slow)
+    wanted = study.recordings(["b"])
+    for _ in range(2):
+        recordings.record_all(study, tiny, wanted, Quiet())
+    assert recordings.describe(study, "birds", wanted[0], tiny), "the second time all of it is of one day"
+    assert recordings.open_recorded(study, tiny, "birds", wanted[0]).trajectories
 
 
 def test_a_report_is_not_of_another_sampling_than_it_says(
@@ -318,6 +337,14 @@ def test_a_report_is_not_of_another_sampling_than_it_says(
     study = recipe.study_of(changed, "test")
     found = collect(study, tiny, Corpus(study, tiny, Quiet()).prepared(study.base))
     assert found["scores"] == found["checks"] == []
+
+
+def test_a_live_sample_is_no_larger_than_its_part(world: Path, tmp_path: Path) -> None:
+    data = content(world, tmp_path / "study")
+    data["parts"]["a"]["prompts"], data["live"]["prompts"] = 2, 3
+    study = recipe.study_of(data, "test")
+    assert study.live_recording().prompts == 2
+    assert study.recordings()[0].covers(study.live_recording(), 2)
 
 
 def test_what_cannot_be_recorded_is_said_before_anything_is_trained(world: Path, tiny: Target, tmp_path: Path) -> None:
@@ -468,6 +495,15 @@ def test_a_method_starts_from_another_and_has_its_time(world: Path, tiny: Target
         ):
             run_study(study, ["train"], [], tiny, Quiet())
         (study.cell_dir(name, 0) / "checkpoint" / "model.safetensors").write_bytes(kept)
+    shutil.rmtree(study.cell_dir("auf", 0))  # in the same command, too
+    other = content(world, study.out) | {
+        "methods": {**data["methods"], "auf": {"label": "AUF", "set": ["train.lr=1e-2"]}}
+    }
+    with pytest.raises(ConfigError, match="on-s0 was made from auf-s0 as it was before it was trained"):
+        run_study(recipe.study_of(other | {"parts": data["parts"]}, "test"), ["train"], [], tiny, Quiet())
+    shutil.rmtree(study.cell_dir("on", 0))
+    shutil.rmtree(study.cell_dir("auf", 0))
+    run_study(study, ["train"], [], tiny, Quiet())
     shutil.move(study.out, tmp_path / "moved")  # a study is where its recipe says
     run_study(recipe.study_of(data | {"out": str(tmp_path / "moved")}, "test"), ["train"], [], tiny, console)
     assert console.said[-1] == "4 of 5 cells are trained; left: later-s0"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from specauf.config import EvalConfig, SamplingConfig, digest
-from specauf.decode.acceptance import before_loop, bootstrap, compare, prompt_taus, repeated_share, summarise
+from specauf.decode.acceptance import before_loop, compare, prompt_taus, repeated_share, summarise, tau_interval
 from specauf.decode.generate import Generation, Round, generate
 from specauf.decode.propose import DrafterProposer, LookupFirst
 from specauf.decode.replay import (
@@ -198,7 +198,7 @@ def _unlooped(rounds: list[list[Round]], clusters: list[int]) -> dict[str, Any]:
     kept = taus[taus == taus]  # prompts with a round before the loop
     if not len(kept):
         return {}
-    return {"tau_before_loop": float(kept.mean()), "interval_before_loop": list(bootstrap(taus, clusters))}
+    return {"tau_before_loop": float(kept.mean()), "interval_before_loop": list(tau_interval(taus, clusters))}
 
 
 def comparison(

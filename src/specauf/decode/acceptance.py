@@ -66,7 +66,7 @@ def summarise(
     count = sum(len(row) for row in kept)
     return Acceptance(
         tau=1 + sum(survival),
-        interval=bootstrap(taus, clusters),
+        interval=tau_interval(taus, clusters),
         survival=survival,
         alpha=alpha,
         rounds=count,
@@ -98,6 +98,12 @@ def bootstrap(
     moved = student([(deviations(sums, sizes, resamples, rng), len(sums))], rng)
     low, high = np.quantile(mean + moved, [0.025, 0.975]).tolist()
     return low, high
+
+
+def tau_interval(taus: NDArray[np.float64], clusters: Sequence[int] | None = None) -> tuple[float, float]:
+    """`bootstrap` of the mean of tau, which is never below 1."""
+    low, high = bootstrap(taus, clusters)
+    return 1.0 if low < 1 else low, high
 
 
 @dataclass(frozen=True)

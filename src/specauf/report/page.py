@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from specauf.files import atomic_file, atomic_write_text, json_text
 from specauf.report import plots, tables
-from specauf.report.words import CAPTIONS, COMPARED, GLOSSARY, LEGEND, PROSE, SELECTION, clean
+from specauf.report.words import CAPTIONS, GLOSSARY, LEGEND, PROSE, SELECTION, clean
 from specauf.strict import UserError, nearest
 
 SHAPES: dict[str, type] = {
@@ -187,7 +187,7 @@ def render(results: dict[str, Any], figures: dict[str, dict[str, str]]) -> str:
         figures=figures,
         looks={tables.method_label(results, name): style for name, style in look.items()},
         captions=CAPTIONS,
-        compared=COMPARED,
+        compared=tables.compared(results),
         glossary=GLOSSARY,
         legend=LEGEND.removeprefix("Marked text"),
         prose=PROSE,

@@ -92,15 +92,17 @@ def styles(results: Results) -> dict[str, Style]:
     """The style of every method that has a row or a training log."""
     lookups = {m["name"] for m in results["methods"] if m.get("kind") == "lookup"}
     names = list(dict.fromkeys([*(m["name"] for m in results["methods"]), *(results.get("training") or {})]))
-    known, found = dict(KNOWN), {}
+    known, turns, found = dict(KNOWN), dict[str, int](), {}
     for name in names:
         base, _, variant = name.partition("@")
         if name in lookups:
             found[name] = Style(LOOKUP, "d", "--", True)
             continue
         if base not in known:
-            known[base] = SPARE[(len(known) - len(KNOWN)) % len(SPARE)]
-        found[name] = Style(*known[base], ":" if variant else "-", bool(variant))
+            turns[base], place = divmod(len(known) - len(KNOWN), len(SPARE))
+            known[base] = SPARE[place]
+        turn = min(turns.get(base, 0), 2)  # of the few spare colours; then hollow, dashed, dotted
+        found[name] = Style(*known[base], ":" if variant else ("-", "--", ":")[turn], bool(variant or turn))
     return found
 
 

@@ -53,9 +53,11 @@ def lookup_line(results: Results) -> str:
             if free and rivals:
                 (tau, name), (other, lookup) = max(rivals), max(free)
                 best, free_label = index.label(results, name), index.label(results, lookup)
+                asked = sum(not index.is_lookup(results, n) for n in taus)
+                of = "drafters" if len(rivals) == asked else f"{len(rivals)} of {asked} drafters measured"
                 return (
                     f"On the average of all benchmarks at T = {clean(temperature)}, {best} emits {fixed(tau)} tokens a round, "
-                    f"the most of the drafters of “{index.part_label(part)}”; {free_label}, which has no parameters, "
+                    f"the most of the {of} of “{index.part_label(part)}”; {free_label}, which has no parameters, "
                     f"emits {fixed(other)}."
                 )
     return ""

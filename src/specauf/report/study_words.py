@@ -52,7 +52,10 @@ BUDGETS = (
     "A cell is one training run, a method with a seed; parts share cells. Clipped is the share of steps whose gradient was "
     "cut to the norm's bound, head rows the slots put through the vocabulary projection, a block."
 )
-MEASURED = "Averages over the benchmarks, each prompt weighing the same within a benchmark and each benchmark the same."
+MEASURED = (
+    "τ, with and without loops, and acceptance are averages over the benchmarks, each prompt weighing the same within a "
+    "benchmark and each benchmark the same; engine τ and the cut share pool a benchmark's rounds; rounds and prompts are sums."
+)
 
 SUPPORT_LABEL, ACTIVE_LABEL = "Support accuracy, a_support", "Active ratio, r_active"
 COMMON_LABEL = "Common-token accuracy"

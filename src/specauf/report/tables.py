@@ -14,9 +14,10 @@ from typing import Any
 
 from specauf.report.words import (
     CAPTIONS,
-    COMPARED,
+    EXPERIMENT,
     GLOSSARY,
     LEGEND,
+    NO_LOOP,
     NONE,
     PROSE,
     SELECTION,
@@ -114,7 +115,7 @@ def task_note(results: Results, task: str) -> str:
     """Prompts, repeated share and note of one task, as sentences."""
     facts, parts = results["evaluation"][task], []
     if real(facts.get("prompts")) is not None:
-        parts.append(f"{count(facts['prompts'])} prompts.")
+        parts.append(f"{count(facts['prompts'])} prompt{'s' if facts['prompts'] != 1 else ''}.")
     if real(facts.get("repeated_share")) is not None:
         parts.append(
             f"{share(facts['repeated_share'])} of the recorded text is repetition, which favours prompt lookup."
@@ -218,6 +219,12 @@ def comparison_sentences(results: Results) -> list[str]:
     return sentences
 
 
+def compared(results: Results) -> str:
+    """What the table of methods means: the terms of an experiment only where there was one."""
+    controlled = any("equal" in str(c.get("condition")) for c in results.get("comparisons") or [])
+    return EXPERIMENT * controlled + NO_LOOP
+
+
 def headline(results: Results) -> list[str]:
     """The findings in one sentence per pair and condition, then what prompt lookup reaches for nothing."""
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
@@ -246,7 +253,7 @@ def _finding(results: Results, at: str, members: list[dict[str, Any]]) -> str:
             why = "is undecided" if outcome == "undecided" else "has no interval, so nothing is claimed"
             clauses.append(f"the difference between {a} and {b} on {where} {why}")
     text = "; ".join(clauses)
-    return f"{at or text[0].upper()}{text if at else text[1:]}."
+    return f"{at}{text if at or not text.startswith('the difference') else 'T' + text[1:]}."  # labels as they are spelt
 
 
 def _lookups(results: Results) -> list[str]:
@@ -279,7 +286,10 @@ def _ratio(comparison: dict[str, Any]) -> float | None:
 
 
 def _at(comparison: dict[str, Any]) -> str:
-    return f"At {clean(comparison['condition'])}, " if comparison.get("condition") else ""
+    condition = clean(comparison.get("condition") or "")
+    if condition.startswith("before"):
+        return f"B{condition[1:]}, "
+    return f"At {condition}, " if condition else ""
 
 
 def live_line(sample: dict[str, Any]) -> str:
@@ -378,7 +388,9 @@ def markdown(results: Results, figures: Sequence[str] = ()) -> str:
         bullets(comparison_sentences(results)),
         section("Emitted length", figure("tau")),
         section("Conditional acceptance", figure("alpha"), *per_task),
-        section("What was compared", escape(COMPARED), table(method_rows(results)), table(speedup_rows(results))),
+        section(
+            "What was compared", escape(compared(results)), table(method_rows(results)), table(speedup_rows(results))
+        ),
         section("Self-selection", escape(SELECTION) if chosen else "", chosen),
         section("Training", figure("training"), figure("support")),
         section("Live decoding", legend, *live),

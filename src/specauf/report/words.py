@@ -15,11 +15,13 @@ THIN = 30
 PROSE = ("note", "value", "outcome", "task")
 """Columns of words, set to the left; every other one but the first holds numbers."""
 
-COMPARED = (
+EXPERIMENT = (
     "Equal time: every method is given the same measured seconds of optimizer steps, so a cheaper step buys more steps "
     "and the schedule of each run is fitted to its own number of them. "
     "Equal steps: every method takes the same number of optimizer steps from the same initial weights over the same "
     "anchors in the same order, so that only the objective differs. "
+)
+NO_LOOP = (
     "“No loop” counts the rounds that start before the text first repeats eight tokens: a small target's greedy text often "
     "ends in a loop, which a drafter that echoes one token follows for a whole block."
 )

@@ -46,12 +46,15 @@ def measure_all(
     left, unrecorded = [], []
     for wanted in recordings:
         for task in study.base.eval.tasks:
-            about = describe(study, task, wanted, target)
-            told = f"{task} at T={wanted.temperature:g}"
-            if about is None:
+            t, told = wanted.temperature, f"{task} at T={wanted.temperature:g}"
+            asked = [key for key in parts if t in study.parts[key].temperatures]
+            found = {key: describe(study, task, study.recording(key, t), target) for key in asked}
+            usable = {key: about for key, about in found.items() if about}
+            if len(usable) < len(asked):
                 unrecorded.append(told)
+            if not usable:
                 continue
-            wants = _wants(study, parts, wanted.temperature)
+            about, wants = next(iter(usable.values())), _wants(study, usable, t)
             if not _missing(study, task, about, wants):
                 continue
             with claim(study.out / "measured" / f".{task}-t{wanted.temperature:g}") as mine:

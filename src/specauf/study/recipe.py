@@ -116,7 +116,7 @@ class Recording:
         Fewer than were asked for are all that the task has.
         """
         whole = self.prompts is None or conversations < self.prompts
-        enough = whole or (other.prompts or math.inf) <= (self.prompts or 0)
+        enough = whole or (math.inf if other.prompts is None else other.prompts) <= (self.prompts or 0)
         return enough and self.max_new_tokens >= other.max_new_tokens and self.block_size >= other.block_size
 
 
@@ -205,7 +205,9 @@ class Study:
 
     def live_recording(self) -> Recording:
         """What the live sample of the first part needs."""
-        return Recording(0.0, self.live.prompts, self.live.tokens, max(self.block_sizes(next(iter(self.parts)))))
+        key, part = next(iter(self.parts.items()))
+        prompts = min(self.live.prompts, part.prompts or self.live.prompts)
+        return Recording(0.0, prompts, self.live.tokens, max(self.block_sizes(key)))
 
 
 SECTIONS = ("title", "out", "base", "methods", "parts", "live")

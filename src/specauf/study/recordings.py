@@ -1,14 +1,12 @@
 """The recording stage: the target's own trajectories of every task, once a temperature, shared by all cells.
 
 A recording is as long and has as many prompts as any part asks for; a part that asks for less reads the beginning of it.
-Beside each stands a small file that says what it holds, so that the report needs neither the target nor any text.
+Beside each stands a small file that says what it holds, so that the report reads no recorded text.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +17,7 @@ from specauf.bench.tasks import BenchPrompt, describe_task, load_task, render_pr
 from specauf.config import EvalConfig, digest
 from specauf.console import Console
 from specauf.decode.acceptance import repeated_share
-from specauf.decode.replay import check_reach
+from specauf.decode.replay import Dialogue, check_reach
 from specauf.files import atomic_write_text
 from specauf.locks import claim
 from specauf.run import data_dir
@@ -28,10 +26,13 @@ from specauf.study.recipe import Recording, Study
 from specauf.target import Target
 
 
-def describe(study: Study, task: str, wanted: Recording, target: Target | None = None) -> dict[str, Any] | None:
+def describe(
+    study: Study, task: str, wanted: Recording, target: Target | None = None, *, any_day: bool = False
+) -> dict[str, Any] | None:
     """What is recorded of a task, if `wanted` can be read out of it: enough conversations, tokens and slots; else None.
 
-    With `target`, also None when it is a recording of another target, other prompts or another sampling than the recipe's.
+    With `target`, also None when it is a recording of another target, other prompts or another sampling than the recipe's,
+    and unless `any_day` when the prompts' tokens are others by now: some templates write today's date into them.
     Keys: `key` (digest of the tokens), `recording` (the fields of `Recording`), `made_of` (digest of target, EOS ids,
     prompts and sampling), `label`, `clusters` (conversation number of each trajectory), `repeated_share`.
     """
@@ -41,7 +42,10 @@ def describe(study: Study, task: str, wanted: Recording, target: Target | None =
     found: dict[str, Any] = json.loads(path.read_text())
     fits = Recording(**found["recording"]).covers(wanted, len(set(found["clusters"])))
     if fits and target:
-        fits = found["made_of"] == _made_of(study, target, _prompts(study, task), wanted)
+        prompts = _prompts(study, task)
+        fits = found["made_of"] == _made_of(study, target, prompts, wanted)
+        if fits and not any_day and "rendered" in found:  # which older ones do not say
+            fits = found["rendered"] == _digest_of(_rendered(study, target, prompts))
     return found if fits else None
 
 
@@ -53,7 +57,7 @@ def check_tasks(study: Study, target: Target, recordings: Sequence[Recording]) -
             held = f"eval.tasks: {label} has {len(prompts) or 'no'} conversation"
             raise UserError(f"{held}, and an interval needs two or more: add some, or leave it out")
         for wanted in recordings:
-            rendered = render_prompts(target, prompts[: wanted.prompts], study.base.data.enable_thinking)
+            rendered = _rendered(study, target, prompts)[: wanted.prompts]
             check_reach(target, rendered, wanted.max_new_tokens + wanted.block_size - 1)
 
 
@@ -83,9 +87,13 @@ def open_recorded(study: Study, target: Target, task: str, recording: Recording)
 
     Raises `UserError` when they are others by now: no measurement may go by the name of another recording.
     """
-    found = _open(study, target, task, _prompts(study, task), recording, None)
+    rendered = _rendered(study, target, _prompts(study, task))
     about = describe(study, task, recording, target)
-    if about is None or about["key"] != _key(found):
+    if about is None or about.get("rendered", _digest_of(rendered)) != _digest_of(rendered):
+        found = None
+    else:
+        found = _open(study, target, task, rendered, recording, None)
+    if found is None or about is None or about["key"] != _key(found):
         raise UserError(f"the recording of {task} changed while it was measured: run the same command again")
     return found
 
@@ -96,11 +104,13 @@ def _record(
     count = len(prompts[: wanted.prompts])
     label = describe_task(task, tasks_dir=study.base.eval.tasks_dir).label
     with console.progress(f"recording the target on {label}, T={wanted.temperature:g}", count) as advance:
-        made = _open(study, target, task, prompts, wanted, lambda n: advance(n, ""))
+        rendered = _rendered(study, target, prompts)  # once: midnight may pass
+        made = _open(study, target, task, rendered, wanted, lambda n: advance(n, ""))
     about = {
         "key": _key(made),
         "recording": dataclasses.asdict(wanted),
         "made_of": _made_of(study, target, prompts, wanted),
+        "rendered": _digest_of(rendered),
         "label": made.label,
         "clusters": made.clusters,
         "repeated_share": repeated_share(made.texts()),
@@ -116,14 +126,15 @@ def _open(
     study: Study,
     target: Target,
     task: str,
-    prompts: list[BenchPrompt],
+    rendered: Sequence[Dialogue],
     wanted: Recording,
     on_progress: Callable[[int], None] | None,
 ) -> Recorded:
-    rendered = render_prompts(target, prompts[: wanted.prompts], study.base.data.enable_thinking)
     where = study.out / "trajectories"
     label = describe_task(task, tasks_dir=study.base.eval.tasks_dir).label
-    return recorded(target, label, rendered, _settings(study, wanted), wanted.block_size, where, on_progress)
+    return recorded(
+        target, label, rendered[: wanted.prompts], _settings(study, wanted), wanted.block_size, where, on_progress
+    )
 
 
 def _settings(study: Study, wanted: Recording) -> EvalConfig:
@@ -132,17 +143,17 @@ def _settings(study: Study, wanted: Recording) -> EvalConfig:
 
 
 def _made_of(study: Study, target: Target, prompts: list[BenchPrompt], wanted: Recording) -> str:
-    sampling, thinking = to_dict(_settings(study, wanted).sampling), study.base.data.enable_thinking
-    text = json.dumps([list(p) for p in prompts])
-    ids = _rendered(target, text, thinking, datetime.date.today())
-    return digest([target.fingerprint(), sorted(target.eos_ids()), text, ids, sampling, thinking])
+    sampling = to_dict(_settings(study, wanted).sampling)
+    thinking = study.base.data.enable_thinking
+    return digest([target.fingerprint(), sorted(target.eos_ids()), [list(p) for p in prompts], sampling, thinking])
 
 
-@functools.lru_cache(maxsize=64)
-def _rendered(target: Target, prompts: str, thinking: bool, day: datetime.date) -> str:
-    """Digest of the prompts' tokens. Some templates write today's date into them, hence `day`: no other day's are theirs."""
-    found = render_prompts(target, [BenchPrompt(*p) for p in json.loads(prompts)], thinking)
-    return digest([d.prompt for d in found])
+def _rendered(study: Study, target: Target, prompts: list[BenchPrompt]) -> list[Dialogue]:
+    return render_prompts(target, prompts, study.base.data.enable_thinking)
+
+
+def _digest_of(rendered: Sequence[Dialogue]) -> str:
+    return digest([d.prompt for d in rendered])
 
 
 def _prompts(study: Study, task: str) -> list[BenchPrompt]:

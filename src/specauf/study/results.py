@@ -83,10 +83,11 @@ def _used(study: Study) -> list[str]:
 def _task(study: Study, target: Target, name: str) -> dict[str, Any]:
     known = describe_task(name, tasks_dir=study.base.eval.tasks_dir)
     shares, clusters = {}, list[int]()
-    for wanted in sorted(study.recordings(), key=lambda r: r.temperature):
-        about = describe(study, name, wanted, target)
+    for t in sorted({t for part in study.parts.values() for t in part.temperatures}):
+        wanted = [study.recording(key, t) for key, part in study.parts.items() if t in part.temperatures]
+        about = next(filter(None, (describe(study, name, w, target, any_day=True) for w in wanted)), None)
         if about is not None:
-            shares[f"{wanted.temperature:g}"] = about["repeated_share"]
+            shares[f"{t:g}"] = about["repeated_share"]
             clusters = max(clusters, about["clusters"], key=len)
     return {
         "label": known.label,
@@ -211,7 +212,7 @@ def _checks(study: Study, target: Target) -> list[dict[str, Any]]:
     for subject in (*cells, *lookup_subjects(study, key)):
         for task in study.base.eval.tasks if subject else ():
             assert subject is not None
-            about = describe(study, task, study.live_recording(), target)
+            about = describe(study, task, study.live_recording(), target, any_day=True)
             check = read_live(study, subject, task, about) if about else None
             if check is None:
                 continue

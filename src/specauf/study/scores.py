@@ -128,7 +128,7 @@ class Measured:
         found: dict[str, dict[int, list[dict[str, Any]]]] = {}
         clusters: dict[str, list[int]] = {}
         for task in self.study.base.eval.tasks:
-            about = describe(self.study, task, self.study.recording(key, temperature), self.target)
+            about = describe(self.study, task, self.study.recording(key, temperature), self.target, any_day=True)
             if about is None:
                 return {}
             numbers = chosen(about["clusters"], part.prompts)

@@ -39,6 +39,8 @@ def run_study(
     if "train" in wanted:
         cells = study.cells(keys)
         left = train_cells(study, target, corpus, cells, console)
+        for cell in study.cells():  # one that another was made from may just have been trained anew
+            check_source(study, cell)
         done = len(cells) - len(left)
         console.say(f"{done} of {len(cells)} cells are trained" + (f"; left: {', '.join(left)}" if left else ""))
     if "record" in wanted:

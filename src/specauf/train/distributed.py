@@ -13,6 +13,7 @@ spread over the ranks with `train.shard_target` (FSDP2).
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,9 +22,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed.nn.functional  # see _forget_groups
 from torch import distributed as dist
-from torch.distributed.tensor import debug
 
 from specauf.strict import UserError
 
@@ -60,7 +59,7 @@ class Ranks:
             return
         try:
             yield
-        except UserError:
+        except BaseException:
             self.agree(True)
             raise
         self.agree(False)
@@ -120,6 +119,7 @@ def ranks_of_run() -> Iterator[Ranks]:
             raise UserError(f"torchrun started a process {local}, this machine has {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
+    importlib.import_module("torch.distributed.nn.functional")  # see _forget_groups
     dist.init_process_group(backend, timeout=PATIENCE)
     try:
         yield Ranks(dist.get_rank(), world)
@@ -132,7 +132,9 @@ def _forget_groups() -> None:
     """Drop what still holds a destroyed group, whose threads would live on and may abort the process at Python's end.
 
     `torch.distributed.nn.functional` keeps whatever group there is when it is first imported (torch._dynamo imports it) as
-    a default argument: imported above, before there is a group, it keeps none. FSDP2's mesh stays in DTensor's caches.
+    a default argument: imported before there is a group, it keeps none. FSDP2's mesh stays in DTensor's caches.
     """
+    from torch.distributed.tensor import debug
+
     getattr(debug, "_clear_sharding_prop_cache", lambda: None)()
     gc.collect()

@@ -15,6 +15,7 @@ from specauf.decode.acceptance import (
     prompt_taus,
     repeated_share,
     summarise,
+    tau_interval,
 )
 from specauf.decode.generate import Round
 from specauf.strict import UserError
@@ -81,6 +82,12 @@ def test_few_prompts_do_not_make_an_interval_too_narrow(prompts: int) -> None:
         low, high = bootstrap(values, resamples=1000)
         missed += not low <= 2 <= high
     assert missed / worlds < 0.05 + 3 * np.sqrt(0.05 * 0.95 / worlds)  # the plain percentile bootstrap: 0.5 at two
+    assert missed / worlds > 0.01 or prompts < 8, "nor too wide"
+
+
+def test_an_interval_of_tau_begins_at_one() -> None:
+    assert tau_interval(np.array([1.1, 1.5]))[0] == 1.0 and bootstrap(np.array([1.1, 1.5]))[0] < 1
+    assert np.isnan(tau_interval(np.array([1.5]))).all()
 
 
 def test_turns_of_a_conversation_are_drawn_together() -> None:
