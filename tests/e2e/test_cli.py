@@ -45,7 +45,7 @@ def test_prepare_train_eval_generate_and_report(world: Path, capsys: pytest.Capt
     assert "prompt lookup" in told and "ok: run, birds, batch 1" in told and "FAILED" not in told
     assert "ok: run, lookup first, birds, batch 1" in told
     kept = json.loads((world / "eval" / "results.json").read_text())
-    assert kept["command"].startswith("specauf ") and kept["settings"]["lookup first where so many tokens repeat"] == 2
+    assert kept["command"].startswith("specauf") and kept["settings"]["lookup first where so many tokens repeat"] == 2
 
     ship = ["export", str(world / "run" / "checkpoint"), str(world / "shipped"), "--results", str(world / "eval")]
     assert main([*ship, "--base-model", "hub/target"]) == 0

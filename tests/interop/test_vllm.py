@@ -112,7 +112,8 @@ def check(tokens: list[list[int]], counters: dict[str, Any], ours: list[Generati
 
 def test_its_text_and_its_counters_are_ours(prompts: list[list[int]], ours: list[Generation], tmp_path: Path) -> None:
     drafter = save_drafter(load_drafter(DRAFTER).to(torch.float32), tmp_path / "drafter")
-    plan = {"method": "dflash", "model": str(drafter), "num_speculative_tokens": 3}
+    proposed = load_drafter(DRAFTER).config.num_predictions
+    plan = {"method": "dflash", "model": str(drafter), "num_speculative_tokens": proposed}
     check(*served(assets.smollm2(), prompts, speculative_config=plan), ours)
 
 
