@@ -36,9 +36,7 @@ def markdown(found: Mapping[str, Any]) -> str:
         for row in rows:
             goal = "–" if row.reach is None else f"{'≤' if row.below else '≥'} {row.reach:.3g}"
             verdict = "" if row.reached is None else " reached" if row.reached else " **not reached**"
-            lines.append(
-                f"| {row.what} | {row.against} | {row.at} | {row.ratio:.2f} | {goal}{verdict} | {row.note} |"
-            )
+            lines.append(f"| {row.what} | {row.against} | {row.at} | {row.ratio:.2f} | {goal}{verdict} | {row.note} |")
         lines.append("")
     return "\n".join(["# Benchmarks", "", "`make bench`; docs/performance.md says what they mean.", "", *lines])
 

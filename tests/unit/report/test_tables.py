@@ -172,7 +172,10 @@ def test_self_selection_has_a_table_of_its_own_and_no_row_in_another(results: Re
 
 
 def test_the_terms_of_an_experiment_stand_only_where_there_was_one(results: dict[str, Any]) -> None:
-    of_an_evaluation = {**results, "comparisons": [{**c, "condition": "before the text loops"} for c in results["comparisons"]]}
+    of_an_evaluation = {
+        **results,
+        "comparisons": [{**c, "condition": "before the text loops"} for c in results["comparisons"]],
+    }
     told = tables.markdown(of_an_evaluation)
     assert "Equal steps" in tables.markdown(results) and "Equal steps" not in told and "“No loop”" in told
     assert "**Before the text loops, " in told and "At before" not in told
