@@ -15,7 +15,7 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from specauf.files import atomic_file, atomic_write_text, json_text
-from specauf.report import plots, tables
+from specauf.report import markdown, plots, tables
 from specauf.report.words import CAPTIONS, GLOSSARY, LEGEND, PROSE, SELECTION, clean
 from specauf.strict import UserError, nearest
 
@@ -120,7 +120,7 @@ def write(results: dict[str, Any], out: Path) -> Path:
         return study_page.write(results, out)
 
     def page(figures: dict[str, dict[str, str]]) -> tuple[str, str]:
-        return tables.markdown(results, tuple(figures)), render(results, figures)
+        return markdown.markdown(results, tuple(figures)), render(results, figures)
 
     drawings = {name: (lambda narrow, draw=draw: draw(results, narrow)) for name, draw in plots.FIGURES.items()}
     return write_files(results, Path(out), drawings, page)
@@ -223,7 +223,7 @@ def _sample(results: dict[str, Any], sample: dict[str, Any]) -> dict[str, Any]:
             runs[-1] = (runs[-1][0] + text, drafted)
         else:
             runs.append((text, drafted))
-    prompt = tables.shorten(sample.get("prompt") or "")
+    prompt = markdown.shorten(sample.get("prompt") or "")
     return {
         "name": " · ".join(filter(None, name)),
         "line": tables.live_line(sample),

@@ -87,13 +87,10 @@ def open_recorded(study: Study, target: Target, task: str, recording: Recording)
 
     Raises `UserError` when they are others by now: no measurement may go by the name of another recording.
     """
-    rendered = _rendered(study, target, _prompts(study, task))
     about = describe(study, task, recording, target)
-    if about is None or about.get("rendered", _digest_of(rendered)) != _digest_of(rendered):
-        found = None
-    else:
-        found = _open(study, target, task, rendered, recording, None)
-    if found is None or about is None or about["key"] != _key(found):
+    rendered = _rendered(study, target, _prompts(study, task))
+    found = _open(study, target, task, rendered, recording, None) if about else None
+    if about is None or found is None or about["key"] != _key(found):
         raise UserError(f"the recording of {task} changed while it was measured: run the same command again")
     return found
 

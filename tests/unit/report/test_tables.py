@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from specauf.report import tables
+from specauf.report import markdown, tables
 from specauf.report.words import clean, escape, fixed, large, signed, span
 
 Results = dict[str, Any]
@@ -134,7 +134,7 @@ def test_numbers_are_written_for_readers() -> None:
 
 
 def test_markdown_has_every_section_and_as_many_cells_in_each_row(results: Results) -> None:
-    text = tables.markdown(results, ("tau", "alpha", "training", "support"))
+    text = markdown.markdown(results, ("tau", "alpha", "training", "support"))
     for title in ("Emitted length", "What was compared", "Live decoding", "Data", "Checks", "Provenance", "Terms"):
         assert f"\n## {title}\n" in text
     assert text.count("](figures/") == 4 and "<b>    for</b> i<b> in</b>" in text
@@ -143,12 +143,12 @@ def test_markdown_has_every_section_and_as_many_cells_in_each_row(results: Resul
 
 
 def test_markdown_of_the_least_results_has_no_empty_section(minimal: Results) -> None:
-    text = tables.markdown(minimal)
+    text = markdown.markdown(minimal)
     assert "## Checks" not in text and "## Live" not in text and "| auf | 1.250 |" in text
 
 
 def test_hostile_strings_neither_break_tables_nor_become_markup(hostile: Results) -> None:
-    text = tables.markdown(hostile)
+    text = markdown.markdown(hostile)
     assert not re.search(r"<(?!/?(?:b|pre)>)", text)
     assert "https://" not in re.sub(r"<pre>.*?</pre>", "", text, flags=re.S)
     assert all(len(set(run)) == 1 for run in pipes(text))
@@ -166,9 +166,9 @@ def test_self_selection_has_a_table_of_its_own_and_no_row_in_another(results: Re
     assert rows[1][:2] == ["AUF, self-selection, K=8, T_s=1.5", "HumanEval"]
     assert rows[1][2:] == ["1.412 [1.350, 1.470]", "+0.167 [+0.110, +0.220]", "41.3", "1,450"]
     assert not any("self-selection" in row[0] for row in tables.summary_rows(results))
-    assert "## Self-selection" in tables.markdown(results)
+    assert "## Self-selection" in markdown.markdown(results)
     del results["selection"]
-    assert len(tables.selection_rows(results)) == 1 and "## Self-selection" not in tables.markdown(results)
+    assert len(tables.selection_rows(results)) == 1 and "## Self-selection" not in markdown.markdown(results)
 
 
 def test_the_terms_of_an_experiment_stand_only_where_there_was_one(results: dict[str, Any]) -> None:
@@ -176,6 +176,6 @@ def test_the_terms_of_an_experiment_stand_only_where_there_was_one(results: dict
         **results,
         "comparisons": [{**c, "condition": "before the text loops"} for c in results["comparisons"]],
     }
-    told = tables.markdown(of_an_evaluation)
-    assert "Equal steps" in tables.markdown(results) and "Equal steps" not in told and "“No loop”" in told
+    told = markdown.markdown(of_an_evaluation)
+    assert "Equal steps" in markdown.markdown(results) and "Equal steps" not in told and "“No loop”" in told
     assert "**Before the text loops, " in told and "At before" not in told

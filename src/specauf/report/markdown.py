@@ -1,0 +1,102 @@
+"""The report of a run or an evaluation as Markdown, from the rows and sentences of `tables`."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+
+from specauf.report.tables import (
+    Results,
+    Rows,
+    check_rows,
+    compared,
+    comparison_sentences,
+    headline,
+    ledger_rows,
+    live_line,
+    meta,
+    method_rows,
+    provenance_rows,
+    selection_rows,
+    speedup_rows,
+    summary_rows,
+    task_label,
+    task_note,
+    task_rows,
+)
+from specauf.report.words import CAPTIONS, GLOSSARY, LEGEND, PROSE, SELECTION, clean, escape
+
+
+def markdown_table(rows: Rows) -> str:
+    """A pipe table; columns to the right except the first and those of words."""
+    lines = ["| " + " | ".join(map(escape, row)) + " |" for row in rows]
+    lines.insert(1, "|" + "|".join("---" if not i or h in PROSE else "--:" for i, h in enumerate(rows[0])) + "|")
+    return "\n".join(lines)
+
+
+def markdown(results: Results, figures: Sequence[str] = ()) -> str:
+    """The whole report as Markdown. `figures` are the names, keys of `CAPTIONS`, of the files in figures/ to show."""
+
+    def section(title: str, *blocks: str) -> str:
+        return "\n\n".join([f"## {title}", *filter(None, blocks)]) if any(blocks) else ""
+
+    def figure(name: str) -> str:
+        return (
+            f"![{escape(CAPTIONS[name])}](figures/{name}.png)\n\n*{escape(CAPTIONS[name])}*" if name in figures else ""
+        )
+
+    def table(rows: Rows) -> str:
+        return markdown_table(rows) if len(rows) > 1 else ""
+
+    def bullets(lines: Iterable[str]) -> str:
+        return "\n".join(f"- {escape(line)}" for line in lines)
+
+    tasks, ledger = results["evaluation"], results.get("ledger") or {}
+    per_task = [
+        "\n\n".join(
+            filter(
+                None,
+                [f"**{escape(task_label(results, t))}**", escape(task_note(results, t)), table(task_rows(results, t))],
+            )
+        )
+        for t in tasks
+    ]
+    live = []
+    for sample in results.get("live") or []:
+        text = "".join(
+            f"<b>{html.escape(clean(s['text']))}</b>" if s.get("kind") == "draft" else html.escape(clean(s["text"]))
+            for s in sample.get("segments") or []
+        )
+        name = " · ".join(escape(v) for v in (task_label(results, sample.get("task", "")), sample.get("id")) if v)
+        live += [
+            f"**{name}** {escape(live_line(sample))}",
+            bullets([shorten(sample.get("prompt", ""))]),
+            f"<pre>{text}</pre>",
+        ]
+    legend, chosen = LEGEND.replace("Marked text", "Bold text") if live else "", table(selection_rows(results))
+    blocks = [
+        f"# {escape(results['title'])}",
+        escape(" · ".join(meta(results))),
+        "\n\n".join(f"**{escape(line)}**" for line in headline(results)),
+        table(summary_rows(results)),
+        bullets(comparison_sentences(results)),
+        section("Emitted length", figure("tau")),
+        section("Conditional acceptance", figure("alpha"), *per_task),
+        section(
+            "What was compared", escape(compared(results)), table(method_rows(results)), table(speedup_rows(results))
+        ),
+        section("Self-selection", escape(SELECTION) if chosen else "", chosen),
+        section("Training", figure("training"), figure("support")),
+        section("Live decoding", legend, *live),
+        section("Data", table(ledger_rows(results)), bullets(ledger.get("warnings") or [])),
+        section("Checks", table(check_rows(results))),
+        section("Provenance", table(provenance_rows(results))),
+        section("Terms", bullets(f"{term}: {text}" for term, text in GLOSSARY)),
+    ]
+    return "\n\n".join(filter(None, blocks)) + "\n"
+
+
+def shorten(text: object, limit: int = 600) -> str:
+    """The first `limit` characters, with a count of the others."""
+    whole = clean(text)
+    return whole if len(whole) <= limit else f"{whole[:limit].rstrip()} … ({len(whole) - limit:,} more characters)"
