@@ -258,9 +258,8 @@ def _lookups(results: Results) -> list[str]:
         best = [max((v for (n, u), v in taus.items() if u == t and n in rivals_of and v), default=None) for t in met]
         rivals = f" (best drafter: {series([fixed(v) for v in best])})" if all(best) else ""
         reached = series([f"{fixed(taus[name, t])} on {task_label(results, t)}" for t in met])
-        sentences += (
-            [f"{method_label(results, name)}, which has no parameters, reaches τ {reached}{rivals}."] if met else []
-        )
+        if met:
+            sentences.append(f"Without parameters, {method_label(results, name)} reaches τ {reached}{rivals}.")
     return sentences
 
 
