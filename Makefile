@@ -27,7 +27,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(INSTALLED)  ## train two drafters on the embedded default, measure them, write a page (MINUTES of training)
+demo: $(INSTALLED)  ## train two drafters on the embedded default, measure them, write a page, in about MINUTES after installing
 	$(BIN)/specauf demo --minutes $(MINUTES) $(if $(filter-out dflash,$(DRAFTER)),--drafter $(DRAFTER))
 
 test: $(INSTALLED)  ## the fast test suite
