@@ -11,13 +11,14 @@ from specauf.study.claims import CLAIMS, DOMINO, PRIORS, claims, find, standing
 from specauf.study.training_log import summary, thinned
 
 TASKS = ("gsm8k", "alpaca")
-NAMES = ("T=0", "T=1", "inert", "inversion", "transfer", "base", "priors", "time")
+NAMES = ("primary", "T=0", "T=1", "inert", "inversion", "transfer", "base", "priors", "time")
 
 
 def comparison(a: str, b: str, temperature: str, task: str, verdict: str, **changes: Any) -> dict[str, Any]:
-    sizes = {"better": 0.1, "worse": -0.1, "equivalent": 0.001, "undecided": 0.01}
+    size = {"better": 0.1, "worse": -0.1, "equivalent": 0.001, "undecided": 0.01}[verdict]
     row = {"part": "a", "temperature": temperature, "task": task, "a": a, "b": b, "before_loop": False}
-    return row | {"difference": sizes[verdict], "verdict": verdict, "seeds": 3, "noise_floor": None} | changes
+    row |= {"difference": size, "interval": [size - 0.05, size + 0.05]}
+    return row | {"verdict": verdict, "seeds": 3, "noise_floor": None} | changes
 
 
 def study(**verdicts: str) -> dict[str, Any]:
@@ -78,9 +79,14 @@ def test_all_of_them_reproduce_and_say_why() -> None:
     assert verdicts(results) == only()
     rows = claims(results)
     assert [row["claim"] for row in rows] == [name for name, *_ in CLAIMS]
-    assert rows[0]["because"] == "AUF against decay: 2 better (differences +0.100 to +0.100 tau)"
-    assert [results["comparisons"][i]["task"] for i in rows[0]["evidence"]] == list(TASKS)
-    assert "ends +10.0 ± 0.0 points from AUF's (3 seeds)" in rows[3]["because"]
+    assert rows[0]["because"] == "AUF against decay, macro average: 1 better (differences +0.100 tau)"
+    assert rows[1]["because"] == (
+        "AUF against decay: 2 better (differences +0.100 to +0.100 tau); "
+        "without Holm's correction 2 of the 95 % intervals are above zero"
+    )
+    assert [results["comparisons"][i]["task"] for i in rows[1]["evidence"]] == list(TASKS)
+    assert "ends 10.0 ± 0.0 points above AUF's (3 seeds, 2 readings each at the same steps)" in rows[4]["because"]
+    assert "AUF's macro-average tau is 0.100 above decay's (better)" in rows[4]["because"]
 
 
 @pytest.mark.parametrize(
@@ -91,8 +97,8 @@ def test_all_of_them_reproduce_and_say_why() -> None:
         ("auf__decay__1__gsm8k", "worse", {"T=1": "not reproduced"}),
         ("auf_decay__auf__1__macro", "undecided", {"inert": "undecided"}),
         ("auf_decay__auf__0__macro", "better", {"inert": "not reproduced"}),
-        ("auf__decay__0__macro", "undecided", {"inversion": "undecided"}),
-        ("auf__decay__0__macro", "worse", {"inversion": "not reproduced"}),
+        ("auf__decay__0__macro", "undecided", {"primary": "undecided", "inversion": "undecided"}),
+        ("auf__decay__0__macro", "worse", {"primary": "not reproduced", "inversion": "not reproduced"}),
         ("f_auf__decay_only__1__macro", "undecided", {"transfer": "undecided"}),
         ("s_auf_d__decay_only__0__macro", "equivalent", {"transfer": "not reproduced"}),
         ("b_auf__f_auf__0__macro", "worse", {"base": "not reproduced"}),
@@ -113,13 +119,16 @@ def test_a_position_prior_that_does_as_well_is_named() -> None:
     for row in results["comparisons"]:
         if row["b"] in PRIORS:
             row |= {"seeds": 1, "noise_floor": 0.06}
-    told = claims(results)[6]
+    told = claims(results)[7]
     assert told["verdict"] == "undecided" and len(told["evidence"]) == 5
-    assert "first-1 +0.010 (undecided)" in told["because"] and "as much as 0.060 from seed to seed" in told["because"]
+    assert (
+        "first-1 +0.010 (undecided)" in told["because"]
+        and "may lie 0.060 apart by their seeds alone" in told["because"]
+    )
     assert told["because"].endswith("; not run: decay-g2")
     results = study()
     results["comparisons"] = [r for r in results["comparisons"] if r["b"] != "decay-g2"]
-    assert claims(results)[6]["verdict"] == "undecided", "all of those that were run, but not all"
+    assert claims(results)[7]["verdict"] == "undecided", "all of those that were run, but not all"
 
 
 def test_missing_comparisons_are_not_run() -> None:
@@ -136,7 +145,7 @@ def test_a_study_of_other_methods_asks_nothing() -> None:
     results["parts"] = [{"methods": ["decay", "random", "prompt-lookup"], "temperatures": ["0"]}]
     assert claims(results) == []
     results["parts"] = [{"methods": ["decay", "auf"], "temperatures": ["0"]}]
-    assert [row["claim"][:11] for row in claims(results)] == ["AUF > decay", "AUF > decay", "decay is mo"]
+    assert [row["claim"][:11] for row in claims(results)] == ["AUF > decay"] * 3 + ["decay is mo"]
 
 
 def test_a_part_that_asks_for_one_temperature_is_judged_by_it() -> None:
@@ -153,7 +162,7 @@ def test_decay_cannot_be_called_inert_on_a_short_support() -> None:
         for row in rows:
             row["r_active"] = 0.29 if row["step"] > 8 else 0.9  # the end counts
     assert verdicts(results) == only(inert="undecided")
-    assert "r_active ends at 0.29" in claims(results)[2]["because"]
+    assert "r_active ends at 0.29" in claims(results)[3]["because"]
 
 
 def test_the_inversion_needs_all_seeds_to_agree() -> None:
@@ -170,6 +179,35 @@ def test_the_inversion_needs_all_seeds_to_agree() -> None:
     for method in results["methods"]:
         method["cells"][1]["state"] = method["cells"][2]["state"] = "training"
     assert verdicts(results)["inversion"] == "undecided", "one finished seed shows no spread"
+
+
+def test_the_inversion_pairs_readings_of_the_same_steps() -> None:
+    results = study()
+    for rows in results["training"]["auf"].values():
+        rows[:] = [row if row["step"] == 9 else {"step": row["step"], "r_active": 0.4} for row in rows]
+    for rows in results["training"]["decay"].values():
+        for row in rows:
+            row["common_accuracy"] = 0.9 if row["step"] == 10 else row["common_accuracy"]  # AUF has none there
+    assert "ends 10.0 ± 0.0 points above AUF's (3 seeds, 1 reading each" in claims(results)[4]["because"]
+    for rows in results["training"]["auf"].values():
+        rows[8].pop("common_accuracy")
+    assert verdicts(results)["inversion"] == "not run"
+
+
+def test_equal_time_says_what_each_took() -> None:
+    results = study()
+    for cell, seconds in zip(results["methods"][0]["cells"], (1134, 750, 732), strict=True):
+        cell["train_seconds"] = seconds
+    results["methods"].append({"name": "auf-time", "cells": [{"seed": 0, "state": "done", "train_seconds": 990}]})
+    assert claims(results)[8]["because"].endswith("; AUF trained 16.5 min, decay 12.2 to 18.9 min")
+
+
+def test_small_differences_do_not_read_as_zero() -> None:
+    results = study()
+    for row in results["comparisons"]:
+        if row["a"] == "auf-decay":
+            row["difference"] = -0.00004
+    assert "(differences −0.00004 to −0.00004 tau)" in claims(results)[3]["because"]
 
 
 def test_single_runs_count_beyond_the_noise_floor_alone() -> None:

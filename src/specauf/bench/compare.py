@@ -154,7 +154,7 @@ def evaluate(
                 *((other, names[0]) for other in names[1:]),
                 *pools.items(),
                 *behind.items(),
-                *((name, LOOKUP) for name in behind or names),  # the competitor that costs nothing
+                *((name, LOOKUP) for name in [*names, *behind]),  # the competitor that costs nothing
             ]
             for row in comparison(tasks, rounds, other, first)
         ],
@@ -207,13 +207,19 @@ def _live(
         told = f"{len(check.generations)} prompts, {rounds} rounds, {len(check.near_ties)} near ties"
         results["checks"].append(
             {
-                "name": f"{name}, {recording.label}, {how}: live tokens are plain decoding's, live rounds are replay's",
+                "name": f"{name}, {recording.label}, {how}: {what_agrees(bool(check.near_ties))}",
                 "value": "; ".join(check.problems) or told,
                 "passed": not check.problems,
             }
         )
     results["speedups"] += _ratios(name, recording.label, one, many)
     return not one.problems and not many.problems
+
+
+def what_agrees(near_ties: bool) -> str:
+    """What a passed check of live decoding has shown."""
+    apart = ", near ties of the target apart" if near_ties else ""
+    return f"live tokens are plain decoding's, live rounds are replay's{apart}"
 
 
 def _ratios(name: str, label: str, one: LiveCheck, many: LiveCheck) -> list[dict[str, Any]]:

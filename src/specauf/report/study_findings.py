@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,17 @@ class Finding:
 def headline(results: Results) -> list[str]:
     """How many claims hold, then what the free competitor does on the average."""
     claims = results.get("claims") or []
+    papers = [c for c in claims if str(c.get("source") or "").startswith("paper")]
+    others = [c for c in claims if c not in papers]
+    told = [_tally(named, some) for named, some in (("the paper's", papers), ("our own", others)) if some]
+    first = f"Of {'; of '.join(told)}." if told else ""
+    said_of_lookup = lookup_line(results)
+    nothing = "" if said_of_lookup else "No claim has been put to the test yet."
+    return [line for line in (first or nothing, said_of_lookup) if line]
+
+
+def _tally(whose: str, claims: Sequence[dict[str, Any]]) -> str:
+    """`the paper's 6 claims, 1 is reproduced here and 5 are undecided`."""
     tally = Counter(_verdict(c) for c in claims)
     said = ("reproduced here", "not reproduced", "undecided", "not run yet")
     counts = [
@@ -35,10 +47,7 @@ def headline(results: Results) -> list[str]:
         for v, words in zip(VERDICTS, said, strict=True)
         if tally[v]
     ]
-    first = f"Of {len(claims)} claim{'s' if len(claims) != 1 else ''}, {series(counts)}." if claims else ""
-    said_of_lookup = lookup_line(results)
-    nothing = "" if said_of_lookup else "No claim has been put to the test yet."
-    return [line for line in (first or nothing, said_of_lookup) if line]
+    return f"{whose} {len(claims)} claim{'s' if len(claims) != 1 else ''}, {series(counts)}"
 
 
 def lookup_line(results: Results) -> str:
@@ -57,7 +66,7 @@ def lookup_line(results: Results) -> str:
                 of = "drafters" if len(rivals) == asked else f"{len(rivals)} of {asked} drafters measured"
                 return (
                     f"On the average of all benchmarks at T = {clean(temperature)}, {best} emits {fixed(tau)} tokens a round, "
-                    f"the most of the {of} of “{index.part_label(part)}”; {free_label}, which has no parameters, "
+                    f"the most of the {of} of “{index.part_label(part)}”; without parameters, {free_label} "
                     f"emits {fixed(other)}."
                 )
     return ""
@@ -85,7 +94,7 @@ def evidence(results: Results, claim: dict[str, Any]) -> str:
     """`12 comparisons: 10 better, 2 undecided`, of those the claim rests on; indices of nothing are passed over."""
     compared = results.get("comparisons") or []
     used = [compared[i] for i in claim.get("evidence") or [] if 0 <= i < len(compared)]
-    tally = Counter(clean(c.get("verdict") or "no verdict") for c in used)
+    tally = Counter(clean(index.standing(c) or "no verdict") for c in used)
     words = [*OUTCOMES, *sorted(set(tally) - set(OUTCOMES))]
     counts = ", ".join(f"{tally[w]} {w}" for w in words if tally[w])
     return f"{count(len(used))} comparison{'s' if len(used) > 1 else ''}: {counts}" if used else ""

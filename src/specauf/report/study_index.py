@@ -13,7 +13,7 @@ from typing import Any
 
 from specauf.report import page
 from specauf.report.tables import Results
-from specauf.report.words import clean, real, series
+from specauf.report.words import THIN, clean, real, series
 
 MACRO = "macro"
 """The name of the average over benchmarks, in place of a task's."""
@@ -136,6 +136,11 @@ def comparisons(results: Results, part: dict[str, Any], before_loop: bool = Fals
     ]
 
 
+def standing(comparison: dict[str, Any]) -> str:
+    """What a comparison says of its methods: of single runs, less than the verdict that their interval has."""
+    return str(comparison.get("standing") or comparison.get("verdict") or "")
+
+
 def noise_floor(results: Results, part: dict[str, Any], temperature: str, name: str, task: str) -> float | None:
     """How far two runs that differ in nothing but the seed may lie apart, as the comparisons at this place have it.
 
@@ -161,6 +166,16 @@ def alpha(results: Results, part: dict[str, Any], temperature: str, name: str) -
             break
         means.append(sum(s for s in column if s is not None) / len(column))
     return [after / before if before else None for before, after in pairwise(means)]
+
+
+def thin_slots(score: dict[str, Any], curve: Sequence[float | None]) -> set[int]:
+    """Slots k, from 1, whose alpha rests on fewer than `THIN` rounds that reach them."""
+    rounds, reached, found = real(score.get("rounds")), 1.0, set()
+    for k, a in enumerate(curve, start=1):
+        if rounds is not None and rounds * reached < THIN:
+            found.add(k)
+        reached *= a or 0.0
+    return found
 
 
 def drafters(results: Results, part: dict[str, Any]) -> list[str]:

@@ -20,7 +20,7 @@ from specauf.report.plots import INK, KNOWN, LOOKUP, SOFT, SPARE, Style
 from specauf.report.study_index import MACRO
 from specauf.report.study_words import ABSENT
 from specauf.report.tables import Results
-from specauf.report.words import THIN, fixed, real, span
+from specauf.report.words import fixed, real, span
 
 TOGETHER = 5
 """Lines that one panel can hold and still be told apart."""
@@ -86,10 +86,15 @@ def bars(results: Results, part: dict[str, Any], temperature: str, narrow: bool)
     places = [p for p in places if any(real(scored[p, n].get("tau")) is not None for n in names)]
     if not places:
         return None
+    drafting = [_end(score) for (_, name), score in scored.items() if not index.is_lookup(results, name)]
+    reach = max([end - 1 for end in drafting if end is not None] or [_end(s) or 1.0 for s in scored.values()])
+    reach = max(reach, 0.01)
+    limit = 1 + reach * (1.2 if narrow else 1.42)  # room for the last number
     figure, axes = plots.panels(len(places), narrow, 0.55 + 0.19 * len(names), columns=4, sharex=True, sharey=True)
     for ax, place in zip(axes, places, strict=True):
         for y, name in enumerate(names):
-            _bar(ax, y, scored[place, name], look[name])
+            lookup = index.is_lookup(results, name)
+            _bar(ax, y, scored[place, name], look[name], limit if lookup else None)
         ax.set_title(
             plots.short(
                 index.task_label(results, place).capitalize() if place == MACRO else index.task_label(results, place),
@@ -106,8 +111,7 @@ def bars(results: Results, part: dict[str, Any], temperature: str, narrow: bool)
         ax.spines["left"].set_visible(False)
         ax.axvline(1.0, color=SOFT, linewidth=0.9)
     axes[0].set_ylim(len(names) - 0.4, -0.6)
-    reach = max(axes[0].get_xlim()[1] - 1, 0.01)
-    axes[0].set_xlim(1 - 0.02 * reach, 1 + reach * (1.2 if narrow else 1.42))  # room for the last number
+    axes[0].set_xlim(1 - 0.02 * reach, limit)
     wanted = 6 if narrow else 4
     step = next(s for s in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if 1.3 * reach / s < wanted or s == 10)
     axes[0].xaxis.set_major_locator(MultipleLocator(step, offset=1.0))
@@ -116,7 +120,20 @@ def bars(results: Results, part: dict[str, Any], temperature: str, narrow: bool)
     return figure
 
 
-def _bar(ax: Axes, y: int, score: dict[str, Any], style: Style) -> None:
+def _end(score: dict[str, Any]) -> float | None:
+    """Where the marks of a bar end: at its value, its interval or the farthest of its seeds."""
+    value, bounds = real(score.get("tau")), span(score.get("interval"))
+    return None if value is None else max([value, *(bounds or ()), *_seeds(score)])
+
+
+def _seeds(score: dict[str, Any]) -> list[float]:
+    """tau of single seeds, where there are several."""
+    seeds = [s for v in (score.get("seed_taus") or {}).values() if (s := real(v)) is not None]
+    return seeds if len(seeds) > 1 else []
+
+
+def _bar(ax: Axes, y: int, score: dict[str, Any], style: Style, limit: float | None = None) -> None:
+    """`limit`: where the panel ends, for a method that may go beyond it, with its number before the edge."""
     value, bounds = real(score.get("tau")), span(score.get("interval"))
     if value is None:
         ax.annotate(ABSENT, (1.0, y), (4, 0), textcoords="offset points", va="center", color=SOFT, fontsize=7.5)
@@ -125,10 +142,15 @@ def _bar(ax: Axes, y: int, score: dict[str, Any], style: Style) -> None:
     ax.plot([value, value], [y - 0.34, y + 0.34], color=style.colour, linewidth=1.4, solid_capstyle="butt")
     if bounds:
         ax.plot(bounds, (y, y), color=INK, linewidth=1, solid_capstyle="butt")
-    seeds = [s for v in (score.get("seed_taus") or {}).values() if (s := real(v)) is not None]
-    if len(seeds) > 1:
-        ax.plot(seeds, [y + 0.2] * len(seeds), linestyle="none", marker="o", markersize=2.2, color=style.colour)
-    end = max([value, *(bounds or ()), *seeds])
+    seeds, end = _seeds(score), _end(score)
+    assert end is not None
+    ax.plot(seeds, [y + 0.2] * len(seeds), linestyle="none", marker="o", markersize=2.2, color=style.colour)
+    if limit is not None and end > 1 + 0.8 * (limit - 1):
+        told = f"{fixed(value, 2)} →" if value > limit else fixed(value, 2)
+        ax.annotate(
+            told, (limit, y), (-2, 0), textcoords="offset points", ha="right", va="center", color=INK, fontsize=8
+        )
+        return
     ax.annotate(fixed(value, 2), (end, y), (4, 0), textcoords="offset points", va="center", color=INK, fontsize=8)
 
 
@@ -171,12 +193,7 @@ def apart(figure: Figure) -> None:
 
 def _curve(ax: Axes, curve: Sequence[float | None], score: dict[str, Any], style: Style) -> None:
     points = [(k, a) for k, a in enumerate(curve, start=1) if a is not None]
-    rounds, reached = real(score.get("rounds")), 1.0
-    thin = set()
-    for k, a in enumerate(curve, start=1):
-        if rounds is not None and rounds * reached < THIN:
-            thin.add(k)
-        reached *= a or 0.0
+    thin = index.thin_slots(score, curve)
     solid = [p for p in points if p[0] not in thin]
     for some, strength in ((points, 0.35 if thin else 1.0), (solid, 1.0)):
         ax.plot([k for k, _ in some], [a for _, a in some], style.dash, color=style.colour, lw=1.5, alpha=strength)

@@ -169,7 +169,9 @@ def detail_rows(results: Results, part: dict[str, Any]) -> Rows:
         row = [index.label(results, name), clean(temperature), tau, fixed(found.get("tau_before_loop"))]
         row += [fixed(found.get("engine_tau")), count(found.get("rounds")), count(found.get("prompts"))]
         alphas = [*curves[name, temperature], *[None] * slots][:slots]
-        rows.append([*row, share(found.get("cut_share")), *(fixed(a) for a in alphas)])
+        thin = index.thin_slots(found, curves[name, temperature])
+        shown = [f"({fixed(a)})" if a is not None and k in thin else fixed(a) for k, a in enumerate(alphas, start=1)]
+        rows.append([*row, share(found.get("cut_share")), *shown])
     return dense(rows)
 
 
@@ -189,7 +191,7 @@ def comparison_rows(results: Results, part: dict[str, Any]) -> Rows:
         temperature, task, a, b = place
         row = [f"{index.label(results, a)} against {index.label(results, b)}", clean(temperature)]
         row += [index.task_label(results, task), _difference(c), f"{ratio:.2f} ×" if ratio is not None else NONE]
-        row += [chance(c.get("p")), chance(c.get("p_holm")), clean(c.get("verdict") or "no verdict") if c else ABSENT]
+        row += [chance(c.get("p")), chance(c.get("p_holm")), _verdict(c) if c else ABSENT]
         rows.append([*row, _before(later.get(place, {}))])
     return dense(rows)
 
@@ -207,10 +209,19 @@ def _difference(c: dict[str, Any]) -> str:
     return signed(c.get("difference")) + (f" [{signed(bounds[0])} to {signed(bounds[1])}]" if bounds else "")
 
 
+def _verdict(c: dict[str, Any]) -> str:
+    """`better`; of single runs that do not decide, `undecided (seed ± 0.065; these runs: better)`."""
+    verdict, said = clean(c.get("verdict") or "no verdict"), clean(index.standing(c) or "no verdict")
+    floor = real(c.get("noise_floor"))
+    noise = [] if floor is None else [f"seed ± {fixed(floor)}"]
+    noise += [f"these runs: {verdict}"] if said != verdict else []
+    return f"{said} ({'; '.join(noise)})" if noise else said
+
+
 def _before(c: dict[str, Any]) -> str:
     """`+0.041, better [+0.010 to +0.070]`."""
     value, bracket, bounds = _difference(c).partition(" [")
-    told = f", {clean(c['verdict'])}" if c.get("verdict") else ""
+    told = f", {clean(index.standing(c))}" if index.standing(c) else ""
     return f"{value}{told}{bracket}{bounds}" if value != NONE else NONE
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from specauf.report.words import GLOSSARY, NONE, real
+from specauf.report.words import GLOSSARY, NONE, THIN, real
 
 ABSENT = "not run yet"
 VERDICTS = {
@@ -39,8 +39,9 @@ BEFORE_LOOP = (
 COMPARED = (
     "Differences of τ, a less b, paired by prompt and seed. Better and worse need a 95 % interval beside zero and, where p "
     "is corrected, a Holm-adjusted p below 0.05; equivalent needs the 90 % interval within ±{margin}, a margin set before "
-    "the run, and goes before the other two; all else is undecided. The last column is the same comparison without "
-    "what follows a loop."
+    "the run, and goes before the other two; all else is undecided. Two single runs show a difference of their methods only "
+    "beyond the noise floor (“seed ±”), and never that they are equivalent; brackets then hold what the interval says of these "
+    "runs alone. The last column is the same comparison without what follows a loop."
 )
 ONE_SEED = "Where a method has one seed, its intervals are over prompts alone. {floor}"
 FLOOR = (
@@ -54,7 +55,8 @@ BUDGETS = (
 )
 MEASURED = (
     "τ, with and without loops, and acceptance are averages over the benchmarks, each prompt weighing the same within a "
-    "benchmark and each benchmark the same; engine τ and the cut share pool a benchmark's rounds; rounds and prompts are sums."
+    "benchmark and each benchmark the same; engine τ and the cut share pool a benchmark's rounds; rounds and prompts are sums. "
+    f"α in brackets rests on fewer than {THIN} rounds."
 )
 
 SUPPORT_LABEL, ACTIVE_LABEL = "Support accuracy, a_support", "Active ratio, r_active"
@@ -67,9 +69,10 @@ CAPTIONS = {
     "of a block that carries loss, and {tau}. {lines}",
     "alpha": "{figure}Conditional acceptance α_k at T = {temperature}, prompts equal within a benchmark and benchmarks equal: "
     "of the rounds whose first k − 1 draft tokens were accepted, the share whose k-th was accepted too. Small pale marks rest "
-    "on few rounds.",
+    f"on fewer than {THIN} rounds.",
     "bars": "Tokens emitted per verify round at T = {temperature}. Bars begin at τ = 1, where no draft token is ever accepted, "
-    "so that their length is the accepted length; lines are 95 % intervals, dots single seeds.",
+    "so that their length is the accepted length; lines are 95 % intervals, dots single seeds. The axis is the drafters': "
+    "prompt lookup may go beyond it, with an arrow.",
     "credit": "Mean credit of each slot over the last tenth of training, all seeds. Shades are relative to the row's largest "
     "credit, since a loss divides by their sum; numbers are the credits themselves.",
     "reach": "Mean credit of each slot over training: how deep into a block the loss reaches, from the first steps on the left "
@@ -77,7 +80,7 @@ CAPTIONS = {
 }  # fmt: skip
 SEVERAL = "Faint lines are seeds as logged, solid ones running means over them."
 SINGLE = "One seed a method: faint as logged, solid its running mean."
-TAU_REPLAY = "τ by replay of the drafter as it was"
+TAU_REPLAY = "τ by replay of the drafter as it was, on held-out conversations and not on the benchmarks"
 TAU_SIMULATED = "simulated τ, on the training batches"
 
 TERMS = (
@@ -86,7 +89,8 @@ TERMS = (
     ("cell, seed", "One training run. The seed decides initial weights, anchors and data order; all methods share them."),
     ("95 % interval", "A bootstrap over training seeds, where there are several, and over prompts within each benchmark; the "
      "two turns of a conversation are drawn together."),
-    ("p, Holm", "The two-sided p of no difference, and the same corrected for how many benchmarks were asked at once."),
+    ("p, Holm", "The two-sided p of no difference, and the same corrected for how many benchmarks were asked at once. "
+     "With three seeds that decide, errors at the corrected level may be up to four times as frequent (docs/statistics.md)."),
     ("better, worse, equivalent, undecided", "The rule stands above each table of comparisons. Undecided is no statement of "
      "equality: it says that these data cannot tell."),
     ("noise floor", "The 95 % half-width of the difference of two single-seed runs of one method, from its seeds' spread."),

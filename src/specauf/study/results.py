@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from specauf import provenance
+from specauf.bench.compare import what_agrees
 from specauf.bench.statistics import MARGIN
 from specauf.bench.tasks import describe_task
 from specauf.config import RunConfig, digest
@@ -220,7 +221,7 @@ def _checks(study: Study, target: Target) -> list[dict[str, Any]]:
             assert about is not None
             found.append(
                 {
-                    "name": f"{subject.name}, {about['label']}: live tokens are plain decoding's, live rounds are replay's",
+                    "name": f"{subject.name}, {about['label']}: {what_agrees(bool(check['near_ties']))}",
                     "value": "; ".join(check["problems"]) or told,
                     "passed": not check["problems"],
                 }

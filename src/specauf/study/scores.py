@@ -24,7 +24,7 @@ from specauf.bench.statistics import (
     verdict,
 )
 from specauf.strict import UserError
-from specauf.study.claims import DOMINO, PRIORS
+from specauf.study.claims import DOMINO, PRIORS, standing
 from specauf.study.recipe import LOOKUP, Part, Study
 from specauf.study.recordings import chosen, describe
 from specauf.study.records import Place, Subject, cell_subject, load_records, lookup_subjects
@@ -229,24 +229,23 @@ def _family(
     for task, told in found.items():
         means = [macro(taus) if task == MACRO else task_mean(taus[task]) for taus in (taus_a, taus_b)]
         alone = len(seeds) <= 1
-        rows.append(
-            {
-                "part": key,
-                "temperature": f"{temperature:g}",
-                "task": task,
-                "a": a,
-                "b": b,
-                "before_loop": before_loop,
-                "difference": told.estimate,
-                "interval": list(told.interval),
-                "ratio": float((means[0] - 1) / (means[1] - 1)) if means[1] > 1 else None,
-                "p": told.p,
-                "p_holm": adjusted[task],
-                "verdict": verdict(told.interval, MARGIN, adjusted[task], told.equivalence_interval),
-                "seeds": max(1, len(seeds)),
-                "noise_floor": floor(measured, key, temperature, task, before_loop) if alone else None,
-            }
-        )
+        row = {
+            "part": key,
+            "temperature": f"{temperature:g}",
+            "task": task,
+            "a": a,
+            "b": b,
+            "before_loop": before_loop,
+            "difference": told.estimate,
+            "interval": list(told.interval),
+            "ratio": float((means[0] - 1) / (means[1] - 1)) if means[1] > 1 else None,
+            "p": told.p,
+            "p_holm": adjusted[task],
+            "verdict": verdict(told.interval, MARGIN, adjusted[task], told.equivalence_interval),
+            "seeds": max(1, len(seeds)),
+            "noise_floor": floor(measured, key, temperature, task, before_loop) if alone else None,
+        }
+        rows.append(row | {"standing": standing(row)})
     return rows
 
 

