@@ -145,11 +145,12 @@ def _bar(ax: Axes, y: int, score: dict[str, Any], style: Style, limit: float | N
     seeds, end = _seeds(score), _end(score)
     assert end is not None
     ax.plot(seeds, [y + 0.2] * len(seeds), linestyle="none", marker="o", markersize=2.2, color=style.colour)
-    if limit is not None and end > 1 + 0.8 * (limit - 1):
-        told = f"{fixed(value, 2)} →" if value > limit else fixed(value, 2)
-        ax.annotate(
-            told, (limit, y), (-2, 0), textcoords="offset points", ha="right", va="center", color=INK, fontsize=8
+    if limit is not None and end > 1 + 0.8 * (limit - 1):  # no room behind it
+        told, place = (
+            (f"{fixed(value, 2)} →", (limit, -2, "right")) if value > limit else (fixed(value, 2), (1, 4, "left"))
         )
+        x, shift, side = place
+        ax.annotate(told, (x, y), (shift, 0), textcoords="offset points", ha=side, va="center", color=INK, fontsize=8)
         return
     ax.annotate(fixed(value, 2), (end, y), (4, 0), textcoords="offset points", va="center", color=INK, fontsize=8)
 
