@@ -1,7 +1,15 @@
 """Training objectives for block drafters, as pure functions of tensors. Needs torch and nothing else.
 
-Read in this order: `blocks` (what a slot predicts), `credit` (how much each slot counts), `registry` (every objective in
-one table), `wavefront` (which slots go through the LM head), `loss` (one reducer for all), `metrics` (what is logged).
+Every objective is one weighted loss, L = sum m c l / sum m c (paper, equation 1): m says which slots are valid, c is the
+credit of a slot and l its loss. Read the modules in this order:
+
+- `blocks`: anchors, slots, labels and the validity m
+- `credit`: the credit c of every method, from position decay to Accept-Until-Fail (AUF)
+- `registry`: every objective by name, Table 1 of the paper and more
+- `wavefront`: which slots go through the LM head, and the gradient of each
+- `loss`: one reducer for all objectives
+- `branches`: Domino's two-branch loss (section 5.2 and Table 3)
+- `metrics`: the training diagnostics of section 4
 """
 
 from specauf.objective.blocks import (

@@ -1,8 +1,8 @@
-"""Anchors, slots, labels and validity: the only home of alignment.
+"""Which token each slot of a block predicts: anchors, slots, labels and validity. Alignment is decided here alone.
 
-A block of `block_size` B slots starts at its *anchor*, the last committed token at position a. Slot 0 holds the anchor's
+A block of `block_size` B slots starts at its *anchor*, the last committed token, at position a. Slot 0 holds the anchor's
 token, slots 1..B-1 hold MASK, and slot k predicts the token at position a+k: N = B-1 predictions. The drafter sees the
-target's features at positions < a, never at a, because decoding does not have it yet.
+target's features at positions < a, never at a: decoding does not have those yet.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ SLOT_UNIFORM = 31
 
 
 def counter_hash(*parts: Tensor | int) -> Int[Tensor, ...]:
-    """A well-mixed integer in [0, 2^63) of its arguments (splitmix64 chained), broadcast over tensors.
+    """Hash the arguments to well-mixed integers in [0, 2^63): chained splitmix64, broadcast over tensors.
 
-    Randomness that is a function of counters, not of a generator's state: the same (seed, epoch, conversation, position)
-    draws the same number whatever the batch layout, the world size or the point at which a run was resumed.
+    Randomness is a function of counters, not of a generator's state: the same (seed, epoch, conversation, position) gives
+    the same number whatever the batch layout, the world size or the point at which a run was resumed.
     """
     state = torch.zeros((), dtype=torch.int64)
     for part in parts:
@@ -40,7 +40,7 @@ def counter_hash(*parts: Tensor | int) -> Int[Tensor, ...]:
 
 
 def counter_uniform(*parts: Tensor | int) -> Float[Tensor, ...]:
-    """float64 in [0, 1) from the same counters."""
+    """`counter_hash` as a float64 in [0, 1)."""
     return (counter_hash(*parts) >> 10).double() * 2.0**-53
 
 
@@ -55,20 +55,21 @@ class Blocks(NamedTuple):
     anchors: Int[Tensor, "b n"]
     """Position of slot 0; 0 where `keep` is false."""
     keep: Bool[Tensor, "b n"]
-    """False for the padding of sequences that have fewer anchors than the widest."""
+    """False where a sequence with fewer anchors than the widest is padded."""
     labels: Int[Tensor, "b n k"]
     """The token each prediction is trained towards; 0 where invalid."""
     valid: Bool[Tensor, "b n k"]
-    """m: block kept, label inside the sequence, label supervised. May have holes, which are skipped, not stopped at."""
+    """m: block kept, label inside the sequence and supervised. May have holes, which are skipped and end no support."""
 
 
 def sample_anchors(
     loss_mask: Bool[Tensor, "b s"], uid: Int[Tensor, " b"], num_anchors: int, *, seed: int, epoch: int
 ) -> tuple[Int[Tensor, "b n"], Bool[Tensor, "b n"]]:
-    """A uniform random subset of at most `num_anchors` anchors per sequence, ascending, and which of them are real.
+    """At most `num_anchors` anchors per sequence, a uniform random subset, ascending, and which of them are real.
 
-    Position a qualifies when it and its successor are supervised (SpecForge's rule since July 2026: the first prediction
-    of a kept block is always valid). `uid` [b] identifies the conversation; see `counter_hash` for why.
+    Position a qualifies when a and a+1 are supervised, so the first prediction of a kept block is always valid (SpecForge's
+    rule since July 2026). `uid` [b] identifies the conversation, so that its draws do not depend on the batch (see
+    `counter_hash`).
     """
     s = loss_mask.shape[1]
     candidate = torch.zeros_like(loss_mask)
@@ -92,8 +93,9 @@ def build_blocks(
 ) -> Blocks:
     """Labels and validity of the B-1 predictions of every block.
 
-    With `target_argmax`, what the target says follows each position, the labels are the target's instead of the data's.
-    A block then ends after the first slot where the two differ: what follows in the data was not said by the target.
+    With `target_argmax`, the target's argmax after each position, the labels are the target's instead of the data's. A
+    block then ends after the first slot where the two differ: the later argmaxes follow a token that the target did not
+    choose.
     """
     s = input_ids.shape[1]
     position = anchors[..., None] + torch.arange(1, block_size, device=anchors.device)  # b n k
@@ -109,7 +111,7 @@ def build_blocks(
 
 
 def before_labels(values: Tensor, anchors: Int[Tensor, "b n"], block_size: int) -> Tensor:
-    """`values` [b, s, ...] at the position before each label, [b, n, k, ...]: where the target speaks of the label."""
+    """`values` [b, s, ...] at the position before each label, where the target predicts it: [b, n, k, ...]."""
     position = anchors[..., None] + torch.arange(block_size - 1, device=anchors.device)
     row = torch.arange(len(values), device=values.device)[:, None, None]
     return values[row, position.clamp(max=values.shape[1] - 1)]
@@ -118,7 +120,7 @@ def before_labels(values: Tensor, anchors: Int[Tensor, "b n"], block_size: int) 
 def slot_uniform(
     uid: Int[Tensor, " b"], anchors: Int[Tensor, "b n"], block_size: int, *, seed: int, epoch: int
 ) -> Float[Tensor, "b n k"]:
-    """One number of [0, 1) for each prediction, float64: a function of its counters, like the anchors."""
+    """One float64 in [0, 1) per prediction: a function of its counters, like the anchors."""
     slot = torch.arange(1, block_size, device=anchors.device)
     return counter_uniform(seed, SLOT_UNIFORM, epoch, uid[:, None, None], anchors[..., None], slot)
 
@@ -126,7 +128,7 @@ def slot_uniform(
 def prefix_tokens(
     input_ids: Int[Tensor, "b s"], anchors: Int[Tensor, "b n"], num_predictions: int
 ) -> Int[Tensor, "b n k"]:
-    """The token before each predicted one, a .. a+N-1: what a causal head reads under teacher forcing."""
+    """The token before each predicted one, at a .. a+N-1: what a causal head reads under teacher forcing."""
     position = anchors[..., None] + torch.arange(num_predictions, device=anchors.device)
     flat = position.clamp(max=input_ids.shape[1] - 1).flatten(1)
     return input_ids.gather(1, flat).view_as(position)

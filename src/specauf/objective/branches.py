@@ -1,15 +1,18 @@
-"""Domino's loss: two branches over the same slots, each with an objective, a support and a denominator of its own.
+"""Domino's loss (paper, section 5.2): two branches over the same slots.
 
     L = lambda_base L_base + (1 - lambda_base) L_final
 
-The base branch is the LM head on the drafter's hidden state z. The final branch adds a correction of low rank: its rows are
-[z ; e] and its head is [W ; W2], W2 trained. A branch's credit may be read off itself or off the other branch. Under teacher
-forcing what the final branch says is what it would say in decoding up to its first mismatch (the prefix is the data's so
-far), so its support is read left to right and exact; behind a hole in the labels the prefix holds tokens nobody supervised.
+Each branch has its own objective, support and denominator. The base branch is the LM head W on the drafter's hidden state
+z. The final branch adds a low-rank correction: its rows are [z ; e], its head is [W ; W2], and W2 is trained. A branch's
+credit is read off its own predictions or off the other's (Table 3).
 
-W2's gradient is a sum over rows that already carries their credits. A credit that is known beforehand (a position prior, or
-the other branch's support) takes one pass over the final branch; one that is read off the final branch itself takes a pass
-without gradient first, staged like any wavefront, and a second one over the rows that turned out to count.
+The final branch's support is read left to right. It is exact: up to its first mismatch the branch predicts under teacher
+forcing what it would predict in decoding, because the prefix so far is the data's. Behind a hole in the labels, though, the
+prefix holds tokens that nobody supervised.
+
+W2's gradient is a sum over rows, each weighted by its credit, so the credits must be known first. A credit that is known
+beforehand (a position prior, or the other branch's support) takes one pass over the final branch. A credit that is read off
+the final branch itself takes two: one without gradient, staged like any wavefront, and one over the rows that count.
 """
 
 from __future__ import annotations
@@ -38,11 +41,11 @@ class Branch(NamedTuple):
 
     objective: Objective
     support: Side
-    """The branch whose predictions the credit is read off; without meaning for a position prior."""
+    """The branch whose predictions the credit is read off; unused for a position prior."""
 
     @property
     def prior(self) -> bool:
-        """Is the credit known before anything is read?"""
+        """Whether the credit is known before any row is read."""
         return self.objective.name.removesuffix("-decay") in PRIORS
 
 
@@ -57,22 +60,24 @@ VARIANTS: dict[str, tuple[str, str, Side]] = {
     "f-auf": ("auf", "auf", "final"),
     "f-auf-d": ("auf-decay", "auf-decay", "final"),
 }
-"""Table 3 of the paper: objective of the base branch, of the final branch, and where the latter's support is read. The
-base branch's is always its own. Without decay B-AUF's final branch is uniform, so it differs from decay-only in two ways.
+"""Table 3 of the paper: (base branch's objective, final branch's objective, source of the latter's support).
+
+The base branch always uses its own support. Without decay, B-AUF's final branch is uniform, so it differs from decay-only
+in decay as well as in support.
 """
 
 
 def lambda_base(step: int, max_steps: int, start: float = 1.0, ratio: float = 1.0) -> float:
     """The base branch's share after `step` completed steps: linear from `start` to 0 over `ratio` of the steps.
 
-    At ratio 0.5 the second half of a run trains the final branch alone, and an objective on the base branch is without
-    effect there.
+    At ratio 0.5 the second half of a run trains the final branch alone, and the base branch's objective has no effect
+    there.
     """
     return min(max(start * (1 - min(step / max(1, int(max_steps * ratio)), 1.0)), 0.0), 1.0)
 
 
 class Shared:
-    """Rows of another source, each computed once however often it is asked for."""
+    """Caches the rows of another source: each is computed once, however often it is requested."""
 
     def __init__(self, source: RowSource, like: Bool[Tensor, "b n k"]) -> None:
         self.source, self.at = source, torch.full(like.shape, -1, device=like.device)
@@ -113,10 +118,11 @@ def two_branch_loss(
     logits_rows: int = 256,
     cuts: Mapping[Side, Sequence[int]] | None = None,
 ) -> TwoBranchTerms:
-    """`hidden` gives the rows z, `corrected` the rows [z ; e], where e is zero for predictions that are not corrected.
+    """Domino's loss: `hidden` gives the rows z, `corrected` the rows [z ; e], with e zero for uncorrected predictions.
 
-    The other arguments are those of `block_loss`; `cuts` are the stage ends of each branch. Raises `ValueError` when an
-    objective's input is missing, or when both branches read one of them at different temperatures.
+    `lam` is lambda_base and `expansion` is W2. The other arguments are those of `block_loss`; `cuts` are the stage ends of
+    each branch. Raises `ValueError` when an objective's input is missing, or when two objectives read the same branch at
+    different temperatures.
     """
     branches: dict[Side, Branch] = {"base": base, "final": final}
     sources: dict[Side, RowSource] = {"base": hidden, "final": corrected}
@@ -139,7 +145,7 @@ def two_branch_loss(
         if readers:
             how = _reading([b.objective for b in readers], blocks, (cuts or {}).get(side), uniform)
             needed = teacher if any(b.objective.needs_teacher for b in readers) else None
-            own = side == "base" and base in readers  # its gradient can be formed on the way: its head is not trained
+            own = side == "base" and base in readers  # its head is frozen, so this pass can form its gradient
             gates[side] = read(side, blocks.valid, needed, wants=base.objective.rule.rows if own else (), **how)
 
     found: dict[Side, LossTerms] = {}
@@ -162,7 +168,7 @@ def two_branch_loss(
             weights = weigh(figures, blocks, branch.objective, parts)[2]
             readout, rows = read(side, counted, needed, wants=kinds, weigh=weights)
         terms = finish(readout, rows, blocks, branch.objective, parts, expansion if side == "final" else None)
-        if side in gates:  # it read more than what counts, or left to right
+        if side in gates:  # report what it read: more than the counted rows, or left to right
             terms = terms._replace(readout=gates[side][0]._replace(grad=None, order=None))
             if branch.support == side and branch.objective.truncates:
                 terms = terms._replace(survival=survival(terms.readout, blocks, branch.objective, uniform))
@@ -177,7 +183,7 @@ def two_branch_loss(
 
 
 def temperature_of(objectives: Sequence[Objective]) -> float:
-    """At which a branch is read for those of `objectives` that read its probabilities. Raises `ValueError` on two."""
+    """The temperature at which to read a branch for `objectives`, 1 if none names one. Raises `ValueError` on two."""
     found = {float(o.options["temperature"]) for o in objectives if "temperature" in o.options}
     if len(found) > 1:
         raise ValueError(f"two objectives read one branch at different temperatures, {sorted(found)}")
@@ -187,7 +193,7 @@ def temperature_of(objectives: Sequence[Objective]) -> float:
 def _reading(
     objectives: Sequence[Objective], blocks: Blocks, cuts: Sequence[int] | None, uniform: Tensor | None
 ) -> dict[str, Any]:
-    """How a branch is read for the credits of all `objectives`: left to right when every one of them ends somewhere."""
+    """How to read a branch for the credits of all `objectives`: left to right if every one of them truncates."""
     truncates = all(o.truncates for o in objectives)
 
     def survives(slots: Slots) -> Tensor:

@@ -1,9 +1,22 @@
-"""The credit c_i of each slot: how much its loss counts. Constants, never differentiated.
+"""The credit c_i of each slot: how much its loss counts. Credits are constants, never differentiated.
 
-All objectives are one weighted loss, L = sum m c l / sum m c (paper, equation 1), and differ in c. Most of them are one
-*gate*: with q the drafter's probability of the label and r = (1 - alpha) q + alpha (1 at invalid slots),
+Every objective is one weighted loss, L = sum m c l / sum m c (paper, equation 1), and has its own c. Most credits are one
+*gate*. With q the drafter's probability of the label and r = (1 - alpha) q + alpha (1 at invalid slots),
 
-    c_i = G_{i-shift} (1 + f sum_{k>i} prod_{l=i+1..k} r_l),    G_i = prod_{l<=i} r_l.
+    c_i = G_{i-shift} (1 + f sum_{k>i} prod_{l=i+1..k} r_l),    G_i = prod_{l<=i} r_l,    G_0 = 1.
+
+G is the prefix-acceptance gate of equation 2, smoothed by alpha, and the bracket is its continuation value. With T the
+temperature of q, the presets and their defaults are
+
+    preset             T     alpha   shift   f
+    uniform            any   1       any     0
+    soft_auf           1     0       1       0    prod_{l<i} q_l
+    auf                0     0       1       0    1[i <= j*], j* the breaker (section 4)
+    dpace_cumulative   1     0.5     0       0
+    dpace              1     0.5     0       1
+    streak_credit      1     0       0       1    g_i (equation 2)
+
+Position priors, first-error and Top-K supports and PARD-2's credit follow below them.
 
 Everything here takes plain tensors and imports torch alone, so the file can be pasted into another trainer. Slots are on
 the last axis, the first prediction first. Invalid slots are passed over: they neither break a prefix nor count in a sum.
@@ -21,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class Slots(NamedTuple):
-    """What a credit may look at. A credit that reads a field which is None was not given what it needs."""
+    """What a credit may read. A field is None if it was not given; a credit that reads it then fails."""
 
     valid: Bool[Tensor, "... k"]
     hit: Bool[Tensor, "... k"] | None = None
@@ -29,9 +42,9 @@ class Slots(NamedTuple):
     prob: Float[Tensor, "... k"] | None = None
     """The drafter's probability of the label, softmax(z / T)[y], at the temperature that the credit names (default 1)."""
     rank: Int[Tensor, "... k"] | None = None
-    """How many tokens the drafter puts before the label; 0 is a hit."""
+    """How many tokens the drafter ranks above the label; 0 is a hit."""
     uniform: Float[Tensor, "... k"] | None = None
-    """One draw from [0, 1) a slot."""
+    """One draw from [0, 1) per slot."""
     teacher_prob: Float[Tensor, "... k"] | None = None
     """The target's probability of the label, given the text before it."""
     decay: Float[Tensor, " k"] | None = None
@@ -45,7 +58,7 @@ class Slots(NamedTuple):
         valid: Bool[Tensor, "... k"],
         temperature: float = 1.0,
     ) -> Slots:
-        """The drafter's fields from its logits, for trainers that hold them all. Labels may be anything where invalid."""
+        """The drafter's fields from its full logits, for trainers that keep them. Labels may be anything where invalid."""
         labels = labels.masked_fill(~valid, 0)
         gold = logits.gather(-1, labels[..., None])
         above = logits > gold
@@ -62,7 +75,7 @@ def position_decay(num_predictions: int, gamma: float | None) -> Float[Tensor, "
 
 
 def before(prefix: Tensor) -> Tensor:
-    """`prefix` one slot late: what held up to the slot before, 1 at the first slot."""
+    """`prefix` moved one slot on: its value at the slot before, 1 at the first slot."""
     return torch.cat([torch.ones_like(prefix[..., :1]), prefix[..., :-1]], -1)
 
 
@@ -72,13 +85,12 @@ def exclusive_prefix(ok: Bool[Tensor, "... k"]) -> Bool[Tensor, "... k"]:
 
 
 def continuation(r: Float[Tensor, "... k"], valid: Bool[Tensor, "... k"]) -> Float[Tensor, "... k"]:
-    """f_i = 1 + sum over valid k > i of prod_{l=i+1..k} r_l, what a slot opens up behind it (paper, equation 2)."""
+    """f_i = 1 + sum over valid k > i of prod_{l=i+1..k} r_l, the continuation value (paper, equation 2)."""
     value, out = torch.ones_like(r[..., 0]), []
     for i in range(r.shape[-1] - 1, -1, -1):
         out.append(value)
-        value = 1 + r[..., i] * (
-            value - (~valid[..., i]).to(r)
-        )  # an invalid slot hands on what follows it and adds nothing
+        # An invalid slot adds nothing and passes on the value behind it.
+        value = 1 + r[..., i] * (value - (~valid[..., i]).to(r))
     return torch.stack(out[::-1], -1)
 
 
@@ -91,10 +103,12 @@ def gate(
     future: bool = False,
     eps: float = 0.0,
 ) -> Float[Tensor, "... k"]:
-    """The gate of the module's head. Temperature 0 is the argmax's 0 or 1; any other says at which `slots.prob` was read.
-    `shift` 1 is the exclusive gate, which keeps the breaker; `future` is f, the continuation.
+    """The gate of the module's head.
 
-    `eps` > 0 cuts a block off behind the first slot whose G_i is below it: later slots have gate 0 and are in no sum,
+    Temperature 0 takes q from the argmax, 0 or 1; any other says at which temperature `slots.prob` was read. `shift` 1 is
+    the exclusive gate, which keeps the breaker; `future` is f, the continuation.
+
+    `eps` > 0 cuts a block off after the first slot whose G_i is below it: later slots have credit 0 and are in no sum,
     whether they were read or not.
     """
     q = slots.hit.float() if temperature == 0 else slots.prob  # type: ignore[union-attr]
@@ -115,12 +129,12 @@ def uniform(slots: Slots) -> Tensor:
 
 
 def auf(slots: Slots) -> Tensor:
-    """Accept-Until-Fail: 1[i <= j*], j* the first wrong argmax; the exclusive gate at zero temperature (section 4)."""
+    """Accept-Until-Fail (paper, section 4): 1[i <= j*], j* the first wrong argmax; the exclusive gate at temperature 0."""
     return gate(slots, temperature=0, shift=1)
 
 
 def soft_auf(slots: Slots, temperature: float = 1.0, alpha: float = 0.0, eps: float = 0.0) -> Tensor:
-    """The exclusive gate: how likely a sample of the drafter still agrees before i. AUF is its limit at T = 0."""
+    """The exclusive gate: how likely a sample of the drafter agrees with every label before i. At T = 0 it is AUF."""
     return gate(slots, temperature=temperature, alpha=alpha, shift=1, eps=eps)
 
 
@@ -130,7 +144,7 @@ def sampled_auf(slots: Slots) -> Tensor:
 
 
 def dpace(slots: Slots, temperature: float = 1.0, alpha: float = 0.5, eps: float = 0.0) -> Tensor:
-    """D-PACE: the inclusive gate times the continuation, both smoothed."""
+    """D-PACE: the inclusive gate times the continuation, both smoothed by `alpha`."""
     return gate(slots, temperature=temperature, alpha=alpha, future=True, eps=eps)
 
 
@@ -145,7 +159,7 @@ def dpace_continuation(slots: Slots, temperature: float = 1.0, alpha: float = 0.
 
 
 def streak_credit(slots: Slots, temperature: float = 1.0, eps: float = 0.0) -> Tensor:
-    """The gradient of the expected streak, per log-probability (paper, equation 2): D-PACE without smoothing."""
+    """g_i of equation 2: the gradient of the expected streak per log-probability; D-PACE without smoothing."""
     return gate(slots, temperature=temperature, future=True, eps=eps)
 
 
@@ -179,22 +193,22 @@ def l2r_focal(slots: Slots, focal: float = 2.4) -> Tensor:
 
 
 def l2r_focal_separate(slots: Slots, focal: float = 0.3) -> tuple[tuple[float, Tensor], ...]:
-    """The decayed loss, plus `focal` times the mean loss of the breakers: two parts, each with a denominator."""
+    """The decayed loss plus `focal` times the mean loss of the breakers: two parts, each with its own denominator."""
     return (1.0, decay(slots)), (focal, first_error(slots))
 
 
 def griffin_exclusive(slots: Slots, k: int = 3) -> Tensor:
-    """1 while every label before i is among the drafter's k best: the first that is not stays in. k = 1 is AUF."""
+    """1 while every label before i is in the drafter's top k, so the first that is not keeps its credit. k = 1 is AUF."""
     return exclusive_prefix(in_top_k(slots, k) | ~slots.valid).float()
 
 
 def griffin_inclusive(slots: Slots, k: int = 3) -> Tensor:
-    """1 while every label up to i is among the k best: a label that is not there yet gets no gradient at all."""
+    """1 while every label up to and including i is in the top k: a label outside it gets no gradient at all."""
     return (in_top_k(slots, k) | ~slots.valid).cumprod(-1).float()
 
 
 def griffin_windowed(slots: Slots, k: int = 3, window: int = 2) -> Tensor:
-    """1 when the `window` slots before i have their label among the k best; a miss further back is forgotten."""
+    """1 when the `window` slots before i all have their label in the top k; a miss further back is forgotten."""
     misses = (slots.valid & ~in_top_k(slots, k)).cumsum(-1)
     earlier = torch.cat([torch.zeros_like(misses[..., :1]), misses[..., :-1]], -1)  # misses before i
     forgotten = torch.cat([torch.zeros_like(earlier[..., :window]), earlier[..., :-window]], -1)[
@@ -204,11 +218,11 @@ def griffin_windowed(slots: Slots, k: int = 3, window: int = 2) -> Tensor:
 
 
 def pard2(slots: Slots) -> Tensor:
-    """PARD-2: the exclusive gate of the *target's* confidence in the data; it does not move as the drafter learns."""
+    """PARD-2: the exclusive gate of the *target's* probability of the data; it does not change as the drafter learns."""
     return before(torch.where(slots.valid, slots.teacher_prob, 1.0).cumprod(-1))  # type: ignore[arg-type]
 
 
-# What lets a block go on to its next slot, for the supports that end at the first slot where it fails.
+# Whether a block goes on to its next slot. A truncating support ends at the first slot where this is false.
 
 
 def is_right(slots: Slots) -> Tensor:
@@ -221,7 +235,7 @@ def in_top_k(slots: Slots, k: int = 3) -> Tensor:
 
 
 def sample_agrees(slots: Slots) -> Tensor:
-    """Does a token drawn from the drafter equal the label? It does with probability q, which is all that is needed."""
+    """Whether a draw from the drafter equals the label. That has probability q, so one uniform number decides it."""
     return slots.uniform < slots.prob  # type: ignore[operator]
 
 

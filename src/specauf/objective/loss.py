@@ -1,9 +1,9 @@
-"""One reducer for every objective.
+"""The weighted loss L = sum m c l / sum m c (paper, equation 1): one reducer for every objective.
 
-A loss is an additive pair (num, den): sums over micro-batches and ranks are taken before the division, so that neither
-accumulation nor world size changes the objective. `num.backward()` puts un-normalised gradients into the drafter; dividing
-them by the window's total `den` is exact, because the credits and hence `den` are constants. A loss may have several parts,
-each with its own pair (L2R's separately normalised focal term): L = sum_p scale_p num_p / den_p.
+A loss is an additive pair (num, den). Both are summed over micro-batches and ranks before the division, so neither
+accumulation nor world size changes the objective. `num.backward()` puts un-normalised gradients into the drafter. Dividing
+them by the total `den` of the optimizer step is exact, because the credits, and hence `den`, are constants. A loss may have
+several parts, each with its own pair (L2R's separately normalised focal term): L = sum_p scale_p num_p / den_p.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ Reduction = Literal["global", "block", "sequence"]
 class Objective:
     """A rule by name, with its position decay, its reduction and its options (see `registry.RULES`).
 
-    `reduction`: `global` is one ratio over every valid slot; `block` a mean within a block, then over blocks (the paper's
-    display formula); `sequence` the sum over slots divided by the number of sequences (D-PACE's authors).
-    Raises `ValueError` on a name, option or value that does not exist, with the valid ones.
+    `reduction` says what is averaged. `global` is one ratio over every valid slot. `block` is a mean within each block,
+    then over blocks (the paper's display formula). `sequence` is the sum over slots divided by the number of sequences
+    (D-PACE's authors). Raises `ValueError` on a name, option or value that does not exist, and lists the valid ones.
     """
 
     name: str = "auf"
@@ -60,12 +60,12 @@ class Objective:
 
     @property
     def truncates(self) -> bool:
-        """Is the head read only up to the slot where a block fails? Under an option `eps`, when it is more than 0."""
+        """Whether the head reads a block only up to the slot where it fails. An option `eps` must be above 0 for that."""
         return self.rule.survives is not None and self.options.get("eps", 1) > 0
 
     @property
     def needs_teacher(self) -> bool:
-        """Does it read the target's distribution at every slot?"""
+        """Whether the loss reads the target's distribution at every slot."""
         return self.rule.rows != ("ce",)
 
     def require(self, teacher: Tensor | None, uniform: Tensor | None) -> None:
@@ -86,27 +86,27 @@ class LossTerms(NamedTuple):
     num: Float[Tensor, " parts"]
     """Sums of credited losses; differentiable with respect to the hidden states."""
     den: Float[Tensor, " parts"]
-    """What the sums over all micro-batches and ranks are divided by; constants."""
+    """Denominators, summed over all micro-batches and ranks before the division; constants."""
     scale: Float[Tensor, " parts"]
     credit: Float[Tensor, "b n k"]
-    """m c: zero on invalid slots, before any normalisation within a block; the parts' sum, scaled."""
+    """m c, summed over the parts with their scales; zero on invalid slots, before any normalisation within a block."""
     readout: Readout
     survival: Float[Tensor, " k"] | None = None
     """Share of the blocks that survive each slot, where the objective reads them left to right."""
 
     @property
     def loss(self) -> Float[Tensor, ""]:
-        """The loss, when this is all there is in the optimizer step; 0 where nothing is valid."""
+        """The loss, if these terms are the whole optimizer step; 0 where nothing is valid."""
         return (self.scale * self.num / torch.where(self.den > 0, self.den, 1)).sum()
 
     def mixed(self) -> LossTerms:
-        """The parts as one, when no other micro-batch adds to their denominators."""
+        """The parts combined into one; exact when no other micro-batch adds to their denominators."""
         one = self.den.new_ones(1)
         return self._replace(num=self.loss[None], den=one, scale=one)
 
 
 class Recorded:
-    """Hands rows to the head as constants and keeps them for the gradient."""
+    """Passes rows to the head as constants, and keeps them for the gradient."""
 
     def __init__(self, hidden: Tensor | RowSource) -> None:
         self.hidden = hidden
@@ -119,9 +119,10 @@ class Recorded:
 
 
 class _WithGradient(torch.autograd.Function):
-    """Scalars whose gradients with respect to the rows were formed with them: sum over kinds of weight x row gradient.
+    """The parts' sums, whose gradients were formed when the head read the rows.
 
-    That with respect to an expansion of the head, if there is one, was formed with the weights in it.
+    With respect to the rows: the sum over kinds (`ce`, `kl`, `overlap`) of weight x row gradient. With respect to an
+    expansion of the head, if there is one: `spread`, which has the weights in it already.
     """
 
     @staticmethod
@@ -160,7 +161,7 @@ def credit_of(
 
 
 def learnable(readout: Readout, blocks: Blocks) -> Bool[Tensor, "b n k"]:
-    """The valid slots whose label the head has a row for: those that have a loss."""
+    """The slots that have a loss: valid ones whose label the head has a row for."""
     return blocks.valid if readout.outside is None else blocks.valid & ~readout.outside
 
 
@@ -190,13 +191,15 @@ def block_loss(
     cuts: Sequence[int] | None = None,
     rows_of: Int[Tensor, " tokens"] | None = None,
 ) -> LossTerms:
-    """The objective on the drafter's final hidden states of the predicted slots, given or computed when asked for.
+    """The objective on the drafter's final hidden states of the predicted slots, given as a tensor or computed on demand.
 
-    `weight` [v, h], `bias` [v] and `softcap` are the target's frozen LM head; they get no gradient. `teacher` are the
-    target's final hidden states at the position before each label (PARD-2, LK), `uniform` one number of [0, 1) a slot
-    (sampled AUF), `cuts` the wavefront's stage ends (see `plan_cuts`). Rows outside the credited support get a gradient of
-    exactly 0.0. With `rows_of`, the head's row of each token or -1 (see `read_head`), a label without a row fails, has no
-    credit and is in no denominator. Raises `ValueError` when an input is missing.
+    `weight` [v, h], `bias` [v] and `softcap` are the target's frozen LM head; they get no gradient. `teacher` holds the
+    target's final hidden states at the position before each label (PARD-2, LK), `uniform` one number in [0, 1) per slot
+    (sampled AUF), and `cuts` the wavefront's stage ends (see `plan_cuts`). Rows outside the credited support get a gradient
+    of exactly 0.0.
+
+    `rows_of` gives the head's row of each token, or -1 (see `read_head`): a label without a row fails, has no credit and is
+    in no denominator. Raises `ValueError` when an input is missing.
     """
     rule, source = objective.rule, Recorded(hidden)
     objective.require(teacher, uniform)
@@ -230,7 +233,7 @@ def finish(
     parts: Sequence[tuple[float, Float[Tensor, "b n k"]]],
     expansion: Float[Tensor, "v e"] | None = None,
 ) -> LossTerms:
-    """The loss of rows that were read, with the gradients that were formed then, under the credits `parts`."""
+    """The loss of rows that were already read, from the gradients formed then and the credits in `parts`."""
     nums, dens, weights = weigh(readout, blocks, objective, parts)
     num = _WithGradient.apply(
         rows,
@@ -255,9 +258,9 @@ def weigh(
     objective: Objective,
     parts: Sequence[tuple[float, Float[Tensor, "b n k"]]],
 ) -> tuple[Float[Tensor, " parts"], Float[Tensor, " parts"], Float[Tensor, "kinds parts b n k"]]:
-    """(num, den) of every part, and what each row's gradient is multiplied with: autograd finds it on [b, n, k].
+    """The num and the den of every part, and the factor of each row's gradient, which autograd finds on [b, n, k].
 
-    The weights of a plain cross entropy are its credits, whatever the readout holds.
+    For a plain cross entropy the factors follow from the credits alone, whatever the readout holds.
     """
     rule = objective.rule
     with torch.enable_grad():

@@ -1,4 +1,8 @@
-"""What a training step tells about itself, every figure as (sum, count) so that it pools exactly over steps and ranks."""
+"""The paper's training diagnostics and a few more, every figure as (sum, count).
+
+Such pairs pool exactly over steps and ranks. The paper's figures are the active token ratio and the support accuracy
+(section 4) and the common-token accuracy (section 5.1).
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def leading_run(hit: Bool[Tensor, "... k"], valid: Bool[Tensor, "... k"]) -> Int[Tensor, ...]:
-    """A: how many valid slots are right before the first valid one that is wrong. Holes neither count nor break."""
+    """A: the number of correct valid slots before the first wrong one. Holes neither count nor break the run."""
     return (exclusive_prefix(hit | ~valid) & hit & valid).sum(-1)
 
 
@@ -25,20 +29,24 @@ def leading_run(hit: Bool[Tensor, "... k"], valid: Bool[Tensor, "... k"]) -> Int
 def block_metrics(
     readout: Readout, blocks: Blocks, credit: Float[Tensor, "b n k"], served: int | None = None
 ) -> dict[str, tuple[float, float]]:
-    """Diagnostics of the paper's section 4 over the blocks that have a valid slot.
+    """Diagnostics over the blocks that have a valid slot. S is the set of slots with credit.
 
-    `r_active` is |S| / (B-1), `r_active_B` is |S| / B (the paper writes B), S the slots with credit; `a_support` the
-    accuracy on S; `simulated_tau` the leading run plus one against the data, teacher-forced; `head_rows` the rows put
-    through the LM head per block; `common_accuracy` the accuracy on all valid slots, only when all were evaluated;
-    `outside` the share of valid slots whose label is not in the draft vocabulary, where there is one (wrong in every
-    figure); `first_error_k` the share of blocks whose first failing slot is k (`first_error_0`: none failed); `credit_k`
-    the mean credit of slot k = 1..B-1 (0 where it is invalid). `simulated_tau` and `first_error_k` are left out when some
-    block was not read up to its first mistake. Only the first `served` predictions are looked at, since tau counts no
-    others.
+    - `r_active`: |S| / (B-1); `r_active_B`: |S| / B, as the paper writes it
+    - `a_support`: the accuracy on S
+    - `simulated_tau`: the leading run against the data, teacher-forced, plus one
+    - `head_rows`: rows put through the LM head per block
+    - `common_accuracy`: the accuracy on all valid slots, only when all were evaluated
+    - `outside`: the share of valid slots whose label is not in the draft vocabulary, where there is one; they are wrong in
+      every figure
+    - `first_error_k`: the share of blocks whose first failing slot is k (`first_error_0`: none failed)
+    - `credit_k`: the mean credit of slot k = 1..B-1 (0 where it is invalid)
+
+    `simulated_tau` and `first_error_k` are left out when some block was not read up to its first mistake. Only the first
+    `served` predictions are looked at, since tau counts no others.
     """
     rows = float(readout.evaluated.sum())
     outside = torch.zeros_like(blocks.valid) if readout.outside is None else readout.outside
-    known = readout.evaluated | outside  # nothing needs to be read to know that a label is out of reach
+    known = readout.evaluated | outside  # a label outside the draft vocabulary is known to fail without being read
     valid, hit, known, outside, credit = (t[..., :served] for t in (blocks.valid, readout.hit, known, outside, credit))
     real = valid.any(-1)
     n, k = float(real.sum()), valid.shape[-1]

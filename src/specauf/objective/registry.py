@@ -1,6 +1,7 @@
-"""Every objective by name: a credit, a loss, and what the two need. Table 1 of the paper and its neighbours, one line each.
+"""Every objective by name, one line each in `RULES`: Table 1 of the paper and its neighbours.
 
-`docs/objectives.md` explains the rows, `docs/adding-an-objective.md` adds one.
+A rule is a credit, a loss, and what the two need. `docs/objectives.md` explains every row; `docs/adding-an-objective.md`
+shows how to add one.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Rows(NamedTuple):
-    """What the head said of every slot, as leaves that a loss is differentiated with respect to. Zero where unread."""
+    """What the head read of every slot, as leaves for the loss's derivative. Zero where it was not read."""
 
     ce: Float[Tensor, "b n k"]
     """-log q(label)."""
@@ -52,10 +53,11 @@ def lk_alpha(rows: Rows) -> Tensor:
 
 
 def lk_lambda(rows: Rows, eta: float = 3.0, per: str = "token") -> Tensor:
-    """lam KL + (1 - lam) TV with lam = exp(-eta overlap), a constant: from KL while the two are far apart to TV.
+    """lam KL + (1 - lam) TV with lam = exp(-eta overlap), a constant: mostly KL while p and q are far apart, then TV.
 
-    `per` says over what the overlap in lam is averaged: `token` (speculators), `slot` over the micro-batch (the LK paper)
-    or `all` of it (SpecForge). Only `token` does not depend on how a batch is cut.
+    `per` says what the overlap in lam is averaged over. `token` averages nothing (speculators), `slot` averages each slot
+    over the micro-batch (the LK paper), `all` the whole micro-batch (SpecForge). Only `token` does not depend on how a
+    batch is cut.
     """
     assert rows.overlap is not None and rows.kl is not None
     overlap = rows.overlap.detach()
@@ -70,28 +72,29 @@ def lk_lambda(rows: Rows, eta: float = 3.0, per: str = "token") -> Tensor:
 def streak(rows: Rows) -> Tensor:
     """SpecDiff-2's product reward, negated: -prod_{l<=m} q_l at every slot m, whose sum is minus the expected streak.
 
-    Differentiated through every factor. With the credit 1, a reduction divides by constants.
+    It is differentiated through every factor. The credit is 1, so a reduction divides by constants.
     """
     product = torch.exp(-(rows.ce * rows.valid).cumsum(-1))
     return -product if rows.outside is None else -product * (~rows.outside).cumprod(-1)
 
 
 class Rule(NamedTuple):
-    """One objective. Keyword arguments of the three functions are its options."""
+    """One objective. The keyword arguments of its three functions are its options."""
 
     credit: Callable[..., Any]
     """slots -> c, or ((scale, c), ...) when parts of the loss have denominators of their own."""
     loss: Callable[..., Tensor] = cross_entropy
     """rows -> l; may be differentiated through, and may look along a block."""
     survives: Callable[..., Tensor] | None = None
-    """Set when c is 0 behind the first valid slot where this is false: the head then reads blocks left to right.
+    """slots -> whether a block goes on. Set it when c is 0 after the first valid slot where this is false.
 
-    With an option `eps` that holds only where eps > 0, and at 0, exact, every slot is read.
+    The head then reads blocks left to right. With an option `eps`, that applies only if eps > 0; at 0 the credit is exact
+    and every slot is read.
     """
     rows: tuple[str, ...] = ("ce",)
     """The fields of `Rows` that the loss is a function of. `kl` and `overlap` need the target's distribution."""
     needs: frozenset[str] = frozenset()
-    """Of `rank` (of the label under the drafter), `uniform` (a draw a slot), `rollouts` (what the data must be)."""
+    """Any of `rank` (of the label under the drafter), `uniform` (a draw per slot), `rollouts` (of the target, as data)."""
     gamma: float | str | None = None
     """Position decay: None takes none, a number is the default, "by block size" is left to the caller."""
 
@@ -150,7 +153,7 @@ def register(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: make the credit function below it the objective `name`. See `Rule` for the arguments.
 
-    Raises `ValueError` when the name is taken, or an option has no default or two.
+    Raises `ValueError` when the name is taken or ends in -decay, or when an option has no default or two different ones.
     """
     if name.endswith("-decay"):
         raise ValueError(f"{name!r}: names that end in -decay belong to the rule before the ending, times the decay")
@@ -167,9 +170,9 @@ def register(
 
 
 def rule_of(name: str) -> Rule:
-    """The rule called `name`. `<name>-decay` is any rule without a position decay, times one ("auf-decay").
+    """The rule called `name`. `<name>-decay` is any rule without a position decay, multiplied by one ("auf-decay").
 
-    Raises `ValueError` with the valid names and the nearest.
+    Raises `ValueError` on an unknown name, with the nearest and all valid ones.
     """
     if name in RULES:
         return RULES[name]

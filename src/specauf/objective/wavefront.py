@@ -1,13 +1,13 @@
 """The LM head on the slots that need it, once each, with bounded memory.
 
-The head is most of a block drafter's training step. Two observations make it cheap without changing a number:
+The head is most of a block drafter's training step. Two observations make it cheap and change neither loss nor gradient:
 
-- AUF's loss is zero after the first failing slot, so the head is evaluated left to right and a block leaves as soon as its
+- AUF has no loss after the first failing slot. So the head is evaluated left to right, and a block leaves as soon as its
   argmax is wrong: about tau head rows per block instead of B-1 (the *wavefront*). Any support that ends at the first slot
   where something fails is read the same way.
-- Credits are detached, so the gradient of a row's cross entropy with respect to its hidden state, W^T (softmax - onehot),
-  can be formed while the row's logits are still in memory and scaled by its credit later. No logits are kept and no row
-  is evaluated twice, for any objective.
+- Credits are detached. So the gradient of a row's cross entropy with respect to its hidden state, W^T (softmax - onehot),
+  can be formed while the row's logits are still in memory, and scaled by its credit later. No logits are kept and no row is
+  evaluated twice, for any objective.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ if TYPE_CHECKING:
 
 
 class RowSource(Protocol):
-    """Hidden states of slots that are computed when asked for."""
+    """Hidden states of slots, computed on demand."""
 
     def rows(self, todo: Bool[Tensor, "b n k"]) -> Float[Tensor, "rows h"]:
         """Those of the slots where `todo` is true, in the order of `todo.nonzero()`."""
 
 
 class Readout(NamedTuple):
-    """What the head said of every slot. Rows that were not evaluated hold zeros and false."""
+    """What the head found at every slot. Slots that were not evaluated hold zeros and false."""
 
     ce: Float[Tensor, "b n k"]
     """Cross entropy of the label, in nats, float32 (float64 for float64 input)."""
     hit: Bool[Tensor, "b n k"]
     """The argmax (lowest index on a tie) equals the label."""
     evaluated: Bool[Tensor, "b n k"]
-    """Was it put through the head? Labels that the head has no row for are not."""
+    """Whether the slot was put through the head. Slots whose label has no row in the head are not."""
     prob: Float[Tensor, "b n k"]
-    """Probability of the label at the temperature that was asked for."""
+    """Probability of the label at the requested temperature."""
     rank: Int[Tensor, "b n k"] | None = None
-    """Tokens before the label, ties by index."""
+    """How many tokens rank above the label, ties by index."""
     kl: Float[Tensor, "b n k"] | None = None
     overlap: Float[Tensor, "b n k"] | None = None
     teacher_prob: Float[Tensor, "b n k"] | None = None
@@ -52,14 +52,14 @@ class Readout(NamedTuple):
     order: Int[Tensor, " rows"] | None = None
     """Flat indices of the evaluated slots, in the order in which they were read."""
     grad: dict[str, Float[Tensor, "rows h"]] | None = None
-    """d ce / d hidden of each row in that order, and of `kl` and `overlap` where asked for."""
+    """By kind, its derivative with respect to each row in that order: `ce`, `kl` or `overlap`, as requested."""
     expansion_grad: Float[Tensor, "parts v e"] | None = None
-    """d (sum of weighed figures) / d expansion, where an expansion and weights were given."""
+    """d (weighted sum of the kinds) / d expansion, where an expansion and weights were given."""
     outside: Bool[Tensor, "b n k"] | None = None
-    """Valid slots whose label the head has no row for: certain failures. None where it has a row for every token."""
+    """Valid slots whose label has no row in the head: certain failures. None where the head has a row for every token."""
 
     def slots(self, valid: Tensor, uniform: Tensor | None = None, decay: Tensor | None = None) -> Slots:
-        """What a credit function sees of it."""
+        """This readout as the input of a credit function."""
         return Slots(valid, self.hit, self.prob, self.rank, uniform, self.teacher_prob, decay)
 
 
@@ -76,10 +76,10 @@ LAUNCH_ROWS = 8.0
 
 
 def plan_cuts(survival: Sequence[float], blocks: int, launch_rows: float = LAUNCH_ROWS) -> list[int]:
-    """Stage ends that put the fewest rows through the head, for `blocks` blocks of which S_k survive slot k.
+    """The cheapest stage ends, in head rows, for `blocks` blocks of which a share S_k survives slot k.
 
-    A stage from slot i to j evaluates (j - i) S_i rows a block and costs `launch_rows` if any block reaches it. Solved by
-    dynamic programming over the last cut.
+    A stage from slot i to j evaluates (j - i) S_i rows per block, and costs `launch_rows` if any block reaches it. Solved
+    by dynamic programming over the last cut.
     """
     alive = [1.0, *survival]
     best, last = [0.0], [0]
@@ -119,18 +119,21 @@ def read_head(
 ) -> Readout:
     """Evaluate the head on the valid rows, stage by stage; a block that fails in a stage does not enter the next.
 
-    `cuts` are the stage ends, ascending, the last one k; None is a single stage, the dense readout. `survives` says from
-    the slots read so far which of them let their block go on; by default those whose argmax is the label. `wants` are the
-    gradients to form, of `ce`, `kl`, `overlap`; empty for none. `teacher` [b, n, k, h] are the target's final hidden states
-    at the position before each label, put through the same head; `kl`, `overlap` and `teacher_prob` need them. With
-    `expansion` the rows are [hidden ; code], h + e wide, and the head is [weight ; expansion] (Domino's final branch). Its
-    gradient is a sum over rows, so the weight of every figure must be known: `weigh`, one plane for each of `wants`. At most
-    `logits_rows` rows as wide as the vocabulary exist at a time. Rows are evaluated in stage-major order; results do not
-    depend on the cuts up to the rounding of differently shaped matrix products.
+    `cuts` are the stage ends, ascending, the last one k; None is a single stage, the dense readout. `survives` decides from
+    the slots read so far which of them let their block go on; by default those whose argmax is the label. `wants` names the
+    gradients to form, of `ce`, `kl`, `overlap`; empty for none. `teacher` [b, n, k, h] holds the target's final hidden
+    states at the position before each label, which go through the same head; `kl`, `overlap` and `teacher_prob` need them.
 
-    `rows_of` is for a head over part of the vocabulary: the head's row of each token, -1 for none. `weight` and `bias` then
-    have v rows, and so has the target's distribution, renormalised over them. A label without a row fails for certain,
-    before anything is read: hit false, prob 0, rank v, no row spent on it, and it ends its block as any failure does.
+    With `expansion` the rows are [hidden ; code], h + e wide, and the head is [weight ; expansion] (Domino's final branch).
+    The expansion's gradient is a sum over rows, so the weight of every row must be known: `weigh`, one plane for each of
+    `wants`.
+
+    With `rows_of` the head covers part of the vocabulary: it holds the head's row of each token, -1 for none. `weight` and
+    `bias` then have v rows, and so has the target's distribution, renormalised over them. A label without a row is a
+    failure that costs no head row: hit false, prob 0, rank v. It ends its block as any failure does.
+
+    At most `logits_rows` rows as wide as the vocabulary exist at a time. Rows are evaluated in stage-major order. Results
+    do not depend on the cuts, up to the rounding of differently shaped matrix products.
     """
     shape, device, k = valid.shape, valid.device, valid.shape[-1]
     outside = None
@@ -203,9 +206,9 @@ def _rows(
     weigh: Tensor | None,
     spread: Tensor | None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(Figures, gradients) of a few rows: one product to the vocabulary, and one back for each kind of gradient.
+    """(Values, gradients) of a few rows: one product to the vocabulary, and one back for each kind of gradient.
 
-    `spread` [parts, v, e] is added to: the expansion's gradient, its rows weighed by `weigh` [kinds, parts, rows].
+    The expansion's gradient, its rows weighted by `weigh` [kinds, parts, rows], is added to `spread` [parts, v, e].
     """
     hidden, code = hidden.split([weight.shape[1], hidden.shape[1] - weight.shape[1]], 1)
     logits = head_logits(hidden, weight, bias, softcap)
@@ -219,7 +222,7 @@ def _rows(
         return to_hidden if expansion is None else torch.cat([to_hidden, gradient.to(expansion.dtype) @ expansion], 1)
 
     def widen(kind: str, gradient: Tensor, factor: Tensor | float = 1.0) -> None:
-        """Add to the expansion's gradient what `factor` x `gradient`, a part of d kind / d logits, comes to."""
+        """Add to the expansion's gradient the share of `factor` x `gradient`, a term of d kind / d logits."""
         if spread is not None and weigh is not None:
             for into, weights in zip(spread, weigh[list(wants).index(kind)], strict=True):
                 into.addmm_(gradient.t(), (weights[:, None] * factor * code).to(gradient.dtype))
@@ -235,16 +238,16 @@ def _rows(
         values["prob"] = (1 / ((logits - gold) / temperature).exp_().sum(1)).to(logits.dtype)
     soft = (
         logits.sub_(top).exp_() if teacher is None else (logits - top).exp_()
-    )  # a row is a training step's largest thing
+    )  # in place if possible: a row is a training step's largest tensor
     total = soft.sum(-1, keepdim=True)
     values["ce"] = (total.log() + top - gold).squeeze(1)
     values.setdefault("prob", torch.exp(-values["ce"]))
     grads: dict[str, Tensor] = {}
     if "ce" in wants:
         if weight.dtype.itemsize < 4:
-            # In 16 bits the difference of two products is rounding alone where the label is all but certain.
+            # In 16 bits, the difference of two products would be rounding alone where the label is all but certain.
             grads["ce"] = back((soft / total).scatter_add_(1, index, -torch.ones_like(gold)))
-        else:  # the label's -1 is applied to the product, not to the probabilities, which spares passes over the vocabulary
+        else:  # the label's -1 is applied to the product, not to the probabilities: fewer passes over the vocabulary
             said = weight[labels] if slope is None else weight[labels] * slope.gather(1, index).to(weight.dtype)
             if expansion is not None:
                 said = torch.cat([said, expansion[labels]], 1)
@@ -278,7 +281,7 @@ def head_logits(
     bias: Float[Tensor, " v"] | None,
     softcap: float | None,
 ) -> Float[Tensor, "... v"]:
-    """An LM head in its own dtype, its logits as float32 (float64 stays); soft-capped ones are cap tanh(z / cap)."""
+    """Logits of an LM head in its own dtype, as float32 (float64 stays); soft-capped ones are cap tanh(z / cap)."""
     logits = F.linear(hidden.to(weight.dtype), weight, bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits if softcap is None else (logits / softcap).tanh() * softcap
