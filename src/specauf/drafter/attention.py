@@ -3,8 +3,8 @@
 Costs O(n B (S + B)) for n blocks of B slots over S context positions. The n blocks of a sequence share the context's keys
 and values, and no block looks at another, so neither the (nB)^2 products of a dense mask nor the mask itself is formed.
 
-One function, two ways: FlexAttention on CUDA, elsewhere dense products over a few blocks at a time. The latter keep no
-probabilities for the backward pass but form them again, so that memory does not grow with n B S.
+There are two implementations: FlexAttention on CUDA, and elsewhere dense products over a few blocks at a time. The dense
+one recomputes the probabilities in the backward pass instead of keeping them, so that memory does not grow with n B S.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SCORES = 2**21
-"""Scores formed at a time, if that is one block of each sequence at least. 8 MB in float32; the backward pass holds three."""
+"""Scores formed at a time, but at least one block of each sequence. 8 MB in float32; the backward pass holds three."""
 TILE = 128
 """Side of FlexAttention's tiles, in rows and in keys."""
 
@@ -37,13 +37,13 @@ def block_attention(
 ) -> Float[Tensor, "b heads n q d"]:
     """Softmax attention over [context positions < anchor ; the slots of the same block], bidirectional in the block.
 
-    Index s of the context is the absolute position. Some slots of a block may ask (q of them), all answer. Grouped heads
-    share keys. Anchors come in any order, though ascending ones cost half; an anchor of 0 sees its own block only.
+    Index s of the context is the absolute position. Some slots of a block may query (q of them); all are keys. Grouped
+    heads share keys. Anchors may come in any order, though ascending ones cost half; anchor 0 sees its own block only.
     """
     kv, s = context_key.shape[1:3]
     # Under autocast the norms leave queries and keys in float32.
     query, block_key, context_key = (t.to(block_value.dtype) for t in (query, block_key, context_key))
-    # Heads that share keys are so many more rows of a block: b kv n (group q) d.
+    # Heads that share keys become further rows of a block: b kv n (group q) d.
     rows = query.unflatten(1, (kv, -1)).transpose(2, 3)
     attend = _flex if query.device.type == "cuda" else _by_chunks
     out = attend(rows.flatten(3, 4), block_key, block_value, context_key, context_value, anchors.clamp(0, s))
@@ -59,7 +59,7 @@ def _by_chunks(
 
 
 class _Chunked(torch.autograd.Function):
-    """The plain way, over scaled rows. Sequences and their heads are one batch x here:
+    """The dense implementation, over scaled rows. Sequences and their heads form one batch axis x:
 
     rows [x n r d], block_key and block_value [x n k d], context_key and context_value [x s d], anchors [x n].
     """
@@ -80,7 +80,7 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, block_key, block_value, context_key, context_value, anchors = ctx.saved_tensors
         to_rows, to_block_key, to_block_value = (torch.empty_like(t) for t in (rows, block_key, block_value))
-        # Sums over all chunks, which 16 bits would round at each.
+        # Sums over all chunks; in 16 bits every chunk would round them.
         to_key, to_value = (
             torch.zeros_like(t, dtype=torch.float32) if t.dtype.itemsize < 4 else torch.zeros_like(t)
             for t in (context_key, context_value)
@@ -102,9 +102,10 @@ class _Chunked(torch.autograd.Function):
 
 
 def _chunks(rows: Tensor, context: Tensor, anchors: Tensor) -> Iterator[tuple[slice, int, int]]:
-    """Runs of blocks with their lowest and highest anchor: beyond the one there is masking, beyond the other nothing.
+    """Runs of blocks, with their lowest and highest anchor. Between the two the context is masked, beyond the highest not
+    read.
 
-    At least four, since a chunk is charged for its highest anchor by every block.
+    At least four runs, since every block of a run pays for the highest anchor in it.
     """
     x, n, r, _ = rows.shape
     size = max(1, min(-(-n // 4), SCORES // (x * r * max(1, context.shape[1]))))
@@ -147,25 +148,25 @@ def _flex(
 
 @functools.cache
 def _kernel(device: str) -> Callable[..., Any]:
-    """Compiled once, on first use; on a CPU, where only the tests come, as it is."""
+    """Compiled once, on first use; uncompiled on a CPU, where only the tests use it."""
     kernel: Callable[..., Any] = flex_attention
     if device != "cuda":
         return kernel
-    # A graph each for gradients or none, every dtype, and sizes of one: training, replay and live decoding come to more than
-    # the eight that dynamo allows, and what it then runs unfused holds all scores of a call at once.
+    # Gradients or none, every dtype and sizes of one have a graph each. Training, replay and live decoding need more than
+    # the eight that dynamo allows, and beyond those it runs unfused, which holds all scores of a call at once.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return torch.compile(kernel)
 
 
 def flex_mask(anchors: Int[Tensor, "b n"], rows: int, slots: int, s: int) -> BlockMask:
-    """The mask of n blocks' rows over [s context positions ; n blocks' slots], tile by tile and never entry by entry.
+    """The mask of n blocks' rows over [s context positions ; n blocks' slots], built tile by tile, never entry by entry.
 
     The predicate captures tensors alone, so that no length is compiled into it.
     """
     block = torch.arange(anchors.shape[1], device=anchors.device)
     reach = anchors.repeat_interleave(rows, 1)  # b n*rows: what a row sees of the context
     asks = block.repeat_interleave(rows)
-    answers = torch.cat([block.new_full((s,), -1), block.repeat_interleave(slots)])  # no block's, in the context
+    answers = torch.cat([block.new_full((s,), -1), block.repeat_interleave(slots)])  # -1: the context, no block's
 
     def visible(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
         return (column < reach[batch, row]) | (answers[column] == asks[row])
@@ -184,6 +185,6 @@ def flex_mask(anchors: Int[Tensor, "b n"], rows: int, slots: int, s: int) -> Blo
 
 
 def _tiles(x: Int[Tensor, "*batch length"]) -> Int[Tensor, "*batch tiles tile"]:
-    """The last tile is filled up with the last entry."""
+    """Split the last axis into tiles; the last tile is padded with the last entry."""
     missing = -x.shape[-1] % TILE
     return torch.cat([x, x[..., -1:].expand(*x.shape[:-1], missing)], -1).unflatten(-1, (-1, TILE))

@@ -23,7 +23,7 @@ from specauf.files import save_tensors
 from specauf.strict import UserError
 
 OLD_PREFIX = "logit_head."
-"""Under which SpecForge kept a Domino head's tensors before 0.2.0."""
+"""The name prefix of a Domino head's tensors in SpecForge before 0.2.0."""
 
 
 def build_drafter(config: DFlashConfig, seed: int = 0) -> DFlash:
@@ -40,7 +40,7 @@ def save_drafter(drafter: DFlash, directory: str | Path, extra: Mapping[str, Any
     config["dtype"] = str(drafter.fc.weight.dtype).removeprefix("torch.")
     save_tensors(tensors, directory / "model.safetensors.tmp", metadata={"format": "pt"})
     (directory / "config.json.tmp").write_text(json.dumps(config, indent=2) + "\n")
-    # safetensors makes files that nobody else can read.
+    # safetensors makes files that only their owner can read.
     shutil.copymode(directory / "config.json.tmp", directory / "model.safetensors.tmp")
     os.replace(directory / "model.safetensors.tmp", directory / "model.safetensors")
     os.replace(directory / "config.json.tmp", directory / "config.json")
@@ -48,7 +48,7 @@ def save_drafter(drafter: DFlash, directory: str | Path, extra: Mapping[str, Any
 
 
 def load_drafter(directory: str | Path, device: str | torch.device = "cpu") -> DFlash:
-    """Load a drafter strictly. Raises `UserError` on a missing file, field or tensor, or an unexpected one."""
+    """Load a drafter strictly. Raises `UserError` on a missing file, field or tensor, or on an unexpected one."""
     directory = Path(directory)
     for name in ("config.json", "model.safetensors"):
         if not (directory / name).is_file():
@@ -80,7 +80,7 @@ def load_drafter(directory: str | Path, device: str | torch.device = "cpu") -> D
 
 
 def fingerprint(drafter: DFlash) -> str:
-    """Twelve hex digits of a drafter's weights as bfloat16 has them: a checkpoint's and its exports' (not float16's)."""
+    """Twelve hex digits of the weights rounded to bfloat16: a checkpoint and its exports agree (not those in float16)."""
     digest = hashlib.sha256()
     for name, tensor in sorted(drafter.state_dict().items()):
         digest.update(name.encode() + tensor.cpu().bfloat16().contiguous().view(torch.int16).numpy().tobytes())

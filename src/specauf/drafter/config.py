@@ -1,4 +1,4 @@
-"""The drafter's `config.json`, spelt as shipped DFlash checkpoints spell it, read strictly and never guessed."""
+"""The drafter's `config.json`, in the spelling of shipped DFlash checkpoints: read strictly, never guessed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class DominoHead:
     gru_hidden_dim: int
     emb_dim: int
     pure_draft_prefix_len: int = 1
-    """Predictions that stay the base branch's own; SGLang serves 1 alone."""
+    """The first predictions, left uncorrected; SGLang serves only 1."""
     shift_label: bool = True
     """Slot k predicts the token at anchor + k + 1, as in shipped checkpoints, rather than at anchor + k."""
 
@@ -64,7 +64,7 @@ class DFlashConfig:
     eos_token_id: int | list[int] | None = None
     domino: DominoHead | None = None
     draft_vocab_size: int | None = None
-    """Tokens that the drafter can say, when they are fewer than the target's; `vocabulary.py` says which."""
+    """Tokens in the drafter's vocabulary, when they are fewer than the target's; see `vocabulary.py` for which."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Provenance kept under the key `specauf`: objective, reduction, template hash, thinking flag, ..."""
 
@@ -82,7 +82,7 @@ class DFlashConfig:
                 f"target_layer_ids {list(self.target_layer_ids)}: need ids from 0 to {self.num_target_layers - 2}"
             )
         if list(self.target_layer_ids) != sorted(set(self.target_layer_ids)):
-            # Engines collect the layers as they pass them: `fc` would read other columns than in training.
+            # Engines collect the taps in the order of the layers: in another, `fc` would read other columns than in training.
             raise ConfigError(
                 f"target_layer_ids {list(self.target_layer_ids)}: name each layer once, in ascending order"
             )
@@ -98,7 +98,7 @@ class DFlashConfig:
 
     @property
     def num_predictions(self) -> int:
-        """Tokens proposed a round, N_serve = B - 1 for every drafter."""
+        """Tokens proposed per round, N_serve = B - 1 for every drafter."""
         return self.block_size - 1
 
     @property
@@ -125,7 +125,7 @@ class DFlashConfig:
         domino: DominoHead | None = None,
         draft_vocab_size: int | None = None,
     ) -> DFlashConfig:
-        """The drafter that fits a Hugging Face target config: its widths, heads and rotary base, fewer layers."""
+        """A drafter that fits a Hugging Face target config: the same widths, heads and rotary base, fewer layers."""
         needed = ["hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size", "max_position_embeddings"]
         for name in [*needed, *(() if intermediate_size else ("intermediate_size",))]:
             if getattr(target, name, None) is None:
@@ -157,8 +157,8 @@ class DFlashConfig:
     def to_json(self) -> dict[str, Any]:
         """The z-lab layout: a flat Qwen3 config with `block_size`, `num_target_layers` and a nested `dflash_config`.
 
-        A Domino drafter has the same `architectures`, which is what SGLang loads, and says `projector_type` in the nested
-        part, where SpecForge keeps its head's sizes too.
+        A Domino drafter has the same `architectures`, which is what SGLang loads. Its `projector_type` and the sizes of its
+        head are in the nested part, where SpecForge keeps them.
         """
         head = {"projector_type": "domino", **asdict(self.domino)} if self.domino else {}
         return {
@@ -265,14 +265,14 @@ class DFlashConfig:
 
 
 def _rope_theta(target: Any) -> float:
-    """The rotary base; where each kind of layer has its own, that of full attention, which a drafter's layers have."""
+    """The rotary base. If each kind of layer has its own, that of full attention, the kind that drafters have."""
     rope = getattr(target, "rope_parameters", None) or {}
     own = rope.get("full_attention") or rope
     return float(own.get("rope_theta") or getattr(target, "rope_theta", None) or 1e4)
 
 
 def _reduced(size: Any, vocab_size: int, where: str) -> int | None:
-    """A draft vocabulary as large as the target's is none, as speculators has it."""
+    """The draft vocabulary's size, checked; None when it is as large as the target's, as in speculators."""
     if size is not None and (isinstance(size, bool) or not isinstance(size, int) or not 2 <= size <= vocab_size):
         raise ConfigError(
             f"{where}: draft_vocab_size must be from 2 to {vocab_size}, the size of the target's vocabulary, got {size!r}"

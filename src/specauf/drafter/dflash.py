@@ -36,7 +36,7 @@ class BlockKV(NamedTuple):
 
 
 class RMSNorm(nn.RMSNorm):
-    """Normalised in float32 whatever comes in, as the Qwen3 layers do."""
+    """Normalised in float32 whatever the input's dtype, as the Qwen3 layers do."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), self.normalized_shape, None, self.eps).to(x.dtype) * self.weight
@@ -89,7 +89,7 @@ class Attention(nn.Module):
         block: BlockKV,
         first: int = 0,
     ) -> Float[Tensor, "b n q heads_d"]:
-        """What slots `first`, first+1, ... of their blocks see, before the output projection."""
+        """The attention output of slots `first`, first+1, ... of their blocks, before the output projection."""
         _, n, slots, _ = x.shape
         positions = (anchors[..., None] + torch.arange(first, first + slots, device=x.device)).flatten(1)
         query = rotate(self.q_norm(self._heads(self.q_proj(x.flatten(1, 2)))), positions, self.theta)
@@ -122,16 +122,16 @@ class Layer(nn.Module):
         return self.finish(x, self.self_attn(normed, anchors, context, self.self_attn.block(normed, anchors)))
 
     def finish(self, x: Float[Tensor, "... h"], seen: Float[Tensor, "... heads_d"]) -> Float[Tensor, "... h"]:
-        """From what the slots see to their next hidden states; any slots, since from here on each is by itself."""
+        """From attention output to the next hidden states, for any slots: from here on each is computed by itself."""
         x = x + self.self_attn.o_proj(seen)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Pending:
-    """Blocks before the query side of the last layer, which is computed for the slots that are asked for.
+    """Blocks up to the query side of the last layer, which is computed only for the slots that are requested.
 
-    Every slot has keys and values in every layer, and a query in all but the last. There, a slot's queries, output
-    projection and MLP serve its own prediction alone: nothing is lost when nobody reads it.
+    Every slot has keys and values in every layer, and a query in all but the last. In the last layer a slot's query, output
+    projection and MLP serve its own prediction alone, so they are not needed when nobody reads it.
     """
 
     def __init__(self, drafter: DFlash, x: Float[Tensor, "b n slots h"], anchors: Tensor, context: ContextKV) -> None:
@@ -143,20 +143,20 @@ class Pending:
         self.autocast = torch.is_autocast_enabled(x.device.type)
 
     def rows(self, todo: Bool[Tensor, "b n k"]) -> Float[Tensor, "rows h"]:
-        """Final hidden states of the predictions where `todo` is true, in `nonzero` order; the first is `first_slot`'s."""
+        """Final hidden states of the predictions where `todo` is true, in `nonzero` order; 0 is slot `first_slot`'s."""
         with torch.autocast(self.x.device.type, torch.bfloat16, enabled=self.autocast):
             return self._rows(todo)
 
     def _rows(self, todo: Tensor) -> Tensor:
         slots, asked = todo.any(1).any(0).nonzero().squeeze(1), todo.any(-1)
         if not len(slots):
-            return self.norm(self.x[:0, 0, 0])  # of the drafter, that a step with nothing to read has a gradient, of 0
+            return self.norm(self.x[:0, 0, 0])  # the drafter's, so that a step with nothing to read has a gradient: 0
         first, last = int(slots[0]), int(slots[-1]) + 1
         x, normed, anchors, block = self.x, self.normed, self.anchors, self.block
         width = int(asked.sum(1).max())
         if (
             width < asked.shape[1]
-        ):  # only the blocks that ask, left-aligned in their row; what pads them is dropped below
+        ):  # only the blocks with a requested slot, left-aligned in their row; their padding is dropped below
             chosen = (~asked).int().argsort(dim=1, stable=True)[:, :width]
             row = torch.arange(len(chosen), device=chosen.device)[:, None]
             x, normed, anchors, todo = x[row, chosen], normed[row, chosen], anchors[row, chosen], todo[row, chosen]
@@ -195,7 +195,7 @@ class DFlash(nn.Module):
     def forward(
         self, embeds: Float[Tensor, "b n slots h"], anchors: Int[Tensor, "b n"], context: list[ContextKV]
     ) -> Float[Tensor, "b n slots h"]:
-        """Final hidden state of every slot; those of the predictions go through the target's LM head (`predictions`).
+        """Final hidden state of every slot; `predictions` picks those that go through the target's LM head.
 
         `embeds` are the target's embeddings of [anchor token, MASK, ...]; slot k sits at rotary position anchor + k and
         sees context positions < anchor and its own block.
@@ -206,14 +206,14 @@ class DFlash(nn.Module):
         return self.norm(x)
 
     def predictions(self, hidden: Float[Tensor, "b n slots h"]) -> Float[Tensor, "b n k h"]:
-        """Of the slots that propose the B-1 tokens after the anchor."""
+        """The hidden states of the slots that propose the B-1 tokens after the anchor."""
         first = self.config.first_slot
         return hidden[:, :, first : first + self.config.num_predictions]
 
     def pending(
         self, embeds: Float[Tensor, "b n slots h"], anchors: Int[Tensor, "b n"], context: list[ContextKV]
     ) -> Pending:
-        """The same, up to what the predictions that are asked for have of their own in the last layer."""
+        """`forward` up to the last layer's query side, which `Pending` computes for the predictions that are requested."""
         x = embeds
         for layer, kv in zip(self.layers[:-1], context, strict=False):
             x = layer(x, anchors, kv)

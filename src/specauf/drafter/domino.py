@@ -1,13 +1,13 @@
 """Domino: a DFlash body, and a small recurrent head that lets a proposed token depend on those before it.
 
-The base branch is the body's own prediction, every slot by itself. The final branch adds to its logits a correction of low
-rank, made from the slot's hidden state and a GRU over the target's embeddings of the tokens from the anchor on:
+The base branch is the body's own prediction, every slot by itself. The final branch adds a low-rank correction to the base
+logits, made from the slot's hidden state and a GRU over the target's embeddings of the tokens from the anchor on:
 
-    final_i = base_i + W2 SiLU(W1 [z_i ; g_i])        for predictions i > pure_draft_prefix_len, else base_i,
+    final_i = base_i + W2 SiLU(W1 [z_i ; g_i])        for predictions i > pure_draft_prefix_len, else base_i.
 
-where z_i is the hidden state of the slot that predicts token a + i and g_i the GRU's state over tokens a .. a+i-1. In
-training those tokens are the data's (teacher forcing), in decoding the drafter's own. Counted by predictions, shifted and
-unshifted labels differ in nothing but the slot that z_i is read from. Parameter names are those of shipped checkpoints.
+Here z_i is the hidden state of the slot that predicts token a + i, and g_i is the GRU's state over tokens a .. a+i-1. In
+training those tokens are the data's (teacher forcing), in decoding the drafter's own. Indexed by prediction, shifted and
+unshifted labels differ only in the slot that z_i is read from. Parameter names are those of shipped checkpoints.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 HEAD_SEED = 0xD0
-"""Added to the seed of the head's weights, so that the body's are those of the DFlash drafter with the same seed."""
+"""Added to the seed for the head's weights alone: the body's are those of the DFlash drafter with the same seed."""
 
 
 class Domino(DFlash):
@@ -69,7 +69,7 @@ class Domino(DFlash):
         return out
 
     def codes(self, z: Tensor, state: Tensor, number: Int[Tensor, ...]) -> Tensor:
-        """The code of predictions `number` (0 is the first), zero where a prediction is the base branch's own."""
+        """The code of predictions `number` (0 is the first), zero for those that stay uncorrected."""
         return torch.where((number >= self.pure)[..., None], self.code(z, state), 0.0)
 
     @torch.no_grad()
@@ -85,9 +85,10 @@ class Domino(DFlash):
         """One block, token by token: (tokens, the logits each was chosen from).
 
         `z` and `base` are the body's hidden states and base logits of the predictions, `anchor` the embedding of the
-        anchor's token and `embed` the target's embedding; `choose` picks token i from its logits [b, v], by default their
-        argmax. With `pool` > 0 corrected tokens come from the `pool` entries of the vocabulary whose base logit is highest
-        in any slot, as SGLang has it by default: others have a logit of -inf.
+        anchor's token and `embed` the target's embedding. `choose` picks token i from its logits [b, v] (default: argmax).
+
+        With `pool` > 0, a corrected token is one of the `pool` vocabulary entries whose base logit is highest in any slot,
+        as in SGLang by default; all others have a logit of -inf.
         """
         tokens, logits = [], []
         keep = pool_mask(base, pool)
@@ -118,10 +119,10 @@ def pool_mask(base: Float[Tensor, "... k v"], pool: int) -> Tensor | None:
 
 
 class Corrected:
-    """Rows [z ; e] of the final branch, for the predictions that are asked for."""
+    """Rows [z ; e] of the final branch, computed for the predictions that are requested."""
 
     def __init__(self, drafter: Domino, hidden: RowSource, said: Float[Tensor, "b n k h"]) -> None:
-        """`said` are the target's embeddings of the tokens before each predicted one, from the anchor's on."""
+        """`said` are the target's embeddings of the token before each predicted one, the anchor's first."""
         self.drafter, self.hidden = drafter, hidden
         self.device = said.device.type
         self.autocast = torch.is_autocast_enabled(self.device)

@@ -1,7 +1,7 @@
-"""A drafter that knows part of the target's vocabulary: which tokens, how they are stored, and the head that is left.
+"""A drafter with part of the target's vocabulary: which tokens it keeps, how they are stored, and the head that remains.
 
-The drafter's head is the target's, of the kept tokens alone, one row each in the order of their ids. A drafter keeps them
-as speculators does: `t2d` says of each of the target's tokens whether it is kept, and row r stands for token r + d2t[r].
+The drafter's head is the target's, restricted to the kept tokens, one row each in the order of their ids. They are stored
+as in speculators: `t2d` marks which of the target's tokens are kept, and row r stands for token r + d2t[r].
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class DraftHead(NamedTuple):
     bias: Float[Tensor, " rows"] | None
     softcap: float | None
     tokens: Int[Tensor, " rows"] | None = None
-    """The token of each row, ascending; None when row and token are one."""
+    """The token of each row, ascending; None when row r is token r."""
     rows_of: Int[Tensor, " tokens"] | None = None
     """The row of each of the target's tokens, -1 for those that are not kept."""
 
@@ -48,7 +48,7 @@ class DraftHead(NamedTuple):
 def draft_head(
     drafter: DFlash, weight: Float[Tensor, "tokens h"], bias: Float[Tensor, " tokens"] | None, softcap: float | None
 ) -> DraftHead:
-    """`drafter`'s part of the target's head. A part is a copy, to be made once. Raises as `kept_tokens` does."""
+    """The target's head, or the part that `drafter` keeps. A part is a copy: make it once. Raises as `kept_tokens` does."""
     tokens = kept_tokens(drafter)
     if tokens is None:
         return DraftHead(weight, bias, softcap)
@@ -59,9 +59,9 @@ def draft_head(
 
 
 def kept_tokens(drafter: DFlash) -> Int[Tensor, " rows"] | None:
-    """The tokens of the drafter's vocabulary, ascending; None when it is the target's.
+    """The tokens of the drafter's vocabulary, ascending; None when it has the target's.
 
-    Raises `UserError` when they have not been decided, or when the two ways in which they are stored contradict each other.
+    Raises `UserError` when they have not been decided, or when `t2d` and `d2t` contradict each other.
     """
     if drafter.config.draft_vocab_size is None:
         return None
@@ -86,7 +86,7 @@ def most_frequent(
 ) -> Int[Tensor, " rows"]:
     """The `size` most frequent of `labels`, ascending; ties, and room left over, go to the lowest ids.
 
-    Tokens `always` to be kept (those that end a text) come first. Raises `ConfigError` when they alone are too many.
+    The tokens in `always` (those that end a text) come first. Raises `ConfigError` when they alone are too many.
     """
     if len(always) > size:
         raise ConfigError(f"a draft vocabulary of {size} has no room for the {len(always)} tokens that end a text")
@@ -96,5 +96,5 @@ def most_frequent(
 
 
 def coverage(labels: Int[Tensor, " labels"], kept: Bool[Tensor, " tokens"]) -> float:
-    """Share of `labels` that are in the vocabulary `t2d` says: what no drafter with it can be right about is the rest."""
+    """Share of `labels` in the vocabulary that `kept`, a `t2d`, marks. No drafter with it can be right about the rest."""
     return float(kept[labels.long()].double().mean()) if len(labels) else 1.0

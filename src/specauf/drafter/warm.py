@@ -1,7 +1,7 @@
-"""A warm start from the target: its layers in the drafter's place, and its own last tap as their context.
+"""A warm start: the drafter's layers begin as the target's, with the target's own last tap as their context.
 
-A DFlash layer has the shape of the target's layers. Copied, it knows what tokens follow each other before the first
-step; what it has to learn is to do without the layers that were left out. The paper begins with random weights.
+A DFlash layer has the shape of the target's layers. A copied one knows before the first step which tokens follow each
+other; it has to learn to do without the layers that were left out. The paper begins with random weights.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ PROJECTIONS = (
 def copy_layers(drafter: DFlash, layers: nn.ModuleList, final_norm: nn.Module, ids: Sequence[int]) -> None:
     """Begin the drafter's layers as copies of `layers[i]` for i in `ids`, its norm as the target's, `fc` as the last tap.
 
-    Queries and keys are normalised in the drafter; where the target does not, their gain becomes the root mean square
-    that unit-variance input would give them. Raises `ConfigError` for a number of ids or a shape that is not the drafter's.
+    The drafter normalises queries and keys. If the target does not, the norm's gain becomes the root mean square that they
+    would have on unit-variance input. Raises `ConfigError` for a number of ids or a shape that is not the drafter's.
     """
     if len(ids) != len(drafter.layers):
         raise ConfigError(
@@ -42,7 +42,7 @@ def copy_layers(drafter: DFlash, layers: nn.ModuleList, final_norm: nn.Module, i
         assert isinstance(own, Layer)
         _copy(own, layers[i], i)
     hidden = drafter.config.hidden_size
-    noise = drafter.fc.weight * 0.1  # the other taps begin small, not silent: what is silent together learns together
+    noise = drafter.fc.weight * 0.1  # the other taps begin small, not at zero: taps that begin at zero learn alike
     drafter.fc.weight.copy_(noise)
     drafter.fc.weight[:, -hidden:] += torch.eye(hidden)
     drafter.hidden_norm.weight.copy_(_gain(layers[ids[-1]].get_submodule("input_layernorm"), hidden))
@@ -83,10 +83,10 @@ def _copy(own: Layer, theirs: nn.Module, number: int) -> None:
 
 
 def _gain(norm: nn.Module, hidden: int) -> Float[Tensor, " h"]:
-    """What an RMSNorm multiplies by, however it stores it (some keep the gain less one)."""
+    """The factor an RMSNorm multiplies by, however it is stored (some store it less one)."""
     where, *more = norm.parameters()
     gain: Tensor = norm(torch.ones(1, hidden, dtype=where.dtype, device=where.device))[0]
-    if more or not gain.any():  # a LayerNorm makes zeros of ones
+    if more or not gain.any():  # a LayerNorm turns ones into zeros
         raise ConfigError(
             f"drafter.init_layers: {type(norm).__name__} of the target is no RMSNorm: leave init_layers out"
         )
