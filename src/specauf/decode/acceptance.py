@@ -32,7 +32,7 @@ class Acceptance:
     """alpha_1 .. alpha_{B-1}; None where no round survived that far."""
     rounds: int
     cut_share: float
-    """Share of rounds that an EOS token ended inside the draft."""
+    """Share of rounds that an EOS token inside the draft ended."""
     engine_tau: float
     """Generated tokens over rounds, prefill token included, as engines report it."""
     prompts: int
@@ -42,7 +42,7 @@ class Acceptance:
 
 
 def prompt_taus(rounds: Sequence[Sequence[Round]]) -> NDArray[np.float64]:
-    """1 + mean A of each prompt. A prompt without a round (its first token was EOS) is left out, as NaN."""
+    """1 + mean A of each prompt; NaN, which is left out later, for a prompt without a round (its first token was EOS)."""
     return np.array([1 + np.mean([r.accepted for r in row]) if row else np.nan for row in rounds])
 
 
@@ -52,9 +52,9 @@ def summarise(
     num_predictions: int,
     clusters: Sequence[int] | None = None,
 ) -> Acceptance:
-    """`rounds[i]` and `tokens[i]`: the rounds and the number of generated tokens of prompt i; `clusters` as `bootstrap` has.
+    """Acceptance of one drafter. `rounds[i]` and `tokens[i]` are prompt i's rounds and number of generated tokens.
 
-    Raises `UserError` when no prompt has a round.
+    `clusters` are as in `bootstrap`. Raises `UserError` when no prompt has a round.
     """
     taus = prompt_taus(rounds)
     kept = [row for row in rounds if row]
@@ -79,10 +79,10 @@ def summarise(
 def bootstrap(
     values: NDArray[np.float64], clusters: Sequence[int] | None = None, resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float]:
-    """95 % interval of the mean of one value a prompt, by a bootstrap that is mended for few prompts; NaN is left out.
+    """95 % bootstrap interval of the mean of one value per prompt, corrected for few prompts. NaN values are left out.
 
-    `clusters[i]` is the conversation that prompt i is a turn of: conversations are drawn, with all their turns. Without it
-    every prompt is its own. A single cluster says nothing of others: NaN. No spread gives a degenerate interval.
+    `clusters[i]` is the conversation that prompt i is a turn of: conversations are drawn, with all their turns. Without
+    `clusters` every prompt is its own. One cluster says nothing of others: NaN. Without spread the interval is one point.
     """
     kept = ~np.isnan(values)
     values, mean = values[kept], float(values[kept].mean())
@@ -101,7 +101,7 @@ def bootstrap(
 
 
 def tau_interval(taus: NDArray[np.float64], clusters: Sequence[int] | None = None) -> tuple[float, float]:
-    """`bootstrap` of the mean of tau, which is never below 1."""
+    """`bootstrap` of the mean of tau, its lower end at least 1, since tau is never below 1."""
     low, high = bootstrap(taus, clusters)
     return 1.0 if low < 1 else low, high
 
@@ -119,7 +119,7 @@ class Comparison:
 def compare(
     a: Sequence[Sequence[Round]], b: Sequence[Sequence[Round]], clusters: Sequence[int] | None = None
 ) -> Comparison:
-    """Two drafters over the same trajectories, prompt by prompt; `clusters` as `bootstrap` has them."""
+    """Two drafters over the same trajectories, prompt by prompt; `clusters` as in `bootstrap`."""
     first, second = prompt_taus(a), prompt_taus(b)
     both = ~(np.isnan(first) | np.isnan(second))
     gained, base = float(first[both].mean() - 1), float(second[both].mean() - 1)
@@ -141,7 +141,8 @@ def loop_onset(tokens: Sequence[int], n: int = 8) -> int:
 def before_loop(rounds: Sequence[Sequence[Round]], tokens: Sequence[Sequence[int]]) -> list[list[Round]]:
     """The rounds that start before the text begins to repeat itself. `tokens[i]` is the generated text of prompt i.
 
-    Small targets loop, and a drafter that echoes one token is accepted whole there: one such prompt can carry a mean.
+    Small targets loop, and a drafter that echoes one token then has whole blocks accepted: one such prompt can carry a
+    mean.
     """
     return [
         [r for r in row if r.start < onset] for row, onset in zip(rounds, (loop_onset(t) for t in tokens), strict=True)

@@ -1,9 +1,9 @@
-"""Draft, verify, commit: exact speculative decoding with a key-value cache, one row or many; plain decoding beside it.
+"""Draft, verify, commit: exact speculative decoding with a key-value cache, for one row or many, and plain decoding.
 
-Rows of a batch accept different numbers of tokens. The cache keeps as many new columns as the luckiest row needs; in the
-other rows the surplus columns hold rejected tokens and are masked from then on. Positions are explicit, so a hole in the
-cache changes nothing but its size. Rows that are done leave the batch. A draft is a tree with one branch; with
-self-selection (`select.py`) it has more, and the cache keeps the columns of the branch that was verified.
+Rows of a batch accept different numbers of tokens. The cache keeps as many new columns as the row that accepted most needs;
+in the other rows the surplus columns hold rejected tokens and are masked from then on. Positions are explicit, so a hole in
+the cache changes nothing but its size. Rows that are done leave the batch. A draft is a tree with one branch. With
+self-selection (`select.py`) the tree has more, and the cache keeps the columns of the branch that was verified.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Round:
     accepted: int
     """A: draft tokens committed."""
     cut: bool = False
-    """Ended inside the draft by an EOS token, so that no further token was emitted."""
+    """An EOS token inside the draft ended the round, so no further token was emitted."""
 
 
 @dataclass
@@ -65,13 +65,13 @@ class Generation:
     margins: list[float] = field(default_factory=list)
     """Top-1 minus top-2 logit of the target at each token, when asked for (T=0)."""
     ended: bool = False
-    """By EOS rather than by the limit."""
+    """Whether EOS ended it, not the limit."""
     drafted: list[bool] = field(default_factory=list)
     """Per token: was it an accepted draft token?"""
     verified: int = 0
     """Inputs that the target verified, all rounds together: anchor and draft tokens, or the nodes of their tree."""
     seconds: float = 0.0
-    """Wall-clock time from the prefill until this row was done, without `on_commit`'s; rows of a batch share it."""
+    """Wall-clock time from the prefill until this row was done, without that of `on_commit`; rows of a batch share it."""
 
 
 @torch.no_grad()
@@ -91,9 +91,11 @@ def generate(
     """Decode every prompt. `proposer` None is plain decoding, one token a round; `selection` is self-selection.
 
     `max_new_tokens` is one number, or one for each prompt. `uids` number the prompts for the counter-based randomness
-    (default 0, 1, ...). `on_commit(row, tokens, drafted)` is called as tokens are committed. Raises `UserError` on an empty
-    prompt, and when `proposer` cannot propose what `selection` or `sampling.proposal` ask for; when the target's layers
-    cannot forget a rejected draft, attend to a window that the text outgrows, or know no positions so far out.
+    (default 0, 1, ...). `on_commit(row, tokens, drafted)` is called as tokens are committed.
+
+    Raises `UserError` on an empty prompt, when `proposer` cannot propose what `selection` or `sampling.proposal` ask for,
+    and when the target's layers cannot drop a rejected draft, attend to a window that the text outgrows, or lack positions
+    for it.
     """
     began = time.perf_counter()
     sampling = sampling or SamplingConfig()
@@ -114,7 +116,7 @@ def generate(
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = torch.tensor(prompt, device=device)
     uid = torch.as_tensor(uids if uids is not None else range(len(prompts)), device=device)
-    rows = torch.arange(len(prompts), device=device)  # row of `out` that each row of the batch is
+    rows = torch.arange(len(prompts), device=device)  # the row of `out` for each row of the batch
 
     # Prefill. Padding on the right is harmless under causal attention; its columns are masked from here on.
     first, cache = int(lengths.max()), DynamicCache(config=target.config)
@@ -125,7 +127,7 @@ def generate(
         proposer.start(len(prompts), width)
         proposer.observe(seen.features, torch.arange(first, device=device).expand(len(prompts), -1))
     ending = seen.final.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, seen.final.shape[-1]))
-    anchors = lengths - 1  # position of the last committed token; its features are known only during the prefill
+    anchors = lengths - 1  # position of the last committed token; only the prefill knows its features already
     batch = _Batch(target, sampling, eos, limits, record_margins, on_commit, out, began)
     active = batch.commit(rows, uid, ids, anchors, ids[:, :0], target.logits(ending), first=True)
 
@@ -148,7 +150,7 @@ def generate(
             )
         mask = tree.sees(columns) if selection else torch.cat([columns, columns.new_ones(len(rows), n)], 1)
         positions = anchors[:, None] + tree.depth
-        if target.reach is not None:  # drafts beyond it are beyond the limit too, and never emitted: any place will do
+        if target.reach is not None:  # drafts beyond it are past the limit too, never emitted: any position will do
             positions = positions.clamp(max=target.reach - 1)
         seen = target.run(
             tree.tokens,
@@ -175,10 +177,10 @@ def generate(
 
 
 def _narrowest_window(cache: DynamicCache, name: str, whole: bool = False) -> int | None:
-    """Of the target's layers, in tokens; None when every layer sees everything.
+    """The narrowest window of the target's layers, in tokens; None when every layer sees everything.
 
-    Raises `UserError` unless every layer can forget its newest columns, as a rejected draft asks for: a layer with a window can
-    until the window is full, one with a state cannot. `whole`: unless every layer keeps all of its columns.
+    Raises `UserError` unless every layer can drop its newest columns, as a rejected draft requires: a layer with a window
+    can until the window is full, one with a state cannot. With `whole`, also unless every layer keeps all of its columns.
     """
     kinds = {type(layer) for layer in cache.layers}
     if kinds - {DynamicLayer, DynamicSlidingWindowLayer}:
@@ -193,7 +195,7 @@ def _narrowest_window(cache: DynamicCache, name: str, whole: bool = False) -> in
 
 
 def _forget(cache: DynamicCache, columns: int) -> None:
-    """Drop the newest columns. `crop(0)` is not asked for: until mid 2026 it meant to keep none."""
+    """Drop the newest columns. `crop(0)` is never called: until mid 2026 it kept none."""
     if columns:
         cache.crop(-columns)
 
@@ -223,7 +225,7 @@ def _propose(
     sampling: SamplingConfig,
     selection: Selection | None,
 ) -> tuple[Int[Tensor, "b candidates k"], Float[Tensor, "b k v"] | None]:
-    """The candidate blocks, and the law of a block that was drawn rather than chosen."""
+    """The candidate blocks, and the law of a block that was drawn from the drafter; None for the other proposals."""
     if isinstance(proposer, DrafterProposer) and selection:
         return sample_candidates(proposer.logits(ids, anchors), selection, sampling.seed, uid, anchors), None
     if isinstance(proposer, DrafterProposer) and sampling.proposal == "sampled":
@@ -258,10 +260,10 @@ class _Batch:
     ) -> Tensor:
         """Verify `draft` with the target's `logits` of anchor and draft; write tokens into `ids`, advance `anchors`.
 
-        `law` is what the draft was drawn from, None for a point mass. Returns which rows go on.
+        `law` is the distribution that the draft was drawn from, None for a point mass. Returns which rows go on.
         """
         k, seed = draft.shape[1], self.sampling.seed
-        after = anchors[:, None] + 1 + torch.arange(k + 1, device=ids.device)  # positions the logits speak of
+        after = anchors[:, None] + 1 + torch.arange(k + 1, device=ids.device)  # positions that the logits predict
         ids.scatter_(1, after[:, :k], draft)
         logits = warp(logits, ids, anchors + 1 + k, self.sampling)
         if self.sampling.temperature == 0:
@@ -291,7 +293,7 @@ class _Batch:
             if margin is not None:
                 generation.margins += margin[i][: len(new[:room])]
             generation.ended = stop is not None and stop < room
-            if self.on_commit:  # what a listener does with the tokens is not decoding
+            if self.on_commit:  # a listener's time is not decoding time
                 told = time.perf_counter()
                 self.on_commit(row, new[:room], drafted[:room])
                 self.began += time.perf_counter() - told

@@ -1,4 +1,4 @@
-"""What proposes a block: a trained drafter, or prompt lookup, the competitor that needs no parameters."""
+"""Proposers of a block: a trained drafter, prompt lookup (the competitor that needs no parameters), or both."""
 
 from __future__ import annotations
 
@@ -47,8 +47,9 @@ class Proposer(Protocol):
 class DrafterProposer:
     """A drafter and its context keys and values, kept per row at the absolute position.
 
-    Indexing by position makes ragged batches trivial: what lies at or beyond the anchor is masked, as in training. With
-    `candidate_pool` a Domino drafter corrects only so many entries of the vocabulary, as SGLang does to save time: 0 is exact.
+    Indexing by position makes ragged batches trivial: whatever lies at or beyond the anchor is masked, as in training. With
+    `candidate_pool` a Domino drafter corrects only that many entries of the vocabulary, as SGLang does to save time. 0
+    corrects all of them, which is exact.
     """
 
     def __init__(self, drafter: DFlash, target: Target, candidate_pool: int = 0) -> None:
@@ -95,7 +96,7 @@ class DrafterProposer:
     def sample(
         self, ids: Int[Tensor, "b s"], anchors: Int[Tensor, " b"], temperature: float, numbers: Float[Tensor, "b k"]
     ) -> tuple[Int[Tensor, "b k"], Float[Tensor, "b k v"]]:
-        """A block drawn from the drafter with one number of [0, 1) a token, and the law that each token was drawn from."""
+        """A block drawn from the drafter with one number in [0, 1) per token, and the law that each token was drawn from."""
 
         def choose(i: int, logits: Tensor) -> Tensor:
             return draw((logits / temperature).softmax(-1), numbers[:, i : i + 1]).squeeze(1)
@@ -117,9 +118,10 @@ class DrafterProposer:
 
     @torch.no_grad()
     def logits(self, ids: Int[Tensor, "b s"], anchors: Int[Tensor, " b"]) -> Float[Tensor, "b k v"]:
-        """Of every slot's marginal, for a drafter that predicts the slots side by side: a block's law is their product.
+        """Logits of each slot's marginal, for a drafter that predicts the slots side by side: a block's law is their
+        product.
 
-        Over the target's vocabulary: -inf for tokens that are not in the drafter's.
+        They cover the target's vocabulary, with -inf for tokens that are not in the drafter's.
         """
         return self.head.spread(self.head.read(self._now(ids, anchors)))
 
@@ -137,9 +139,9 @@ class DrafterProposer:
     def reading(
         self, ids: Int[Tensor, "b s"], anchors: Int[Tensor, "b n"], context: list[ContextKV]
     ) -> tuple[RowSource, Tensor | None]:
-        """The head's rows of any blocks of `ids`, for those that will be asked for, and the head's expansion.
+        """The rows that the head reads of any blocks of `ids`, computed on demand, and the head's expansion, if any.
 
-        Domino's are read after the tokens of `ids`, which is what decoding reads as long as every draft agrees with them.
+        Domino's rows follow the tokens of `ids`, which is what decoding reads as long as every draft agrees with them.
         """
         pending = self.drafter.pending(self._embeds(ids, anchors), anchors, context)
         if not isinstance(self.drafter, Domino):
@@ -163,7 +165,7 @@ class DrafterProposer:
     def pooled(
         self, ids: Int[Tensor, "b s"], anchors: Int[Tensor, "b n"], context: list[ContextKV]
     ) -> Int[Tensor, "b n k"]:
-        """What a Domino drafter with a candidate pool proposes after the tokens of `ids`, every prediction by itself."""
+        """What a Domino drafter with a candidate pool proposes, each prediction given the tokens of `ids` before it."""
         assert isinstance(self.drafter, Domino)
         z = self.hidden(ids, anchors, context)
         base = self.target.logits(z)
@@ -213,9 +215,9 @@ class PromptLookup:
 class LookupFirst:
     """Prompt lookup where the last `ngram` tokens occurred before, the drafter elsewhere.
 
-    What a drafter is worth beside the competitor that costs nothing. Both depend on the committed text alone, so verification
-    is exact for the two together as it is for each. Where one proposes fewer tokens than the other, the drafter's mask token,
-    which no target emits, fills the block.
+    This measures what a drafter adds to the competitor that costs nothing. Both proposals depend on the committed text
+    alone, so verification is as exact for the two together as for each. Where one proposes fewer tokens than the other, its
+    block is filled with the drafter's mask token, which no target emits.
     """
 
     def __init__(self, drafter: DrafterProposer, ngram: int, block_size: int | None = None) -> None:
@@ -249,7 +251,7 @@ class LookupFirst:
         return torch.where(found[:, None], self.fill(copied), self.fill(own))
 
     def asks_drafter(self, tokens: list[int]) -> bool:
-        """After these committed tokens, in a sequence of its own."""
+        """Whether the drafter proposes after these committed tokens, taken as a sequence of its own."""
         self.lookup.start(1, len(tokens))
         self.lookup.propose(torch.tensor([tokens]), torch.tensor([len(tokens) - 1]))
         return self.lookup.matched[0] < self.ngram
@@ -259,14 +261,14 @@ class LookupFirst:
 
 
 class _Ngrams:
-    """Where each n-gram of a growing sequence was last followed by something."""
+    """For each n-gram of a growing sequence, the index of the token after its latest occurrence."""
 
     def __init__(self, longest: int) -> None:
         self.longest, self.read = longest, 0
         self.last: dict[tuple[int, ...], int] = {}
 
     def continuation(self, tokens: list[int], length: int) -> tuple[list[int], int]:
-        """`length` tokens after the latest match, and its own; the last token repeated where there is nothing to copy."""
+        """(`length` tokens after the latest match, how many matched). The last token fills what cannot be copied."""
         for end in range(self.read + 1, len(tokens)):  # n-grams that end before the last token have a successor
             for n in range(1, self.longest + 1):
                 if end >= n:

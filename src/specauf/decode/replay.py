@@ -1,11 +1,12 @@
 """Replay: acceptance without decoding again.
 
-Record the target's own continuation once; then A at an anchor is the number of the drafter's argmaxes that match the
-recording, for every anchor at once, and the rounds are read off by walking a -> a + A + 1. At T=0 these are the rounds that
-live decoding makes. At T=1 accepting a point mass x with probability p(x) is the same event as "the target's sample is x",
-so replay over sampled trajectories has live decoding's law. That needs a deterministic proposal that does not look at the
-target off the trajectory, which both proposers here are. A proposal drawn from the drafter, or selected by the target, is
-measured live: nothing here can be asked for it.
+Record the target's own continuation once. A at an anchor is then the number of the drafter's argmaxes that match the
+recording before the first that does not. Replay reads it for every anchor at once, and walks a -> a + A + 1 to get the
+rounds. At T=0 these are the rounds that live decoding makes. At T=1 accepting a point mass x with probability p(x) is the
+same event as "the target's sample is x", so replay over sampled trajectories has live decoding's law.
+
+That needs a deterministic proposal that does not look at the target off the trajectory, which every proposer here makes. A
+proposal that is drawn from the drafter or selected by the target must be measured live; nothing here accepts one.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ Replayable = DrafterProposer | PromptLookup | LookupFirst
 """Proposers whose block depends on the committed text alone."""
 
 TURN = 22
-"""Stream of the counter hash that numbers the later answers of a conversation for the randomness."""
+"""Stream of the counter hash that gives each later answer of a conversation its uid."""
 
 
 @dataclass(frozen=True)
@@ -63,15 +64,15 @@ class Trajectory:
 
 
 class Dialogue(NamedTuple):
-    """A conversation to record. Of one with a single answer, the first two fields say it all."""
+    """A conversation to record. One with a single answer needs only the first two fields."""
 
     id: str
     prompt: list[int]
-    """Of the first answer."""
+    """The prompt of the first answer."""
     messages: Messages = ()
-    """What `prompt` renders."""
+    """The messages that `prompt` renders."""
     later: Sequence[str] = ()
-    """What the user says after each answer but the last."""
+    """The user's message after each answer but the last."""
     enable_thinking: bool = False
 
 
@@ -86,17 +87,18 @@ def record(
     parts: Path | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[Trajectory]:
-    """Plain batched decoding of (id, prompt ids), or of conversations: one trajectory an answer, in the order given.
+    """Plain batched decoding of (id, prompt ids), or of conversations: one trajectory per answer, in the order given.
 
-    Conversations are numbered in that order, for the randomness. The answers of one with several are named `<id>#1`,
-    `<id>#2`. With `parts`, a directory, every batch is kept there and a killed recording goes on with what is missing.
-    `on_progress` is told of conversations. Raises `UserError` when `sampling` asks for a drawn proposal, which replay
-    over the recording could not measure, and when a first prompt and its answer are more than the target reaches.
+    Conversations are numbered in that order for the counter-based randomness. Where one has several answers, they are named
+    `<id>#1`, `<id>#2`. With `parts`, a directory, every finished batch is kept there, and a killed recording goes on with
+    what is missing. `on_progress` is called with the number of conversations that were just recorded. Raises `UserError`
+    when `sampling` asks for a drawn proposal, which replay cannot measure, or a first prompt and its answer exceed the
+    target's reach.
     """
     if sampling.proposal != "greedy":
         raise UserError("replay measures deterministic proposals alone: proposal 'sampled' is for `specauf generate`")
     dialogues = {i: Dialogue(*p) for i, p in enumerate(prompts)}
-    check_reach(target, list(dialogues.values()), limit + block_size - 1)  # all of them first: a new limit begins anew
+    check_reach(target, list(dialogues.values()), limit + block_size - 1)  # all before any: a new limit starts over
     done = _read_parts(parts, dialogues) if parts else {}
     if on_progress and done:
         on_progress(len(done))
@@ -114,7 +116,7 @@ def record(
 
 
 def check_reach(target: Target, dialogues: Sequence[Dialogue], tokens: int) -> None:
-    """Raise `UserError` when a first prompt with so many tokens behind it is more than the target reaches."""
+    """Raise `UserError` when a first prompt with `tokens` more tokens exceeds the target's reach."""
     for d in dialogues:
         remedy = f"{d.id} has a prompt of {len(d.prompt)} tokens; leave it out, or lower the new tokens"
         target.require_reach(len(d.prompt) + tokens, remedy)
@@ -123,7 +125,7 @@ def check_reach(target: Target, dialogues: Sequence[Dialogue], tokens: int) -> N
 def _answer(
     target: Target, batch: Mapping[int, Dialogue], limit: int, block_size: int, sampling: SamplingConfig
 ) -> dict[int, list[Trajectory]]:
-    """Every answer of the conversations, by their number; the batch goes from turn to turn together."""
+    """Every answer of the conversations, by their number; the batch goes through the turns together."""
     made: dict[int, list[Trajectory]] = {i: [] for i in batch}
     prompts, turn = {i: d.prompt for i, d in batch.items()}, 0
     while prompts:
@@ -144,11 +146,11 @@ def _answer(
 
 
 def next_prompt(target: Target, dialogue: Dialogue, answered: Sequence[Trajectory], limit: int) -> list[int]:
-    """The last prompt, the target's own answer and the template's text up to the next one, token for token.
+    """The prompt of the next answer: the last prompt, the target's answer and the template's text up to the next one.
 
-    The answer is what precedes EOS and the limit; the template's end of turn stands behind it, also when the limit cut
-    it. Under a template that changes what it rendered before (that drops the thinking of earlier answers, say) the
-    conversation is rendered anew, as a server would. Raises `UserError` when the template refuses it.
+    All three are kept token for token. The answer ends before EOS or at the limit; the template's end of turn follows it,
+    even when the limit cut it. If the template changes text that it rendered before (it drops the thinking of earlier
+    answers, say), the conversation is rendered anew, as a server would. Raises `UserError` when the template refuses it.
     """
     tokenizer, eos = target.tokenizer, target.eos_ids()
     if tokenizer is None:
@@ -170,7 +172,7 @@ def next_prompt(target: Target, dialogue: Dialogue, answered: Sequence[Trajector
 
 
 def _read_parts(parts: Path, dialogues: Mapping[int, Dialogue]) -> dict[int, list[Trajectory]]:
-    """The answers that a recording before this one left, by the number of their conversation."""
+    """The answers that an earlier recording left, by the number of their conversation."""
     done: dict[int, list[Trajectory]] = {}
     for directory in sorted(parts.glob("[0-9]*")):
         try:
@@ -232,16 +234,16 @@ def acceptances(
     own: Int[Tensor, " anchors"] | None = None,
     chunk: int = 128,
 ) -> Int[Tensor, " anchors"]:
-    """A at every anchor of the trajectory that live decoding could start a round from before `limit` tokens.
+    """A at every anchor of the trajectory from which live decoding could start a round before `limit` tokens.
 
-    `own` is what is known of the drafter behind a lookup: its own A at every anchor.
+    `own`, for a drafter behind a lookup, is the drafter's own A at every anchor; it is computed when not given.
     """
     ids = torch.tensor(trajectory.ids)
     first, count = len(trajectory.prompt), len(trajectory.tokens)
     stop = min(limit, count) - 1  # rounds start while fewer than `limit` tokens are committed, and not at the last one
     anchors = torch.arange(first, first + max(stop, 0))
     if isinstance(proposer, DrafterProposer) and proposer.candidate_pool:
-        chunk = min(chunk, 16)  # every prediction's logits are held
+        chunk = min(chunk, 16)  # the logits of all predictions are held at once
     k = proposer.block_size - 1
     place = anchors[:, None] + torch.arange(1, k + 1)
     valid = place < len(ids)
@@ -290,7 +292,7 @@ def acceptances(
 def _copies(
     lookup: PromptLookup, ids: Tensor, anchors: Tensor
 ) -> tuple[Int[Tensor, "anchors k"], Int[Tensor, " anchors"]]:
-    """What prompt lookup proposes at every anchor, which it has to see in order, and how many tokens matched there."""
+    """What prompt lookup proposes at every anchor, and how many tokens matched there. It has to see anchors in order."""
     lookup.start(1, len(ids))
     drafts, matched = [ids.new_zeros(0, lookup.block_size - 1)], []
     for anchor in anchors:

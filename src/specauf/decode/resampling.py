@@ -1,6 +1,6 @@
-"""The bootstrap of a mean, mended for few units: what intervals of `specauf eval` and of studies are made of.
+"""The bootstrap of a mean, corrected for few units: the intervals of `specauf eval` and of studies are made of it.
 
-`bench/statistics.py` says why, and what share of the intervals then holds the truth.
+`bench/statistics.py` gives the reason, and the share of such intervals that hold the truth.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Floats = NDArray[np.float64]
 
 
 def deviations(sums: Floats, sizes: Floats, resamples: int, rng: np.random.Generator) -> Floats:
-    """[resamples]: resampled mean (sum of sums over sum of sizes) minus the observed one, its variance made unbiased."""
+    """[resamples]: resampled mean (sum of sums over sum of sizes) minus the observed one, scaled to an unbiased variance."""
     n, means = len(sums), np.empty(resamples)
     for start in range(0, resamples, CHUNK):
         drawn = rng.integers(0, n, (min(CHUNK, resamples - start), n))
@@ -27,7 +27,7 @@ def deviations(sums: Floats, sizes: Floats, resamples: int, rng: np.random.Gener
 
 
 def student(levels: Sequence[tuple[Floats, int]], rng: np.random.Generator) -> Floats:
-    """[resamples]: the levels' deviations added, with the tails that the number of units of each calls for."""
+    """[resamples]: the sum of the levels' deviations, with Student's tails for each level's number of units."""
     total: Floats = np.sum([moved for moved, _ in levels], axis=0)
     variances = np.array([np.mean(moved**2) for moved, _ in levels])
     if not variances.any():

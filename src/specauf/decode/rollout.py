@@ -1,9 +1,9 @@
 """Rollouts: the target answers training prompts itself, and its answers become training data, token for token.
 
-A sequence only ever grows: prompt, sampled tokens with their end of turn, the template's text up to the next answer. Nothing
-is tokenised again, so what is trained on is what was drawn. Draws are counter-based: a sample is a function of (seed,
-conversation, sample, position), whatever batch it was in, and the plan is a function of the settings, so the files of a killed
-run are good for the next.
+A sequence only grows: prompt, sampled tokens with their end of turn, the template's text up to the next answer. Nothing is
+tokenised again, so training sees the tokens that were drawn. Draws are counter-based: a sample is a function of (seed,
+conversation, sample, position), whatever batch it was in. The plan is a function of the settings. So a new run can use the
+files of a killed one.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from specauf.data.dataset import Identified
 
 Advance = Callable[[int, int, float], None]
-"""Told of every batch: samples, generated tokens, seconds spent on them (0 when they were found on disk)."""
+"""Called after every batch: samples, generated tokens, seconds spent on them (0 when they were found on disk)."""
 SAMPLE = 21
 """Stream of the counter hash that turns (conversation, sample) into the uid of a rollout."""
 WINDOW = 8
@@ -45,7 +45,7 @@ PARTS, TEXT = "parts", "rollouts.jsonl"
 WHOLE, SHORT = "all turns answered", "samples of fewer than two tokens left out"
 HASHES = ("template_hash", "tokenizer_hash", "excluded_prompts")
 INHERITED = ("format", "enable_thinking", "max_length", "heldout", *HASHES)
-"""What `meta.json` says as the prepared corpus says it."""
+"""Fields of `meta.json` that are copied from the prepared corpus."""
 
 
 @dataclass
@@ -75,7 +75,7 @@ class Roller:
     data: DataConfig
     plan: RolloutConfig
     mask_token_id: int
-    """No sample may hold it: the drafter reads it as an open slot."""
+    """No sample may hold it: the drafter would read it as an open slot."""
     proposer: Proposer | None = None
 
     def begin(self, uid: int, conversation: Conversation) -> list[Sample] | str:
@@ -93,7 +93,7 @@ class Roller:
         return [Sample(u, i, conversation, question, prompt) for i, u in enumerate(uids)]
 
     def roll(self, batch: Sequence[Sample]) -> None:
-        """Answer every turn of every sample, the batch going from turn to turn together."""
+        """Answer every turn of every sample; the batch goes through the turns together."""
         while going := [s for s in batch if not s.stop]:
             made = generate(
                 self.target,
@@ -146,7 +146,7 @@ class Roller:
 
 
 Planned = tuple[str, list[Sample]]
-"""Why a conversation is dropped (or nothing), and its samples."""
+"""Why a conversation is dropped (empty when it is not), and its samples."""
 Answered = tuple[list[int], list[int], str, list[Message]]
 """Ids, mask, stop and messages of a `Sample` that has ended."""
 
@@ -163,10 +163,10 @@ def rollout(
 ) -> TokenDataset:
     """Answer `conversations` (in training order, from the corpus that was prepared as `source`) into the directory `out`.
 
-    Answers that `out` has already are taken as they are, when it was begun with the same settings, `drafter` (a digest)
-    among them. With `max_tokens`, the conversations are the shortest prefix with that many generated tokens; an
-    unfinished directory goes on with another `max_tokens` too. Raises `UserError` when `out` was begun with other
-    settings or holds something else, or when nothing is left to train on.
+    Answers that `out` has already are kept if it was begun with the same settings, `drafter` (a digest) among them. With
+    `max_tokens`, the result is the shortest prefix of the conversations with that many generated tokens; an unfinished
+    directory may go on with another `max_tokens`. Raises `UserError` when `out` was begun with other settings or holds
+    something else, or when nothing is left to train on.
     """
     plan = roller.plan
     made_of = {
@@ -214,9 +214,9 @@ def rollout(
 
 
 def _claim(out: Path, made_of: dict[str, Any]) -> None:
-    """Write the settings into a new directory, or make sure that it was begun with them.
+    """Write the settings into a new directory, or make sure that an old one was begun with them.
 
-    How many tokens are wanted may change until the rollouts are finished: each number takes a prefix of the same samples.
+    `max_tokens` may change until the rollouts are finished: each number takes a prefix of the same samples.
     """
     path = out / SETTINGS
     found: dict[str, Any] = {}
@@ -255,7 +255,7 @@ def _plan(roller: Roller, conversations: Sequence[Identified]) -> Iterator[Plann
 def _window(
     queue: Iterator[Planned], planned: list[Planned], plan: RolloutConfig, tokens: int, max_length: int
 ) -> list[Sample]:
-    """The next samples to answer, whole conversations, by prompt length; they are added to `planned` in training order.
+    """The next samples to answer, whole conversations, sorted by prompt length; they join `planned` in training order.
 
     Near `max_tokens` the window shrinks to what cannot overshoot, one batch at the least.
     """

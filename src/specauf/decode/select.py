@@ -1,9 +1,10 @@
 """Self-selection at test time (SpecDiff-2): several candidate blocks from one draft forward, verified as one tree.
 
-Candidate 0 is the greedy chain; the others draw each slot by itself from the drafter's marginal, at a temperature of their
-own. The target reads their prefix tree in one pass, and the candidate whose accepted length it expects to be longest is
-verified like any greedy draft. That is the paper's rule; the released code rejects its way through the tree instead. It is
-exact because a chosen block is a point mass whatever chose it, as long as the choice never sees the numbers that accept.
+Candidate 0 is the greedy chain. The others draw each slot by itself from the drafter's marginal, at a temperature of their
+own. The target reads the prefix tree of all candidates in one pass, and the one with the longest expected accepted length
+is then verified like any greedy draft. That is the SpecDiff-2 paper's rule; the released code does rejection sampling
+through the tree instead. The rule is exact: however a block was chosen, it is a point mass, as long as the choice never
+sees the numbers that decide acceptance.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Selection:
 
 
 class Tree(NamedTuple):
-    """The prefix tree of each row's candidates, in the order in which they come. Node 0 is the anchor."""
+    """The prefix tree of each row's candidates, nodes in the order of the candidates. Node 0 is the anchor."""
 
     tokens: Int[Tensor, "b n"]
     """Rows with fewer nodes than the widest are padded; nothing sees the padding."""
@@ -58,7 +59,7 @@ class Tree(NamedTuple):
     """Nodes without the padding."""
 
     def sees(self, columns: Bool[Tensor, "b past"]) -> Bool[Tensor, "b 1 n all"]:
-        """Who sees whom: a node the given columns of the past, its ancestors and itself."""
+        """The attention mask: a node sees the given columns of the past, its ancestors and itself."""
         b, n = self.tokens.shape
         own = torch.eye(n, dtype=torch.bool, device=columns.device).expand(b, n, n)
         for _ in range(self.path.shape[2] - 1):
@@ -67,7 +68,7 @@ class Tree(NamedTuple):
 
 
 def build_tree(anchor: Int[Tensor, "b one"], candidates: Int[Tensor, "b candidates k"]) -> Tree:
-    """A single candidate gives a chain, no draft tokens the anchor alone."""
+    """A single candidate gives a chain; candidates without tokens give the anchor alone."""
     b, count, k = candidates.shape
     alike = (candidates[:, :, None] == candidates[:, None]).int().cumprod(-1)  # b c c k: the same up to this slot
     owner = alike.argmax(2)  # b c k: the first candidate with this prefix
@@ -109,7 +110,7 @@ def choose(
 ) -> Int[Tensor, " b"]:
     """The candidate with the highest `score` under the target's warped `logits` of the nodes; the first of equals.
 
-    `ids` behind the anchors is overwritten: the repetition penalty reads each candidate's own path there.
+    Overwrites `ids` behind the anchors, where the repetition penalty reads each candidate's own path.
     """
     k = candidates.shape[2]
     after = anchors[:, None] + torch.arange(1, k + 1, device=ids.device)
@@ -132,7 +133,7 @@ def score(
 
 
 def along(nodes: Float[Tensor, "b n d"], path: Int[Tensor, "b m"]) -> Float[Tensor, "b m d"]:
-    """What the nodes on each row's path hold."""
+    """The entries of the nodes on each row's path."""
     return nodes.gather(1, path[..., None].expand(-1, -1, nodes.shape[2]))
 
 

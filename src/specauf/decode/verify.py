@@ -1,9 +1,9 @@
 """The accept rules, as pure functions of tensors: what makes speculative decoding exact.
 
-The drafter's proposal is its argmax at every temperature, a point mass. At T=0 a draft token is accepted while it equals
-the target's argmax. At T>0 it is accepted with the probability the target gives it; on a rejection the next token is drawn
-from the target without it, renormalised. `accept_drawn` is for tokens drawn from the drafter's own law instead, as z-lab's
-decoder does. Either way the output has the target's law, whatever the drafter says.
+The drafter proposes its argmax, a point mass, at every temperature. At T=0 a draft token is accepted while it equals the
+target's argmax. At T>0 it is accepted with the probability that the target gives it; on a rejection the next token is drawn
+from the target's law without the rejected token, renormalised. `accept_drawn` is for tokens drawn from the drafter's own
+law instead, as z-lab's decoder does. Either way the output has the target's law, whatever the drafter proposes.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ACCEPT, RESAMPLE, PROPOSE, CANDIDATE = 1, 2, 3, 4
-"""Streams of `uniform`: one number decides acceptance at a position, another draws the token that ends a round; the last
-two draw draft tokens, and must share nothing with the first two, or the output loses the target's law."""
+"""Streams of `uniform`. ACCEPT decides acceptance at a position, RESAMPLE draws the token that ends a round.
+
+PROPOSE and CANDIDATE draw draft tokens. They must share nothing with the first two, or the output loses the target's law.
+"""
 
 
 def uniform(
@@ -37,7 +39,7 @@ def uniform(
 ) -> Float[Tensor, ...]:
     """float64 in [0, 1): a function of (seed, stream, prompt, position), so no draw depends on the batch layout.
 
-    With `candidate`, of its number too.
+    With `candidate`, a function of the candidate's number too.
     """
     counters = (uid, position) if candidate is None else (uid, position, candidate)
     return counter_uniform(seed, stream, *counters)
@@ -59,7 +61,7 @@ def warp(
     if sampling.repetition_penalty != 1.0:
         end = lengths[:, None] + torch.arange(1 - slots, 1, device=ids.device)  # b slots
         past = torch.arange(ids.shape[1], device=ids.device) < end[..., None]
-        seen = torch.where(past, ids[:, None], ids[:, None, :1])  # the first token again: it is penalised once
+        seen = torch.where(past, ids[:, None], ids[:, None, :1])  # pad with the first token: it is penalised once
         flat = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)(seen.flatten(0, 1), flat)
     warpers: list[LogitsProcessor] = []
     if sampling.temperature not in (0.0, 1.0):
@@ -76,7 +78,7 @@ def warp(
 def accept_greedy(
     draft: Int[Tensor, "b k"], target: Float[Tensor, "b slots v"]
 ) -> tuple[Int[Tensor, " b"], Int[Tensor, " b"]]:
-    """(A, the token after them) at T=0. `target` are logits of the B = k+1 verified inputs, the anchor first."""
+    """(A, the token after the accepted ones) at T=0. `target` are logits of the B = k+1 verified inputs, the anchor first."""
     choice = target.argmax(-1)  # b slots
     accepted = (draft == choice[:, :-1]).cumprod(1).sum(1)
     return accepted, choice.gather(1, accepted[:, None]).squeeze(1)
@@ -88,10 +90,10 @@ def accept_sampled(
     accept_uniform: Float[Tensor, "b k"],
     ending_uniform: Float[Tensor, "b slots"],
 ) -> tuple[Int[Tensor, " b"], Int[Tensor, " b"]]:
-    """(A, the token after them) at T>0: rejection sampling of a point-mass proposal against the target.
+    """(A, the token after the accepted ones) at T>0: rejection sampling of a point-mass proposal against the target.
 
-    `target` are probabilities at the B = k+1 verified inputs. Draft token j is accepted when its uniform is below its
-    probability; the token that ends the round comes from the rejected slot's residual, or from the last slot in full.
+    `target` are probabilities at the B = k+1 verified inputs. Draft token j is accepted when its uniform number is below
+    its probability. The token that ends the round comes from the rejected slot's residual, or from the last slot in full.
     """
     chance = target[:, :-1].gather(2, draft[..., None]).squeeze(2)
     accepted = (accept_uniform < chance).cumprod(1).sum(1)
@@ -118,7 +120,7 @@ def accept_drawn(
     accept_uniform: Float[Tensor, "b k"],
     ending_uniform: Float[Tensor, "b slots"],
 ) -> tuple[Int[Tensor, " b"], Int[Tensor, " b"]]:
-    """(A, the token after them) at T>0 when draft token j was drawn from `proposal` j (Leviathan et al. 2023).
+    """(A, the token after the accepted ones) at T>0 when draft token j was drawn from `proposal` j (Leviathan et al. 2023).
 
     It is accepted with probability min(1, p/q); the token that ends the round comes from `leftover`.
     """
@@ -130,7 +132,7 @@ def accept_drawn(
 
 
 def leftover(target: Float[Tensor, "b v"], proposal: Float[Tensor, "b v"]) -> Float[Tensor, "b v"]:
-    """(p - q)+, not normalised. Where rounding leaves nothing of it the two are equal, and p is as good."""
+    """(p - q)+, not normalised. Where rounding leaves only zeros, p and q are equal, and p is used instead."""
     rest = (target - proposal).clamp(min=0)
     return torch.where(rest.sum(-1, keepdim=True) > 0, rest, target)
 
