@@ -8,6 +8,22 @@ from typing import Any
 
 from specauf.strict import ConfigError
 
+NEUTRAL: dict[str, Any] = {
+    "attention_bias": False,
+    "attention_sink_bias": False,
+    "attention_value_scale": 1,
+    "causal": False,
+    "hidden_act": "silu",
+    "input_embedding_scale": 1,
+    "is_causal": False,
+    "output_multiplier": 1,
+    "partial_rotary_factor": 1,
+    "sample_from_anchor": False,
+    "use_sliding_window": False,
+    "use_swa": False,
+}
+"""Fields of other drafters' configurations, at the only value that the drafters here compute."""
+
 
 def spread_layer_ids(num_target_layers: int, num_taps: int) -> tuple[int, ...]:
     """Evenly spaced target layers, round(1 + i(L-4)/(n-1)) with Python's rounding; L // 2 for a single tap.
@@ -212,14 +228,16 @@ class DFlashConfig:
             value = nested.get(name, data.get(name))
             if value is None:
                 raise ConfigError(f"{where}: the field {name!r} is missing; it is never guessed")
+            if data.get(name, value) != value:
+                raise ConfigError(f"{where}: {name} is {value!r} in dflash_config and {data[name]!r} at the top level")
             return value
 
         domino = _domino_head(data, where)
         known = ["DFlashDraftModel", "DominoDraftModel"] if domino else ["DFlashDraftModel"]
         if not set(known) & set(data.get("architectures") or []):
             raise ConfigError(f"{where}: architectures is {data.get('architectures')}, expected one of {known}")
-        neutral = {"attention_bias": False, "is_causal": False, "causal": False, "use_sliding_window": False}
-        for name, plain in {**neutral, "input_embedding_scale": 1}.items():
+        neutral = dict(NEUTRAL) if domino else {**NEUTRAL, "shift_label": False}
+        for name, plain in neutral.items():
             for section in (data, nested):
                 if section.get(name, plain) not in (plain, None):
                     raise ConfigError(f"{where}: {name}={section[name]!r} is not supported, only {plain!r}")
@@ -227,7 +245,8 @@ class DFlashConfig:
             raise ConfigError(f"{where}: only full_attention layers are supported, got {data['layer_types']}")
         rope = data.get("rope_parameters") or {}
         scaling = data.get("rope_scaling") or {}
-        if {kind.get("rope_type", kind.get("type", "default")) for kind in (rope, scaling)} != {"default"}:
+        kinds = {kind.get("rope_type", kind.get("type", "default")) for kind in (rope, scaling)}
+        if kinds != {"default"} or rope.get("partial_rotary_factor", 1) != 1:
             raise ConfigError(f"{where}: only the default rotary embedding is supported")
         theta = rope.get("rope_theta", data.get("rope_theta"))
         if theta is None:
@@ -248,9 +267,11 @@ class DFlashConfig:
         ]
         numbers = {name: get(name) for name in plain_fields}
         for name, value in {**numbers, "rope_theta": theta}.items():
-            usable = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not usable or value < 0 or (value == 0 and name != "mask_token_id"):
+            usable = isinstance(value, (int, float) if name in ("rms_norm_eps", "rope_theta") else int)
+            if isinstance(value, bool) or not usable or value < 0 or (value == 0 and name != "mask_token_id"):
                 raise ConfigError(f"{where}: {name} is {value!r}, which is no such number")
+        if numbers["head_dim"] % 2:
+            raise ConfigError(f"{where}: head_dim is {numbers['head_dim']}, and rotary embeddings turn pairs")
         return cls(
             **numbers,
             target_layer_ids=tuple(get("target_layer_ids")),

@@ -21,7 +21,8 @@ from specauf.objective.blocks import (
     sample_anchors,
     slot_uniform,
 )
-from specauf.objective.credit import Slots, auf, gate, position_decay
+from specauf.objective.branches import VARIANTS, Branch, TwoBranchTerms, lambda_base, two_branch_loss
+from specauf.objective.credit import Slots, auf, exclusive_prefix, gate, position_decay
 from specauf.objective.loss import LossTerms, Objective, block_loss
 from specauf.objective.metrics import block_metrics, leading_run
 from specauf.objective.registry import RULES, Rows, Rule, register
@@ -29,13 +30,16 @@ from specauf.objective.wavefront import Readout, read_head
 
 __all__ = [
     "RULES",
+    "VARIANTS",
     "Blocks",
+    "Branch",
     "LossTerms",
     "Objective",
     "Readout",
     "Rows",
     "Rule",
     "Slots",
+    "TwoBranchTerms",
     "auf",
     "before_labels",
     "block_inputs",
@@ -43,11 +47,14 @@ __all__ = [
     "block_metrics",
     "build_blocks",
     "counter_hash",
+    "exclusive_prefix",
     "gate",
+    "lambda_base",
     "leading_run",
     "position_decay",
     "read_head",
     "register",
     "sample_anchors",
     "slot_uniform",
+    "two_branch_loss",
 ]

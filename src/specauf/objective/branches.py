@@ -6,7 +6,7 @@ Each branch has its own objective, support and denominator. The base branch is t
 z. The final branch adds a low-rank correction: its rows are [z ; e], its head is [W ; W2], and W2 is trained. A branch's
 credit is read off its own predictions or off the other's (Table 3).
 
-The final branch's support is read left to right. It is exact: up to its first mismatch the branch predicts under teacher
+The final branch's support is read left to right. It is exact: up to its first mismatch the branch predicts under target_hidden
 forcing what it would predict in decoding, because the prefix so far is the data's. Behind a hole in the labels, though, the
 prefix holds tokens that nobody supervised.
 
@@ -112,7 +112,7 @@ def two_branch_loss(
     expansion: Float[Tensor, "v e"],
     bias: Float[Tensor, " v"] | None = None,
     *,
-    teacher: Float[Tensor, "b n k h"] | None = None,
+    target_hidden: Float[Tensor, "b n k h"] | None = None,
     uniform: Float[Tensor, "b n k"] | None = None,
     softcap: float | None = None,
     logits_rows: int = 256,
@@ -127,12 +127,12 @@ def two_branch_loss(
     branches: dict[Side, Branch] = {"base": base, "final": final}
     sources: dict[Side, RowSource] = {"base": hidden, "final": corrected}
 
-    def read(side: Side, valid: Tensor, teacher: Tensor | None, **how: Any) -> tuple[Readout, Tensor]:
+    def read(side: Side, valid: Tensor, target_hidden: Tensor | None, **how: Any) -> tuple[Readout, Tensor]:
         source = Recorded(sources[side])
         readout = read_head(
             *(source, blocks.labels, valid, weight, bias),
             expansion=expansion if side == "final" else None,
-            teacher=teacher,
+            target_hidden=target_hidden,
             softcap=softcap,
             logits_rows=logits_rows,
             **how,
@@ -144,15 +144,15 @@ def two_branch_loss(
         readers = [b for b in branches.values() if b.support == side and not b.prior]
         if readers:
             how = _reading([b.objective for b in readers], blocks, (cuts or {}).get(side), uniform)
-            needed = teacher if any(b.objective.needs_teacher for b in readers) else None
+            needed = target_hidden if any(b.objective.needs_target for b in readers) else None
             own = side == "base" and base in readers  # its head is frozen, so this pass can form its gradient
             gates[side] = read(side, blocks.valid, needed, wants=base.objective.rule.rows if own else (), **how)
 
     found: dict[Side, LossTerms] = {}
     for side in SIDES:
         branch = branches[side]
-        branch.objective.require(teacher, uniform)
-        needed = teacher if branch.objective.needs_teacher else None
+        branch.objective.require(target_hidden, uniform)
+        needed = target_hidden if branch.objective.needs_target else None
         parts = credit_of(_gate(gates, branch, blocks, weight), blocks, branch.objective, uniform)
         plain = branch.objective.rule.loss is cross_entropy
         counted = blocks.valid & torch.stack([c != 0 for _, c in parts]).any(0) if plain else blocks.valid

@@ -27,6 +27,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -45,7 +46,7 @@ class Slots(NamedTuple):
     """How many tokens the drafter ranks above the label; 0 is a hit."""
     uniform: Float[Tensor, "... k"] | None = None
     """One draw from [0, 1) per slot."""
-    teacher_prob: Float[Tensor, "... k"] | None = None
+    target_prob: Float[Tensor, "... k"] | None = None
     """The target's probability of the label, given the text before it."""
     decay: Float[Tensor, " k"] | None = None
     """The position decay w_i."""
@@ -69,7 +70,12 @@ class Slots(NamedTuple):
 
 
 def position_decay(num_predictions: int, gamma: float | None) -> Float[Tensor, " k"]:
-    """exp(-(i-1)/gamma) for i = 1..N in float64; ones when gamma is None. The first prediction always has weight 1."""
+    """exp(-(i-1)/gamma) for i = 1..N in float64; ones when gamma is None. The first prediction has weight 1.
+
+    Raises `ValueError` unless gamma is above 0 or None.
+    """
+    if gamma is not None and not gamma > 0:
+        raise ValueError(f"gamma must be > 0, got {gamma}; None is no decay")
     steps = torch.arange(num_predictions, dtype=torch.float64)
     return torch.ones_like(steps) if gamma is None else torch.exp(-steps / gamma)
 
@@ -87,10 +93,11 @@ def exclusive_prefix(ok: Bool[Tensor, "... k"]) -> Bool[Tensor, "... k"]:
 def continuation(r: Float[Tensor, "... k"], valid: Bool[Tensor, "... k"]) -> Float[Tensor, "... k"]:
     """f_i = 1 + sum over valid k > i of prod_{l=i+1..k} r_l, the continuation value (paper, equation 2)."""
     value, out = torch.ones_like(r[..., 0]), []
-    for i in range(r.shape[-1] - 1, -1, -1):
+    for i in reversed(range(r.shape[-1])):
         out.append(value)
-        # An invalid slot adds nothing and passes on the value behind it.
-        value = 1 + r[..., i] * (value - (~valid[..., i]).to(r))
+        value = torch.where(
+            valid[..., i], 1 + r[..., i] * value, value
+        )  # an invalid slot passes on the value behind it
     return torch.stack(out[::-1], -1)
 
 
@@ -113,11 +120,10 @@ def gate(
     """
     q = slots.hit.float() if temperature == 0 else slots.prob  # type: ignore[union-attr]
     r = torch.where(slots.valid, (1 - alpha) * q + alpha, 1.0)  # type: ignore[operator]
-    kept = exclusive_prefix(r.cumprod(-1) >= eps)
-    r = r * kept if eps else r
     prefix = r.cumprod(-1)
-    prefix = before(prefix) * kept if shift else prefix
-    return prefix * continuation(r, slots.valid) if future else prefix
+    kept = exclusive_prefix(prefix >= eps)  # everything at eps = 0
+    prefix = (before(prefix) if shift else prefix) * kept
+    return prefix * continuation(r * kept, slots.valid) if future else prefix
 
 
 # The gate's presets.
@@ -209,28 +215,26 @@ def griffin_inclusive(slots: Slots, k: int = 3) -> Tensor:
 
 def griffin_windowed(slots: Slots, k: int = 3, window: int = 2) -> Tensor:
     """1 when the `window` slots before i all have their label in the top k; a miss further back is forgotten."""
-    misses = (slots.valid & ~in_top_k(slots, k)).cumsum(-1)
-    earlier = torch.cat([torch.zeros_like(misses[..., :1]), misses[..., :-1]], -1)  # misses before i
-    forgotten = torch.cat([torch.zeros_like(earlier[..., :window]), earlier[..., :-window]], -1)[
-        ..., : misses.shape[-1]
-    ]
-    return (earlier == forgotten).float()
+    ok = (in_top_k(slots, k) | ~slots.valid).float()
+    return F.pad(ok, (window, 0), value=1.0)[..., :-1].unfold(-1, window, 1).amin(-1)
 
 
 def pard2(slots: Slots) -> Tensor:
     """PARD-2: the exclusive gate of the *target's* probability of the data; it does not change as the drafter learns."""
-    return before(torch.where(slots.valid, slots.teacher_prob, 1.0).cumprod(-1))  # type: ignore[arg-type]
+    return before(torch.where(slots.valid, slots.target_prob, 1.0).cumprod(-1))  # type: ignore[arg-type]
 
 
 # Whether a block goes on to its next slot. A truncating support ends at the first slot where this is false.
 
 
 def is_right(slots: Slots) -> Tensor:
+    """The argmax is the label."""
     assert slots.hit is not None
     return slots.hit
 
 
 def in_top_k(slots: Slots, k: int = 3) -> Tensor:
+    """The label is among the drafter's k most probable tokens."""
     return slots.rank < k  # type: ignore[operator,return-value]
 
 
@@ -245,8 +249,10 @@ def gate_holds(slots: Slots, temperature: float = 1.0, alpha: float = 0.0, eps: 
 
 
 def streak_holds(slots: Slots, temperature: float = 1.0, eps: float = 0.0) -> Tensor:
+    """`gate_holds` without smoothing."""
     return gate_holds(slots, temperature, eps=eps)
 
 
 def within_k(slots: Slots, k: int = 1) -> Tensor:
+    """True before the k-th slot, where reading ends."""
     return (torch.arange(slots.valid.shape[-1], device=slots.valid.device) < k - 1).expand_as(slots.valid)

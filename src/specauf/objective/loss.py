@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from specauf.objective.credit import Slots, position_decay
 from specauf.objective.registry import Rows, Rule, call, check_options, rule_of
@@ -64,14 +65,14 @@ class Objective:
         return self.rule.survives is not None and self.options.get("eps", 1) > 0
 
     @property
-    def needs_teacher(self) -> bool:
+    def needs_target(self) -> bool:
         """Whether the loss reads the target's distribution at every slot."""
         return self.rule.rows != ("ce",)
 
-    def require(self, teacher: Tensor | None, uniform: Tensor | None) -> None:
+    def require(self, target_hidden: Tensor | None, uniform: Tensor | None) -> None:
         """Raise `ValueError` when an input that the rule reads is not there."""
         for name, missing in (
-            ("teacher", self.needs_teacher and teacher is None),
+            ("target_hidden", self.needs_target and target_hidden is None),
             ("uniform", "uniform" in self.rule.needs and uniform is None),
         ):
             if missing:
@@ -122,7 +123,7 @@ class _WithGradient(torch.autograd.Function):
     """The parts' sums, whose gradients were formed when the head read the rows.
 
     With respect to the rows: the sum over kinds (`ce`, `kl`, `overlap`) of weight x row gradient. With respect to an
-    expansion of the head, if there is one: `spread`, which has the weights in it already.
+    expansion of the head, if there is one: `expansion_grad`, which has the weights in it already.
     """
 
     @staticmethod
@@ -132,20 +133,26 @@ class _WithGradient(torch.autograd.Function):
         expansion: Tensor | None,
         value: Tensor,
         weights: Tensor,
-        spread: Tensor | None,
+        expansion_grad: Tensor | None,
         *grads: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(weights, spread, *grads)
+        ctx.save_for_backward(weights, expansion_grad, *grads)
         return value
 
     @staticmethod
+    @once_differentiable  # a second derivative would be silently zero
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        weights, spread, *grads = ctx.saved_tensors  # kinds parts rows; parts v e; rows h each
+        weights, expansion_grad, *grads = ctx.saved_tensors  # kinds parts rows; parts v e; rows h each
         total = torch.zeros_like(grads[0])
         for weight, grad in zip(weights, grads, strict=True):
             row = (outputs[0].to(weight.dtype) @ weight)[:, None]
+            # A row of weight 0 stays 0 even where its gradient overflowed.
             total = torch.where(row != 0, total + grad * row.to(grad.dtype), total)
-        wide = None if spread is None else torch.einsum("p,pve->ve", outputs[0].to(spread.dtype), spread)
+        wide = (
+            None
+            if expansion_grad is None
+            else torch.einsum("p,pve->ve", outputs[0].to(expansion_grad.dtype), expansion_grad)
+        )
         return total, wide, None, None, None, *(None for _ in grads)
 
 
@@ -157,7 +164,7 @@ def credit_of(
     with torch.no_grad():
         found = call(objective.rule.credit, readout.slots(blocks.valid, uniform, decay), objective.options)
         parts = found if isinstance(found, tuple) else ((1.0, found),)
-        return [(scale, c.to(readout.ce) * learnable(readout, blocks)) for scale, c in parts]
+        return [(scale, torch.where(learnable(readout, blocks), c.to(readout.ce), 0.0)) for scale, c in parts]
 
 
 def learnable(readout: Readout, blocks: Blocks) -> Bool[Tensor, "b n k"]:
@@ -184,7 +191,7 @@ def block_loss(
     weight: Float[Tensor, "v h"],
     bias: Float[Tensor, " v"] | None = None,
     *,
-    teacher: Float[Tensor, "b n k h"] | None = None,
+    target_hidden: Float[Tensor, "b n k h"] | None = None,
     uniform: Float[Tensor, "b n k"] | None = None,
     softcap: float | None = None,
     logits_rows: int = 256,
@@ -193,7 +200,7 @@ def block_loss(
 ) -> LossTerms:
     """The objective on the drafter's final hidden states of the predicted slots, given as a tensor or computed on demand.
 
-    `weight` [v, h], `bias` [v] and `softcap` are the target's frozen LM head; they get no gradient. `teacher` holds the
+    `weight` [v, h], `bias` [v] and `softcap` are the target's frozen LM head; they get no gradient. `target_hidden` holds the
     target's final hidden states at the position before each label (PARD-2, LK), `uniform` one number in [0, 1) per slot
     (sampled AUF), and `cuts` the wavefront's stage ends (see `plan_cuts`). Rows outside the credited support get a gradient
     of exactly 0.0.
@@ -202,7 +209,7 @@ def block_loss(
     in no denominator. Raises `ValueError` when an input is missing.
     """
     rule, source = objective.rule, Recorded(hidden)
-    objective.require(teacher, uniform)
+    objective.require(target_hidden, uniform)
     readout = read_head(
         source,
         blocks.labels,
@@ -212,7 +219,7 @@ def block_loss(
         cuts=(cuts or default_cuts(blocks.valid.shape[-1])) if objective.truncates else None,
         survives=objective.survives,
         uniform=uniform,
-        teacher=teacher if objective.needs_teacher else None,
+        target_hidden=target_hidden if objective.needs_target else None,
         temperature=objective.options.get("temperature", 1.0),
         wants=rule.rows,
         ranks="rank" in rule.needs,

@@ -47,7 +47,7 @@ class Readout(NamedTuple):
     """How many tokens rank above the label, ties by index."""
     kl: Float[Tensor, "b n k"] | None = None
     overlap: Float[Tensor, "b n k"] | None = None
-    teacher_prob: Float[Tensor, "b n k"] | None = None
+    target_prob: Float[Tensor, "b n k"] | None = None
     """The target's probability of the label."""
     order: Int[Tensor, " rows"] | None = None
     """Flat indices of the evaluated slots, in the order in which they were read."""
@@ -60,7 +60,7 @@ class Readout(NamedTuple):
 
     def slots(self, valid: Tensor, uniform: Tensor | None = None, decay: Tensor | None = None) -> Slots:
         """This readout as the input of a credit function."""
-        return Slots(valid, self.hit, self.prob, self.rank, uniform, self.teacher_prob, decay)
+        return Slots(valid, self.hit, self.prob, self.rank, uniform, self.target_prob, decay)
 
 
 def default_cuts(num_predictions: int) -> list[int]:
@@ -107,7 +107,7 @@ def read_head(
     cuts: Sequence[int] | None = None,
     survives: Callable[[Slots], Tensor] | None = None,
     uniform: Float[Tensor, "b n k"] | None = None,
-    teacher: Float[Tensor, "b n k h"] | None = None,
+    target_hidden: Float[Tensor, "b n k h"] | None = None,
     temperature: float = 1.0,
     wants: Collection[str] = ("ce",),
     ranks: bool = False,
@@ -121,8 +121,8 @@ def read_head(
 
     `cuts` are the stage ends, ascending, the last one k; None is a single stage, the dense readout. `survives` decides from
     the slots read so far which of them let their block go on; by default those whose argmax is the label. `wants` names the
-    gradients to form, of `ce`, `kl`, `overlap`; empty for none. `teacher` [b, n, k, h] holds the target's final hidden
-    states at the position before each label, which go through the same head; `kl`, `overlap` and `teacher_prob` need them.
+    gradients to form, of `ce`, `kl`, `overlap`; empty for none. `target_hidden` [b, n, k, h] holds the target's final hidden
+    states at the position before each label, which go through the same head; `kl`, `overlap` and `target_prob` need them.
 
     With `expansion` the rows are [hidden ; code], h + e wide, and the head is [weight ; expansion] (Domino's final branch).
     The expansion's gradient is a sum over rows, so the weight of every row must be known: `weigh`, one plane for each of
@@ -134,22 +134,30 @@ def read_head(
 
     At most `logits_rows` rows as wide as the vocabulary exist at a time. Rows are evaluated in stage-major order. Results
     do not depend on the cuts, up to the rounding of differently shaped matrix products.
+
+    Raises `ValueError` when `cuts` do not end at k, or `target_hidden` or `uniform` is not laid out by prediction (see
+    `before_labels`).
     """
     shape, device, k = valid.shape, valid.device, valid.shape[-1]
+    if cuts is not None and list(cuts)[-1:] != [k]:
+        raise ValueError(f"cuts are stage ends, the last of them {k}, the number of predictions; got {list(cuts)}")
+    for name, given in (("target_hidden", target_hidden), ("uniform", uniform)):
+        if given is not None and given.shape[:3] != shape:
+            raise ValueError(f"{name} has one row per prediction, {tuple(shape)} in front; got {tuple(given.shape)}")
     outside = None
     if rows_of is not None:
         labels = rows_of[labels]
         outside, labels = valid & (labels < 0), labels.clamp(min=0)
     flat_labels = labels.reshape(-1)
-    flat_teacher = teacher.reshape(-1, teacher.shape[-1]) if teacher is not None else None
+    flat_target = target_hidden.reshape(-1, target_hidden.shape[-1]) if target_hidden is not None else None
     found: dict[str, Tensor] = {}
     read: list[Tensor] = []
     grads: dict[str, list[Tensor]] = {name: [] for name in wants}
     evaluated = torch.zeros(valid.numel(), dtype=torch.bool, device=device)
     alive = torch.ones(shape[:-1], dtype=torch.bool, device=device)
-    spread = None
+    expansion_grad = None
     if expansion is not None and weigh is not None:
-        spread = expansion.new_zeros(
+        expansion_grad = expansion.new_zeros(
             weigh.shape[1], *expansion.shape, dtype=torch.promote_types(expansion.dtype, torch.float32)
         )
     start = 0
@@ -166,12 +174,15 @@ def read_head(
         todo = asked if outside is None else asked & ~outside
         index = todo.view(-1).nonzero().squeeze(1)
         rows = hidden[todo] if isinstance(hidden, torch.Tensor) else hidden.rows(todo)
-        size = max(1, logits_rows // (1 if teacher is None else 5))
+        # With the target's logits, about five tensors as wide as the vocabulary exist at once.
+        size = max(1, logits_rows // (1 if target_hidden is None else 5))
         for at, part in zip(index.split(size), rows.split(size), strict=True):
-            aim = flat_teacher[at] if flat_teacher is not None else None
-            told = weigh.flatten(2)[..., at] if weigh is not None else None
+            theirs = flat_target[at] if flat_target is not None else None
+            factors = weigh.flatten(2)[..., at] if weigh is not None else None
             head = (weight, bias, softcap, expansion)
-            values, row_grads = _rows(part, flat_labels[at], *head, aim, temperature, wants, ranks, told, spread)
+            values, row_grads = _rows(
+                part, flat_labels[at], *head, theirs, temperature, wants, ranks, factors, expansion_grad
+            )
             for name, value in values.items():
                 if name not in found:
                     found[name] = value.new_zeros(valid.numel())
@@ -185,11 +196,12 @@ def read_head(
             break
         slots = readout().slots(valid, uniform)
         goes_on = slots.hit if survives is None else survives(slots)
+        # A label outside the head's vocabulary was asked for and not read: it is no hit, and ends its block.
         alive &= (goes_on | ~asked).all(-1)  # type: ignore[operator]
         if not alive.any():
             break
     formed = {name: torch.cat(parts) for name, parts in grads.items()}
-    return readout()._replace(order=torch.cat(read), grad=formed, expansion_grad=spread)
+    return readout()._replace(order=torch.cat(read), grad=formed, expansion_grad=expansion_grad)
 
 
 def _rows(
@@ -199,16 +211,16 @@ def _rows(
     bias: Tensor | None,
     softcap: float | None,
     expansion: Tensor | None,
-    teacher: Tensor | None,
+    target_hidden: Tensor | None,
     temperature: float,
     wants: Collection[str],
     ranks: bool,
     weigh: Tensor | None,
-    spread: Tensor | None,
+    expansion_grad: Tensor | None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(Values, gradients) of a few rows: one product to the vocabulary, and one back for each kind of gradient.
 
-    The expansion's gradient, its rows weighted by `weigh` [kinds, parts, rows], is added to `spread` [parts, v, e].
+    The expansion's gradient, its rows weighted by `weigh` [kinds, parts, rows], is added to `expansion_grad` [parts, v, e].
     """
     hidden, code = hidden.split([weight.shape[1], hidden.shape[1] - weight.shape[1]], 1)
     logits = head_logits(hidden, weight, bias, softcap)
@@ -223,8 +235,8 @@ def _rows(
 
     def widen(kind: str, gradient: Tensor, factor: Tensor | float = 1.0) -> None:
         """Add to the expansion's gradient the share of `factor` x `gradient`, a term of d kind / d logits."""
-        if spread is not None and weigh is not None:
-            for into, weights in zip(spread, weigh[list(wants).index(kind)], strict=True):
+        if expansion_grad is not None and weigh is not None:
+            for into, weights in zip(expansion_grad, weigh[list(wants).index(kind)], strict=True):
                 into.addmm_(gradient.t(), (weights[:, None] * factor * code).to(gradient.dtype))
 
     index = labels[:, None]
@@ -237,7 +249,7 @@ def _rows(
     if temperature != 1:
         values["prob"] = (1 / ((logits - gold) / temperature).exp_().sum(1)).to(logits.dtype)
     soft = (
-        logits.sub_(top).exp_() if teacher is None else (logits - top).exp_()
+        logits.sub_(top).exp_() if target_hidden is None else (logits - top).exp_()
     )  # in place if possible: a row is a training step's largest tensor
     total = soft.sum(-1, keepdim=True)
     values["ce"] = (total.log() + top - gold).squeeze(1)
@@ -253,14 +265,14 @@ def _rows(
                 said = torch.cat([said, expansion[labels]], 1)
             grads["ce"] = back(soft) / total.to(weight.dtype) - said
         widen("ce", soft, 1 / total)
-        if spread is not None and weigh is not None:
-            for into, weights in zip(spread, weigh[list(wants).index("ce")], strict=True):
+        if expansion_grad is not None and weigh is not None:
+            for into, weights in zip(expansion_grad, weigh[list(wants).index("ce")], strict=True):
                 into.index_add_(0, labels, (-weights[:, None] * code).to(into.dtype))
-    if teacher is not None:
-        aim = head_logits(teacher, weight, bias, softcap).log_softmax(-1)
-        p, q = aim.exp(), soft.div_(total)
-        values["teacher_prob"] = p.gather(1, index).squeeze(1)
-        values["kl"] = (p * aim.sub_(logits.sub_(top).sub_(total.log()))).sum(-1)
+    if target_hidden is not None:
+        log_p = head_logits(target_hidden, weight, bias, softcap).log_softmax(-1)
+        p, q = log_p.exp(), soft.div_(total)
+        values["target_prob"] = p.gather(1, index).squeeze(1)
+        values["kl"] = (p * log_p.sub_(logits.sub_(top).sub_(total.log()))).sum(-1)
         values["overlap"] = torch.minimum(p, q).sum(-1)
         if "kl" in wants:
             gap = q - p

@@ -153,15 +153,15 @@ class Trainer:
     ) -> tuple[LossTerms, dict[str, View]]:
         """The loss and its branches, by the prefix of their figures in the log; Domino's served branch has none."""
         size, train, cuts = self.drafter.config.num_trained + 1, self.config.train, cuts or {}
-        teacher = uniform = None
-        if any(b.objective.needs_teacher for b in self.branches):
+        target_hidden = uniform = None
+        if any(b.objective.needs_target for b in self.branches):
             assert batch.final is not None
-            teacher = before_labels(batch.final, blocks.anchors, size)
+            target_hidden = before_labels(batch.final, blocks.anchors, size)
         if any("uniform" in b.objective.rule.needs for b in self.branches):
             uniform = slot_uniform(batch.uid, blocks.anchors, size, seed=train.seed, epoch=batch.epoch)
         head, bias = self.head.weight, self.head.bias
         how: dict[str, Any] = {
-            "teacher": teacher,
+            "target_hidden": target_hidden,
             "uniform": uniform,
             "softcap": self.head.softcap,
             "logits_rows": self.config.objective.logits_rows,

@@ -47,7 +47,7 @@ def objectives_of(config: RunConfig) -> tuple[Branch, ...]:
                 f"objective {objective.name!r} is trained on the target's own continuations: make them with `specauf "
                 f"rollout` and give their directory as data.path, which is {config.data.path!r}"
             )
-        reads_target = objective.needs_teacher or wanted.labels == "target"
+        reads_target = objective.needs_target or wanted.labels == "target"
         if reads_target and config.features.cache and not config.features.extras:
             raise ConfigError(
                 f"objective {objective.name!r} with labels={wanted.labels!r} reads what the target says, which the feature "
@@ -70,8 +70,8 @@ def _objective(config: RunConfig, name: str, options: Mapping[str, Any]) -> Obje
 
 def stored_extras(config: RunConfig) -> tuple[str, ...]:
     """What a feature cache must hold beyond the features, for these objectives and these labels."""
-    teacher = any(branch.objective.needs_teacher for branch in objectives_of(config))
-    return ("final",) * teacher + ("argmax",) * (config.objective.labels == "target")
+    final = any(branch.objective.needs_target for branch in objectives_of(config))
+    return ("final",) * final + ("argmax",) * (config.objective.labels == "target")
 
 
 def plugin_text(plugin: str | None) -> str:

@@ -132,7 +132,7 @@ def loss(
     gamma: float | None,
     reduction: str,
     options: dict[str, Any],
-    teacher: Tensor,
+    target_hidden: Tensor,
     uniform: Tensor,
     softcap: float | None = None,
     rows_of: list[int] | None = None,
@@ -147,7 +147,7 @@ def loss(
                 "logits": head(hidden[s, m], weight, bias, softcap),
                 "labels": labels[s, m].tolist(),
                 "valid": blocks.valid[s, m].tolist(),
-                "target": head(teacher[s, m], weight, bias, softcap),
+                "target": head(target_hidden[s, m], weight, bias, softcap),
                 "uniform": uniform[s, m].tolist(),
             }
             found = credits(name, block, gamma, options)

@@ -209,11 +209,11 @@ def test_any_pair_of_objectives_from_either_branch() -> None:
 
 def test_a_loss_of_the_targets_distribution_on_the_final_branch() -> None:
     s = scene(3)
-    teacher = torch.randn_like(s.z)
+    target_hidden = torch.randn_like(s.z)
     pair = (Branch(Objective("decay", 3.0), "base"), Branch(Objective("pard2"), "final"))
-    found = ours(s, pair, 0.3, teacher=teacher)
+    found = ours(s, pair, 0.3, target_hidden=target_hidden)
     base, final = dense(s.drafter, s.z, s.said, s.weight)
-    p, valid = (teacher @ s.weight.T).softmax(-1), s.blocks.valid
+    p, valid = (target_hidden @ s.weight.T).softmax(-1), s.blocks.valid
     gold = torch.where(valid, p.gather(-1, s.blocks.labels[..., None]).squeeze(-1), 1.0)
     credit = torch.cat([torch.ones_like(gold[..., :1]), gold[..., :-1]], -1).cumprod(-1) * valid
     ce = [
@@ -230,7 +230,7 @@ def test_a_loss_of_the_targets_distribution_on_the_final_branch() -> None:
 
 def test_what_is_missing_or_contradictory_is_said() -> None:
     s = scene(1)
-    with pytest.raises(ValueError, match="needs 'teacher'"):
+    with pytest.raises(ValueError, match="needs 'target_hidden'"):
         ours(s, (Branch(Objective("auf"), "base"), Branch(Objective("pard2"), "final")), 0.5)
     hot, cold = (Branch(Objective("soft-auf", options={"temperature": t}), "base") for t in (2.0, 0.5))
     with pytest.raises(ValueError, match="different temperatures"):

@@ -85,7 +85,7 @@ class Watched:
         return getattr(self._slots, name)
 
 
-WORDS = {"hit": "argmax", "prob": "q", "rank": "rank", "uniform": "draws", "teacher_prob": "target"}
+WORDS = {"hit": "argmax", "prob": "q", "rank": "rank", "uniform": "draws", "target_prob": "target"}
 
 
 @pytest.mark.parametrize("name", ROWS)

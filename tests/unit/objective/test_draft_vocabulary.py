@@ -36,7 +36,7 @@ class Reduced(Case):
     def reduced(self, objective: Objective, hidden: Tensor, **changes: Any) -> LossTerms:
         return block_loss(
             *(hidden, self.blocks, objective, *self.head),
-            teacher=self.teacher,
+            target_hidden=self.target_hidden,
             uniform=self.uniform,
             softcap=self.softcap,
             rows_of=self.rows_of,
@@ -63,7 +63,7 @@ def test_loss_and_gradient_equal_the_dense_reference(
         gamma=objective.gamma,
         reduction=reduction,
         options=dict(objective.options),
-        teacher=case.teacher,
+        target_hidden=case.target_hidden,
         uniform=case.uniform,
         softcap=case.softcap,
         rows_of=case.rows_of.tolist(),

@@ -296,9 +296,9 @@ def test_t25_the_streak_reward() -> None:
 
 
 def test_t28_pard2_gates_on_the_target_alone() -> None:
-    sure = Slots(torch.ones(2, 4).bool(), teacher_prob=torch.ones(2, 4).double())
+    sure = Slots(torch.ones(2, 4).bool(), target_prob=torch.ones(2, 4).double())
     assert torch.equal(credits.pard2(sure), torch.ones(2, 4).double())
-    unsure = sure._replace(teacher_prob=torch.tensor([[0.0, 1, 1, 1], [0.5, 0.5, 1, 1]]).double())
+    unsure = sure._replace(target_prob=torch.tensor([[0.0, 1, 1, 1], [0.5, 0.5, 1, 1]]).double())
     assert credits.pard2(unsure).tolist() == [[1, 0, 0, 0], [1, 0.5, 0.25, 0.25]]
     case = Case(3)
     one = case.terms(Objective("pard2")).credit
@@ -307,31 +307,33 @@ def test_t28_pard2_gates_on_the_target_alone() -> None:
 
 def distributions(p: list[float], q: list[float], label: int = 0) -> tuple[Tensor, Blocks, Tensor, Tensor]:
     """Hidden states whose logits through the identity are log q and log p."""
-    hidden, teacher = (torch.tensor(x, dtype=torch.float64).log()[None, None, None] for x in (q, p))
+    hidden, target_hidden = (torch.tensor(x, dtype=torch.float64).log()[None, None, None] for x in (q, p))
     blocks = Blocks(
         torch.zeros(1, 1).long(), torch.ones(1, 1).bool(), torch.tensor([[[label]]]), torch.ones(1, 1, 1).bool()
     )
-    return hidden.requires_grad_(), blocks, torch.eye(len(p), dtype=torch.float64), teacher
+    return hidden.requires_grad_(), blocks, torch.eye(len(p), dtype=torch.float64), target_hidden
 
 
 def test_t29_lk_losses() -> None:
     p, q = [0.5, 0.3, 0.15, 0.05], [0.4, 0.3, 0.2, 0.1]
-    hidden, blocks, eye, teacher = distributions(p, q)
-    found = block_loss(hidden, blocks, Objective("lk-alpha"), eye, teacher=teacher)
+    hidden, blocks, eye, target_hidden = distributions(p, q)
+    found = block_loss(hidden, blocks, Objective("lk-alpha"), eye, target_hidden=target_hidden)
     assert float(found.readout.overlap) == pytest.approx(0.9)  # type: ignore[arg-type]
     found.loss.backward()
     slope = hidden.grad.clone()
     pure = {}
     for eta in (0.0, 1e9):  # T29: eta 0 is KL, eta -> infinity the total variation
         leaf = hidden.detach().clone().requires_grad_()
-        block_loss(leaf, blocks, Objective("lk-lambda", options={"eta": eta}), eye, teacher=teacher).loss.backward()
+        block_loss(
+            leaf, blocks, Objective("lk-lambda", options={"eta": eta}), eye, target_hidden=target_hidden
+        ).loss.backward()
         pure[eta] = leaf.grad
     torch.testing.assert_close(
         pure[0.0].flatten(), torch.tensor(q, dtype=torch.float64) - torch.tensor(p, dtype=torch.float64), **TOL
     )
     torch.testing.assert_close(slope, pure[1e9] / 0.9, **TOL)
-    hidden, blocks, eye, teacher = distributions(q, q)
-    same = block_loss(hidden, blocks, Objective("lk-alpha"), eye, teacher=teacher)
+    hidden, blocks, eye, target_hidden = distributions(q, q)
+    same = block_loss(hidden, blocks, Objective("lk-alpha"), eye, target_hidden=target_hidden)
     assert float(same.loss.detach()) == pytest.approx(0, abs=1e-12)
     assert float(same.readout.kl) == pytest.approx(0, abs=1e-12)  # type: ignore[arg-type]
 
@@ -340,7 +342,7 @@ def test_t29_a_certain_target_makes_lk_alpha_cross_entropy() -> None:
     q = [0.4, 0.3, 0.2, 0.1]
     hidden, blocks, eye, _ = distributions(q, q, label=2)
     certain = torch.tensor([-800.0, -800.0, 0.0, -800.0], dtype=torch.float64)[None, None, None]
-    found = block_loss(hidden, blocks, Objective("lk-alpha"), eye, teacher=certain)
+    found = block_loss(hidden, blocks, Objective("lk-alpha"), eye, target_hidden=certain)
     assert float(found.loss.detach()) == pytest.approx(-math.log(0.2))
     found.loss.backward()
     want = torch.tensor(q, dtype=torch.float64) - F.one_hot(torch.tensor(2), 4)
@@ -348,12 +350,16 @@ def test_t29_a_certain_target_makes_lk_alpha_cross_entropy() -> None:
 
 
 def test_t30_granularities_of_lambda_agree_where_every_overlap_is_the_same() -> None:
-    hidden, blocks, eye, teacher = distributions([0.5, 0.3, 0.15, 0.05], [0.4, 0.3, 0.2, 0.1])
-    hidden, teacher = (t.detach().expand(2, 3, 4, 4).clone() for t in (hidden, teacher))
+    hidden, blocks, eye, target_hidden = distributions([0.5, 0.3, 0.15, 0.05], [0.4, 0.3, 0.2, 0.1])
+    hidden, target_hidden = (t.detach().expand(2, 3, 4, 4).clone() for t in (hidden, target_hidden))
     blocks = Blocks(torch.zeros(2, 3).long(), torch.ones(2, 3).bool(), *(t.expand(2, 3, 4) for t in blocks[2:]))
     losses = [
         block_loss(
-            hidden.requires_grad_(), blocks, Objective("lk-lambda", options={"per": per}), eye, teacher=teacher
+            hidden.requires_grad_(),
+            blocks,
+            Objective("lk-lambda", options={"per": per}),
+            eye,
+            target_hidden=target_hidden,
         ).loss
         for per in ("token", "slot", "all")
     ]
@@ -365,8 +371,10 @@ def test_t30_granularities_of_lambda_agree_where_every_overlap_is_the_same() -> 
 
 
 def test_t31_kl_row_gradient_is_q_minus_p() -> None:
-    hidden, blocks, eye, teacher = distributions([0.7, 0.1, 0.1, 0.1], [0.4, 0.3, 0.2, 0.1])
-    block_loss(hidden, blocks, Objective("pard2", options={"ce_weight": 0}), eye, teacher=teacher).loss.backward()
+    hidden, blocks, eye, target_hidden = distributions([0.7, 0.1, 0.1, 0.1], [0.4, 0.3, 0.2, 0.1])
+    block_loss(
+        hidden, blocks, Objective("pard2", options={"ce_weight": 0}), eye, target_hidden=target_hidden
+    ).loss.backward()
     want = torch.tensor([-0.3, 0.2, 0.1, 0.0], dtype=torch.float64)
     torch.testing.assert_close(hidden.grad.flatten(), want, **TOL)
 

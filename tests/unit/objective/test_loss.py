@@ -49,7 +49,7 @@ class Case:
         k = slots or k
         self.weight = torch.randn(vocab, h, generator=g, dtype=torch.float64)
         self.hidden = torch.randn(b, n, k, h, generator=g, dtype=torch.float64)
-        self.teacher = torch.randn(b, n, k, h, generator=g, dtype=torch.float64)
+        self.target_hidden = torch.randn(b, n, k, h, generator=g, dtype=torch.float64)
         self.bias = torch.randn(vocab, generator=g, dtype=torch.float64) if seed % 3 == 0 else None
         self.softcap = 1.5 if seed % 4 == 0 else None
         if seed % 5 == 0:  # ties
@@ -62,7 +62,13 @@ class Case:
         self.uniform = torch.rand(b, n, k, generator=g, dtype=torch.float64)
 
     def terms(self, objective: Objective, hidden: Tensor | None = None, **changes: Any) -> LossTerms:
-        given = {"blocks": self.blocks, "teacher": self.teacher, "logits_rows": 3, "softcap": self.softcap, **changes}
+        given = {
+            "blocks": self.blocks,
+            "target_hidden": self.target_hidden,
+            "logits_rows": 3,
+            "softcap": self.softcap,
+            **changes,
+        }
         leaf = self.hidden.clone().requires_grad_() if hidden is None else hidden
         return block_loss(leaf, given.pop("blocks"), objective, self.weight, self.bias, uniform=self.uniform, **given)
 
@@ -76,7 +82,7 @@ class Case:
             gamma=objective.gamma,
             reduction=objective.reduction,
             options=dict(objective.options),
-            teacher=self.teacher,
+            target_hidden=self.target_hidden,
             uniform=self.uniform,
             softcap=self.softcap,
         )
@@ -180,9 +186,11 @@ def test_micro_batches_add_up_and_blocks_may_be_permuted(
     parts = []
     for i in (1, 0):
         one = Case(11)
-        one.hidden, one.teacher, one.uniform = (t[i : i + 1] for t in (one.hidden, one.teacher, one.uniform))
+        one.hidden, one.target_hidden, one.uniform = (
+            t[i : i + 1] for t in (one.hidden, one.target_hidden, one.uniform)
+        )
         one.blocks = Blocks(*(t[i : i + 1].flip(1) for t in case.blocks))
-        one.hidden, one.teacher, one.uniform = (t.flip(1) for t in (one.hidden, one.teacher, one.uniform))
+        one.hidden, one.target_hidden, one.uniform = (t.flip(1) for t in (one.hidden, one.target_hidden, one.uniform))
         parts.append(one.terms(objective))
     torch.testing.assert_close(sum(p.num for p in parts), whole.num, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(sum(p.den for p in parts), whole.den, rtol=1e-12, atol=0)
@@ -245,7 +253,7 @@ def test_objectives_that_cannot_be_meant_are_refused(arguments: tuple[Any, ...],
 
 
 @pytest.mark.parametrize(
-    ("name", "missing"), [("pard2", "teacher"), ("lk-alpha", "teacher"), ("sampled-auf", "uniform")]
+    ("name", "missing"), [("pard2", "target_hidden"), ("lk-alpha", "target_hidden"), ("sampled-auf", "uniform")]
 )
 def test_what_an_objective_needs_is_asked_for_by_name(name: str, missing: str) -> None:
     case = Case(2)

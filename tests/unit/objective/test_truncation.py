@@ -42,7 +42,7 @@ def exact_and_cut(
     eye = torch.eye(VOCAB, dtype=torch.float64)
     theirs = reference.loss(
         *(name, logits, blocks, eye, None),
-        **{"gamma": None, "reduction": "sequence", "options": options, "teacher": dead, "uniform": dead[..., 0]},
+        **{"gamma": None, "reduction": "sequence", "options": options, "target_hidden": dead, "uniform": dead[..., 0]},
     )
     (want,) = torch.autograd.grad(theirs, logits)
     c = torch.zeros(valid.shape, dtype=torch.float64)

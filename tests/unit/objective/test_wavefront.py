@@ -90,7 +90,7 @@ def test_no_tensor_is_larger_than_the_budget_of_logits_rows(name: str) -> None:
     with Largest() as seen:
         terms = block_loss(
             *(hidden, blocks, Objective(name, gamma), weight),
-            teacher=hidden.detach().roll(1, 1),
+            target_hidden=hidden.detach().roll(1, 1),
             uniform=torch.rand(1, n, 5, generator=g),
             logits_rows=budget,
         )
@@ -128,12 +128,12 @@ def test_a_confident_token_has_its_own_gradient_in_16_bits(name: str, dtype: tor
     labels = torch.randint(vocab, (1, 8, 1), generator=g)
     own = weight[labels].float()
     sure = (own * 16 / own.square().sum(-1, keepdim=True)).to(dtype)  # the label's own logit is 16
-    teacher = (1.05 * sure.float()).to(dtype)
+    target_hidden = (1.05 * sure.float()).to(dtype)
     blocks = Blocks(torch.zeros(1, 8).long(), torch.ones(1, 8).bool(), labels, torch.ones(1, 8, 1).bool())
     grads = []
     for cast in (torch.float64, dtype):
         leaf = sure.to(cast).requires_grad_()
-        terms = block_loss(leaf, blocks, Objective(name), weight.to(cast), teacher=teacher.to(cast))
+        terms = block_loss(leaf, blocks, Objective(name), weight.to(cast), target_hidden=target_hidden.to(cast))
         terms.loss.backward()
         assert leaf.grad is not None
         grads.append(leaf.grad.double())
