@@ -1,4 +1,4 @@
-"""The frozen target: a Hugging Face causal LM whose layers are tapped and whose embedding and head are lent out."""
+"""The frozen target: a Hugging Face causal LM whose layers are tapped, and whose embedding and head the drafter uses."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Tapped(NamedTuple):
 
 
 UNREADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
-"""What transformers raises of a directory or a hub id that is not what it should be."""
+"""What transformers raises for a directory or a hub id that it cannot load."""
 
 
 def _path(config: TargetConfig) -> str:
@@ -81,7 +81,7 @@ class Target:
             raise UserError(f"{name}: the config ties embedding and head, but the loaded weights are not tied")
         self.softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
         self.reach = _reach(model, embedding)
-        """Positions that text may take; None where more of them are no error."""
+        """How many positions text may take; None where more are no error."""
 
     @classmethod
     def load(cls, config: TargetConfig) -> Target:
@@ -111,7 +111,7 @@ class Target:
 
     @torch.no_grad()
     def require_own_logits(self) -> None:
-        """Raises `UserError` when the model makes its logits otherwise than `logits` does: some scale them, say."""
+        """Raise `UserError` when the model computes its logits otherwise than `logits` does: some scale them, say."""
         ids = torch.zeros(1, 2, dtype=torch.long, device=self.device)
         theirs, ours = (
             self.model(input_ids=ids, use_cache=False).logits.float(),
@@ -129,7 +129,7 @@ class Target:
 
     @property
     def display_name(self) -> str:
-        """The name for reports; the embedded default's says that its weights went through 4 bits."""
+        """The name for reports; the embedded default's says that its weights were quantised to 4 bits."""
         return assets.SMOLLM2_NAME if self.name == EMBEDDED else self.name
 
     @property
@@ -145,7 +145,7 @@ class Target:
 
     @contextmanager
     def tap(self, layer_ids: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-        """While open, the outputs of the given layers land in the returned dict at every forward."""
+        """While open, every forward puts the outputs of the given layers into the returned dict."""
         taps: dict[int, Tensor] = {}
 
         def keep(layer_id: int) -> Any:
@@ -173,9 +173,9 @@ class Target:
     ) -> Tapped:
         """The body alone, no head. Rows padded on the right need no attention mask: attention is causal.
 
-        With `cache` (a Hugging Face cache), `input_ids` continue it; `attention_mask` then covers cache and input. One
-        with four dimensions replaces causality and says who sees whom (True is seen); raises `UserError` when the
-        target's attention cannot take it.
+        With `cache` (a Hugging Face cache), `input_ids` continue it, and `attention_mask` covers cache and input. A mask
+        with four dimensions replaces causality and says who sees whom (True is seen); raises `UserError` when the target's
+        attention cannot take it.
         """
         if cache is None:
             self.require_reach(input_ids.shape[1], "shorten the text, or lower data.max_length")
@@ -185,7 +185,7 @@ class Target:
             if self.config._attn_implementation not in ("sdpa", "eager"):
                 raise UserError(f"attention {self.config._attn_implementation!r} takes no tree mask: use sdpa or eager")
             dtype = self.embed_weight.dtype
-            attention_mask = (~attention_mask).to(dtype) * torch.finfo(dtype).min  # added to the scores by either
+            attention_mask = (~attention_mask).to(dtype) * torch.finfo(dtype).min  # both add it to the scores
         with self.tap(layer_ids) as taps:
             out = self.body(
                 input_ids=input_ids,
@@ -199,7 +199,7 @@ class Target:
         return Tapped(features, final)
 
     def require_reach(self, positions: int, remedy: str) -> None:
-        """Raises `UserError` when so many positions are more than the target has, or has without changing its earlier ones."""
+        """Raise `UserError` when `positions` are more than the target has, or has without changing its earlier ones."""
         if self.reach is not None and positions > self.reach:
             raise UserError(f"{self.name} reaches {self.reach} positions here, and this takes {positions}: {remedy}")
 
@@ -209,7 +209,7 @@ class Target:
         A layer's weights are gathered when it runs and dropped after, so every process has to run it the same number of
         times from here on.
         """
-        self.fingerprint()  # which reads whole weights
+        self.fingerprint()  # now, while weights are whole
         for layer in self.layers:
             fully_shard(layer, reshard_after_forward=True)
 
@@ -295,8 +295,11 @@ class Target:
 
 
 def _reach(model: PreTrainedModel, embedding: nn.Module) -> int | None:
-    """A table of learned positions ends somewhere, and some rotary scalings turn every position once the text is long: what
-    was cached before then belongs to another model than what follows."""
+    """The number of positions that text may take, or None.
+
+    A table of learned positions ends somewhere. And some rotary scalings turn every position once the text is long: what
+    was cached before then belongs to another model than what follows.
+    """
     config = model.config
     most: int | None = getattr(config, "max_position_embeddings", None)
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
@@ -313,7 +316,7 @@ def _reach(model: PreTrainedModel, embedding: nn.Module) -> int | None:
 
 
 def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The longest ModuleList of the body is its stack of decoder layers, in every causal LM of the library."""
+    """The body's ModuleList with `num_hidden_layers` entries: its decoder layers, in every causal LM of the library."""
     wanted = getattr(model.config, "num_hidden_layers", None)
     if wanted is None:
         raise UserError(

@@ -141,8 +141,7 @@ def loop_onset(tokens: Sequence[int], n: int = 8) -> int:
 def before_loop(rounds: Sequence[Sequence[Round]], tokens: Sequence[Sequence[int]]) -> list[list[Round]]:
     """The rounds that start before the text begins to repeat itself. `tokens[i]` is the generated text of prompt i.
 
-    Small targets loop, and a drafter that echoes one token then has whole blocks accepted: one such prompt can carry a
-    mean.
+    Small targets loop, and a drafter that echoes one token is then accepted whole: one such prompt can carry a mean.
     """
     return [
         [r for r in row if r.start < onset] for row, onset in zip(rounds, (loop_onset(t) for t in tokens), strict=True)

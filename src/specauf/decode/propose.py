@@ -118,10 +118,10 @@ class DrafterProposer:
 
     @torch.no_grad()
     def logits(self, ids: Int[Tensor, "b s"], anchors: Int[Tensor, " b"]) -> Float[Tensor, "b k v"]:
-        """Logits of each slot's marginal, for a drafter that predicts the slots side by side: a block's law is their
-        product.
+        """Logits of each slot's marginal, for a drafter that predicts the slots side by side.
 
-        They cover the target's vocabulary, with -inf for tokens that are not in the drafter's.
+        A block's law is the product of the marginals. They cover the target's vocabulary: -inf for tokens not in the
+        drafter's.
         """
         return self.head.spread(self.head.read(self._now(ids, anchors)))
 

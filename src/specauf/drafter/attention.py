@@ -102,8 +102,7 @@ class _Chunked(torch.autograd.Function):
 
 
 def _chunks(rows: Tensor, context: Tensor, anchors: Tensor) -> Iterator[tuple[slice, int, int]]:
-    """Runs of blocks, with their lowest and highest anchor. Between the two the context is masked, beyond the highest not
-    read.
+    """Runs of blocks with their lowest and highest anchor: masked from the lowest on, unread from the highest.
 
     At least four runs, since every block of a run pays for the highest anchor in it.
     """

@@ -44,7 +44,7 @@ class DominoHead:
     gru_hidden_dim: int
     emb_dim: int
     pure_draft_prefix_len: int = 1
-    """The first predictions, left uncorrected; SGLang serves only 1."""
+    """How many of the first predictions stay the base branch's own; SGLang serves only 1."""
     shift_label: bool = True
     """Slot k predicts the token at anchor + k + 1, as in shipped checkpoints, rather than at anchor + k."""
 

@@ -1,4 +1,4 @@
-"""Which conversations a step sees: a function of (seed, step), so that a resumed run sees what it would have seen."""
+"""Which conversations a step sees: a function of (seed, step), so that a resumed run sees those it would have seen."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Batch(NamedTuple):
     final: Float[Tensor, "b s h"] | None = None
     """The target's final hidden states, when the objective reads its distribution and a cache holds them."""
     argmax: Int[Tensor, "b s"] | None = None
-    """What the target says follows each position, when the labels are the target's and a cache holds it."""
+    """The target's argmax after each position, when the labels are the target's and a cache holds it."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The same batch with every tensor changed."""
@@ -46,7 +46,7 @@ class Batch(NamedTuple):
 
 
 def require_batch(examples: int, config: TrainConfig) -> None:
-    """Raise `UserError` when so many conversations make no batch."""
+    """Raise `UserError` when `examples` conversations do not fill a batch."""
     if examples < config.batch_size:
         raise UserError(f"{examples} training conversations are fewer than train.batch_size={config.batch_size}")
 
@@ -59,7 +59,7 @@ class Batches:
     features: FeatureCache | None
     config: TrainConfig
     extras: tuple[str, ...] = ()
-    """Of `final` and `argmax`: what else to take from the cache."""
+    """What else to take from the cache, of `final` and `argmax`."""
 
     def __post_init__(self) -> None:
         self.examples = len(self.features) if self.features is not None else len(self.dataset)
@@ -111,7 +111,7 @@ class Batches:
 
 @dataclass
 class Prefetcher:
-    """Batches, the next one put together by a thread while this one is trained on.
+    """Batches; a thread puts the next one together while this one is trained on.
 
     What a batch holds depends on its index alone, so reading ahead changes nothing, and a wrong guess only costs time.
     """
@@ -121,7 +121,7 @@ class Prefetcher:
     stride: int = 1
     """How far the next index lies from this one."""
     waited: float = 0.0
-    """Seconds that training stood still for data, in all."""
+    """Seconds that training has waited for data, in all."""
     _worker: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "batches"))
     _ahead: tuple[int, Future[Batch]] | None = None
 

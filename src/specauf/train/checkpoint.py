@@ -1,4 +1,4 @@
-"""A run's state on disk: the drafter as engines load it, the optimizer's moments, and where the run stood."""
+"""A run's state on disk: the drafter as engines load it, the optimizer's moments, and the run's counters."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def identity(trainer: Trainer) -> dict[str, str]:
     free = ("max_steps", "minutes", "save_every", "eval_every", "shard_target", "accumulation")
     parts = {
         "target": trainer.target.fingerprint(),
-        "data": [dump(config.data), meta.get("key"), trainer.batches.examples],  # it may be made again in its place
+        "data": [dump(config.data), meta.get("key"), trainer.batches.examples],  # a path's data may be made anew
         "features": [config.features.cache, config.features.cache and config.features.dtype],
         "drafter": drafter.to_json() | {"specauf": drafter.extra.get("init_from", {}).get("weights")},
         "drafter.init_layers": config.drafter.init_layers,
@@ -36,7 +36,7 @@ def identity(trainer: Trainer) -> dict[str, str]:
 
 
 def provenance_of(trainer: Trainer) -> dict[str, Any]:
-    """What a drafter's `config.json` remembers of its training, under `specauf`."""
+    """What a drafter's `config.json` records of its training, under `specauf`."""
     config = trainer.config
     said: list[dict[str, Any]] = [
         {"objective": b.objective.name, "gamma": b.objective.gamma, "options": dict(b.objective.options)}
@@ -62,9 +62,11 @@ def provenance_of(trainer: Trainer) -> dict[str, Any]:
 
 
 def _data_of(trainer: Trainer) -> dict[str, Any]:
-    """What the drafter was trained on: `kept_out` are the tasks whose prompts it never saw and `split` is what held
-    conversations out, None when not known; `rollouts` says how answers were drawn, and by which target (fingerprint), None
-    for a corpus's."""
+    """What the drafter was trained on.
+
+    `kept_out` are the tasks whose prompts it never saw, and `split` is what held conversations out; None when not known.
+    `rollouts` says how answers were drawn, and by which target (fingerprint); None when they are a corpus's own.
+    """
     dataset, config, used = trainer.batches.dataset, trainer.config, trainer.batches.examples
     meta: dict[str, Any] = getattr(dataset, "meta", {})
     rollouts = meta.get("rollout")
@@ -85,7 +87,7 @@ def _data_of(trainer: Trainer) -> dict[str, Any]:
 
 
 def save(trainer: Trainer, out: Path) -> None:
-    """Replace `out/checkpoint` as a whole: a kill at any moment leaves the old one or the new one, where `resume` finds it."""
+    """Replace `out/checkpoint` as a whole: a kill at any moment leaves the old or the new one, where `resume` finds it."""
     if not hasattr(trainer, "_provenance"):
         trainer._provenance = provenance_of(trainer)  # type: ignore[attr-defined]  # the fingerprint takes a second
     extra = trainer._provenance | {"steps": trainer.done, "max_steps": trainer.max_steps}  # type: ignore[attr-defined]
@@ -109,7 +111,7 @@ def save(trainer: Trainer, out: Path) -> None:
 
 
 def resume(trainer: Trainer, out: Path) -> bool:
-    """Continue from `out/checkpoint` if there is one; the main rank cuts the log back to the step it stands at.
+    """Continue from `out/checkpoint` if there is one; the main rank cuts the log back to the checkpoint's step.
 
     Raises `UserError` when the checkpoint was made with another target, data, drafter, objective, optimizer configuration
     or horizon.
@@ -144,7 +146,7 @@ def resume(trainer: Trainer, out: Path) -> bool:
     trainer.max_steps, trainer.survival = state["max_steps"], state.get("survival", {})
     log = out / "log.jsonl"
     if log.is_file() and trainer.ranks.main:
-        # A line that a kill cut short has no end of line, and lies behind the checkpoint.
+        # A line that a kill cut short has no newline, and is of a step after the checkpoint.
         whole = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("}\n")]
         atomic_write_text(log, "".join(line for line in whole if json.loads(line)["step"] <= trainer.done))
     return True

@@ -1,13 +1,13 @@
-"""Several processes, one run: a rank is one more micro-batch of the window.
+"""Several processes, one run: every rank adds its micro-batches to the same optimizer window.
 
-R ranks with accumulation A take the step that one process with accumulation R A would: rank r trains on every R-th
-micro-batch, and before the window is divided by its denominators, gradients and denominators are summed over the ranks.
-An average of the ranks' ratios would weigh a rank by how early its blocks failed.
+R ranks with accumulation A take the step that one process with accumulation R A would. Rank r trains on every R-th
+micro-batch, and gradients and denominators are summed over the ranks before the division. An average of the ranks' ratios
+would weight a rank by how early its blocks failed.
 
     torchrun --nproc-per-node 8 -m specauf.cli train recipes/x.yaml
 
-Every rank keeps the whole drafter (a billion parameters at most) and its moments; a target that is too large for that is
-spread over the ranks with `train.shard_target` (FSDP2).
+Every rank keeps the whole drafter (a billion parameters at most) and its moments. A target that is too large for every rank
+to keep is spread over the ranks with `train.shard_target` (FSDP2).
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PATIENCE = timedelta(hours=2)
-"""For a rank that prepares data or measures on held-out prompts while the others wait."""
+"""How long ranks wait for one that prepares data or measures on held-out prompts."""
 Sums = Mapping[str, Sequence[float]]
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of the run; alone by default, and then nothing here does anything."""
+    """This process among those of the run. By default it is alone, and nothing is communicated."""
 
     rank: int = 0
     world: int = 1
@@ -48,9 +48,9 @@ class Ranks:
 
     @contextmanager
     def first(self) -> Iterator[None]:
-        """The main rank runs the block before the others do: they find on disk what it wrote.
+        """The main rank runs the block before the others, which then find on disk what it wrote.
 
-        What a user has to mend is said by the main rank alone; the others leave without a word.
+        Only the main rank tells the user about an error; the others exit silently.
         """
         if not self.main:
             if self.agree(None):
@@ -65,12 +65,12 @@ class Ranks:
         self.agree(False)
 
     def wait(self) -> None:
-        """Until every rank is here."""
+        """Wait until every rank is here."""
         if self.world > 1:
             dist.barrier()
 
     def agree(self, value: Any) -> Any:
-        """The main rank's value, everywhere."""
+        """The main rank's value, on every rank."""
         if self.world == 1:
             return value
         held = [value]
@@ -88,7 +88,7 @@ class Ranks:
     def add(self, tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | None]:
         """The sum over the ranks of each tensor, in place where there is one; None stays where no rank has one.
 
-        `like` gives shape and dtype for a rank that has none where another does.
+        `like` gives shape and dtype where this rank has none but another does.
         """
         if self.world == 1:
             return list(tensors)
@@ -105,7 +105,7 @@ class Ranks:
 
 @contextmanager
 def ranks_of_run() -> Iterator[Ranks]:
-    """The ranks that torchrun started, or this process alone. One GPU a rank, by LOCAL_RANK; without GPUs, gloo.
+    """The ranks that torchrun started, or this process alone. One GPU per rank, by LOCAL_RANK; without GPUs, gloo.
 
     Raises `UserError` when there are fewer GPUs than processes on this machine.
     """
@@ -129,10 +129,10 @@ def ranks_of_run() -> Iterator[Ranks]:
 
 
 def _forget_groups() -> None:
-    """Drop what still holds a destroyed group, whose threads would live on and may abort the process at Python's end.
+    """Drop what still refers to a destroyed group: its threads would live on and might abort the process when Python exits.
 
-    `torch.distributed.nn.functional` keeps whatever group there is when it is first imported (torch._dynamo imports it) as
-    a default argument: imported before there is a group, it keeps none. FSDP2's mesh stays in DTensor's caches.
+    `torch.distributed.nn.functional` binds the group of its first import as a default argument, and torch._dynamo imports
+    it. Imported before there is a group, it binds none. FSDP2's mesh stays in DTensor's caches.
     """
     from torch.distributed.tensor import debug
 

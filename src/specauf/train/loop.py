@@ -90,20 +90,20 @@ class Trainer:
         self.out = out if self.ranks.main else None
         self.branches = objectives_of(config)
         self.plugin = plugin_text(config.objective.plugin)
-        """As it was imported, not as it is at a later checkpoint."""
+        """The plugin's text as it was imported, not as it is at a later checkpoint."""
         self.loader = Prefetcher(batches, drafter.fc.weight.device, self.ranks.world)
         self.done = 0
         self.max_steps = config.train.max_steps
         self.seconds = 0.0
         self.survival: dict[str, list[float]] = {}
-        """Running share of the blocks that survive each slot of a branch, from which the wavefront's stages are planned."""
+        """For each branch, the running share of the blocks that survive each slot. It plans the wavefront's stages."""
         self.optimizer = torch.optim.AdamW(
             drafter.parameters(), lr=config.train.lr, weight_decay=config.train.weight_decay, fused=True
         )
 
     @cached_property
     def head(self) -> DraftHead:
-        """The part of the target's LM head that the drafter reads, from when its vocabulary is settled: the first step."""
+        """The drafter's part of the target's LM head. Computed at the first step, when its vocabulary is settled."""
         return draft_head(self.drafter, self.target.head_weight, self.target.head_bias, self.target.softcap)
 
     def blocks_of(self, batch: Batch) -> Blocks:
@@ -115,7 +115,7 @@ class Trainer:
         return build_blocks(batch.input_ids, batch.loss_mask, anchors, keep, self.drafter.config.num_trained + 1, said)
 
     def batch(self, index: int) -> Batch:
-        """A micro-batch on the drafter's device, with the target's part of it computed where no cache holds it."""
+        """A micro-batch on the drafter's device. The target's part of it is computed here unless a cache holds it."""
         found = self.loader[index]
         if found.features is not None:
             return found
@@ -126,12 +126,12 @@ class Trainer:
         return found._replace(features=features, final=final)
 
     def autocast(self) -> torch.autocast:
-        """What the drafter computes in, as train.precision says; rows that are asked for later remember it."""
+        """The drafter's precision, as train.precision says. It also holds for rows that are requested later."""
         device, wanted = self.drafter.fc.weight.device.type, self.config.train.precision
         return torch.autocast(device, torch.bfloat16, wanted == "bfloat16" or (wanted == "auto" and device == "cuda"))
 
     def hidden(self, batch: Batch, blocks: Blocks) -> Pending:
-        """Conversation -> target features -> blocks -> the drafter's hidden states, of the slots that will be asked for."""
+        """Conversation -> target features -> blocks -> the drafter's hidden states, of the slots that are requested later."""
         config, features = self.drafter.config, batch.features
         assert features is not None
         positions = torch.arange(features.shape[1], device=features.device).expand(features.shape[0], -1)
@@ -151,7 +151,7 @@ class Trainer:
         lam: float = 1.0,
         cuts: Mapping[str, list[int]] | None = None,
     ) -> tuple[LossTerms, dict[str, View]]:
-        """The loss and its branches, by the prefix of their figures in the log; Domino's served branch has none."""
+        """The loss, and its branches by the prefix of their figures in the log: `base_` for Domino's base, else empty."""
         size, train, cuts = self.drafter.config.num_trained + 1, self.config.train, cuts or {}
         target_hidden = uniform = None
         if any(b.objective.needs_target for b in self.branches):
@@ -194,7 +194,7 @@ class Trainer:
         sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         window = Window(list(self.drafter.parameters()), train.accumulation, self.ranks)
         tokens = blocks_seen = 0
-        # Planned once a step, from what is in the checkpoint: a resumed run cuts, and so rounds, as it would have.
+        # Planned once a step, from checkpointed state: a resumed run has the same cuts, and so the same rounding.
         cuts = {name: plan_cuts(s, train.batch_size * train.num_anchors) for name, s in self.survival.items()}
         objective = self.config.objective
         lam = lambda_base(self.done, self.max_steps, objective.lambda_base_start, objective.lambda_base_decay_ratio)
@@ -246,7 +246,7 @@ class Trainer:
         }
 
     def _pool(self, sums: dict[str, list[float]], tokens: int, blocks: int) -> tuple[int, int]:
-        """What every rank saw in this step, on every rank: figures added, survival averaged, so that all plan alike."""
+        """Add up what all ranks saw in this step, for every rank; survival is averaged, so that all plan alike."""
         everyone = self.ranks.gather((dict(sums), self.survival, tokens, blocks))
         if len(everyone) > 1:
             sums.clear()
@@ -295,10 +295,12 @@ class Trainer:
         on_step: Callable[[dict[str, Any]], None] | None = None,
         evaluate: Callable[[DFlash], dict[str, float]] | None = None,
     ) -> None:
-        """Train to `max_steps`, logging every step. Ctrl-C ends it after the step under way, with the state saved; a second
-        one ends it at once."""
+        """Train to `max_steps`, logging every step.
+
+        Ctrl-C ends training after the current step, with the state saved; a second one ends it at once.
+        """
         train = self.config.train
-        # A log without a checkpoint is of a process that died before its first one, or is not to be gone on with.
+        # A log without a checkpoint is of a process that died before its first one, or is not to be continued.
         journal = Journal(self.out / "log.jsonl", append=bool(self.done)) if self.out else None
         with contextlib.closing(journal) if journal else contextlib.nullcontext(), interrupts() as asked:
             try:
@@ -320,11 +322,11 @@ class Trainer:
                 raise
         if self.out:
             checkpoint.save(self, self.out)
-        if asked:  # during the last step: the run is whole, what comes after it is not wanted
+        if asked:  # during the last step: the run is complete, but nothing is to follow it
             raise KeyboardInterrupt
 
     def _save_or_warn(self, out: Path) -> None:
-        """A full disk now may have room at the next checkpoint, and the one before is still there."""
+        """Save; a full disk is only a warning, as the next checkpoint may find room and the last one is still there."""
         try:
             checkpoint.save(self, out)
         except OSError as error:
@@ -335,7 +337,7 @@ class Trainer:
 
 @contextlib.contextmanager
 def interrupts() -> Iterator[list[int]]:
-    """The Ctrl-C of this block, collected instead of raised but for the second: a step is taken whole, or not at all."""
+    """Collect this block's Ctrl-C instead of raising it, except for the second: a step is taken whole, or not at all."""
     asked: list[int] = []
 
     def ask(number: int, frame: object) -> None:
@@ -357,10 +359,11 @@ def interrupts() -> Iterator[list[int]]:
 def calibrate(
     trainers: Sequence[Trainer], steps: int = 6, warmup: int = 2, weights: Mapping[str, Tensor] | None = None
 ) -> list[float]:
-    """Median seconds per step of each trainer, the steps alternating between them so that they share the machine's mood.
+    """Median seconds per step of each trainer, with alternating steps so that all meet the same machine conditions.
 
-    A truncating objective's step grows with tau: `weights`, of a drafter that is trained, stand in for those of every trainer
-    whose geometry they fit. Weights, moments and counters are put back afterwards: calibration leaves no trace in a run.
+    A truncating objective's step takes longer as tau grows. So `weights`, those of a trained drafter, stand in for those of
+    every trainer whose geometry they fit. Weights, moments and counters are put back afterwards: calibration leaves no
+    trace in a run.
     """
     seconds: list[list[float]] = [[] for _ in trainers]
     before = [{k: v.clone() for k, v in t.drafter.state_dict().items()} for t in trainers]

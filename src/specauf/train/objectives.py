@@ -1,4 +1,4 @@
-"""From a run's configuration to what it is trained on, checked before anything is loaded."""
+"""From a run's configuration to its objectives, checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from specauf.strict import ConfigError
 
 
 def objectives_of(config: RunConfig) -> tuple[Branch, ...]:
-    """What a run is trained on: one objective, or one for each of Domino's branches and where its support is read.
+    """The run's objective, or one for each of Domino's branches, with the branch that gives its support.
 
-    Raises `ConfigError` on whatever it cannot be.
+    Raises `ConfigError` on a choice that cannot be trained.
     """
     wanted = config.objective
     if wanted.plugin is not None:
@@ -28,7 +28,7 @@ def objectives_of(config: RunConfig) -> tuple[Branch, ...]:
         base, final, side = VARIANTS.get(
             wanted.variant or "", (wanted.name, wanted.final or wanted.name, wanted.support)
         )
-        shared = wanted.final is None  # then the options are those of both
+        shared = wanted.final is None  # then the options are for both
         found: tuple[Branch, ...] = (
             Branch(_objective(config, base, wanted.options), "base"),
             Branch(_objective(config, final, wanted.options if shared else wanted.final_options), side),
@@ -69,13 +69,13 @@ def _objective(config: RunConfig, name: str, options: Mapping[str, Any]) -> Obje
 
 
 def stored_extras(config: RunConfig) -> tuple[str, ...]:
-    """What a feature cache must hold beyond the features, for these objectives and these labels."""
+    """What a feature cache must hold beyond the features, for the run's objectives and labels."""
     final = any(branch.objective.needs_target for branch in objectives_of(config))
     return ("final",) * final + ("argmax",) * (config.objective.labels == "target")
 
 
 def plugin_text(plugin: str | None) -> str:
-    """A plugin's file is part of the objective; a module's version is not looked into."""
+    """The text of a plugin's file, as part of the objective; empty for a module, whose version is not looked into."""
     return Path(plugin).read_text(encoding="utf-8") if plugin is not None and plugin.endswith(".py") else ""
 
 
@@ -86,9 +86,8 @@ def _import(plugin: str) -> None:
         if path.suffix == ".py":
             spec = importlib.util.spec_from_file_location(f"specauf_plugin_{path.stem}", path)
             assert spec is not None and spec.loader is not None
-            module = sys.modules[spec.name] = importlib.util.module_from_spec(
-                spec
-            )  # dataclasses look themselves up there
+            # Dataclasses look themselves up in sys.modules.
+            module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
         else:
             importlib.import_module(plugin)

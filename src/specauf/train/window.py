@@ -1,4 +1,7 @@
-"""Gradients of an optimizer window: sums over its micro-batches, of all ranks, divided by what is known at its end."""
+"""Gradients of an optimizer window, which is every micro-batch of one step on all ranks.
+
+They are summed over the window and divided by the denominators that are known at its end.
+"""
 
 from __future__ import annotations
 
@@ -33,14 +36,14 @@ class Part:
 class Window:
     """(num, den, un-normalised gradient) of every part of the loss.
 
-    Parts whose denominators differ cannot be mixed before the window's end, so each has a gradient buffer of its own: a
+    Parts whose denominators differ cannot be mixed before the window's end, so each has its own gradient buffer. Every
     further part costs one more backward pass through the body and the memory of the gradients. A window of a single
     micro-batch knows its denominators at once and pays neither.
     """
 
     parameters: Sequence[nn.Parameter]
     micro_batches: int
-    """Of this rank."""
+    """Micro-batches of this rank."""
     ranks: Ranks = field(default_factory=Ranks)
     parts: list[Part] = field(default_factory=list)
 
@@ -48,9 +51,8 @@ class Window:
         if self.micro_batches * self.ranks.world == 1 and len(terms.num) > 1:
             terms = terms.mixed()
         self.parts.extend(Part() for _ in range(len(terms.num) - len(self.parts)))
-        counted = [
-            i for i, scale in enumerate(terms.scale.tolist()) if scale
-        ]  # of Domino's two, one may be out for now
+        # The scale of one of Domino's two parts may be 0 for now.
+        counted = [i for i, scale in enumerate(terms.scale.tolist()) if scale]
         for i, part in enumerate(self.parts):
             part.num += float(terms.num[i].detach())
             part.den += float(terms.den[i])
@@ -78,5 +80,5 @@ class Window:
                 grad.div_(part.divisor)
                 parameter.grad = grad if parameter.grad is None else parameter.grad + grad
             if parameter.grad is None and not all(part.scale for part in self.parts):
-                parameter.grad = torch.zeros_like(parameter)  # the optimizer's moments go on without it
+                parameter.grad = torch.zeros_like(parameter)  # not None, so that the optimizer's moments still change
         return sum(part.num / part.divisor for part in self.parts)
