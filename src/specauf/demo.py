@@ -1,7 +1,7 @@
 """`specauf demo`: two drafters from the same start, measured on the same recordings, in a budget of minutes.
 
-The budget is turned into numbers once (conversations, steps) from measured rates, written to plan.json and kept, so that an
-interrupted demo goes on with the same plan and a finished one is read back from disk.
+The budget is turned once, from measured rates, into numbers of conversations and steps. They are kept in plan.json, so that
+an interrupted demo resumes with the same plan and a finished one is read back from disk.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ from specauf.target import Target
 from specauf.train.loop import calibrate
 
 SHARE_FEATURES, SHARE_TRAINING = 0.26, 0.45
-"""Of the budget: writing the target's features, and both trainings. The rest records, replays and decodes."""
+"""Shares of the budget for writing the target's features and for both trainings. The rest records, replays and decodes."""
 LIVE_PROMPTS, LIVE_TOKENS = 2, 64
-"""Prompts per task that are also decoded for real, and how far."""
+"""Prompts per task that are also decoded live, and tokens of each."""
 EQUAL_STEPS = "auf@decay-steps"
 VARIANTS = {"decay": "decay-only", "auf": "b-auf-d"}
-"""What the two are for a Domino drafter: the paper's baseline, and its best under greedy decoding."""
+"""The two objectives for a Domino drafter: the paper's baseline, and its best variant under greedy decoding."""
 
 DEMO = from_dict(
     RunConfig,
@@ -59,12 +59,12 @@ DEMO = from_dict(
         "eval": {"prompts": 32, "max_new_tokens": 128, "batch_size": 32},
     },
 )
-"""The demo's recipe; recipes/smollm2_cpu.yaml is the same thing for one drafter and longer."""
+"""The demo's recipe; recipes/smollm2_cpu.yaml is the same for one drafter, trained longer."""
 
 
 def demo_recipe(overrides: Sequence[str]) -> RunConfig:
-    """The demo's recipe with overrides. Raises `ConfigError` when they decide what the budget does, or sample: live and
-    plain decoding are compared token for token."""
+    """The demo's recipe with overrides. Raises `ConfigError` when they set train.max_steps or train.minutes, which the budget
+    decides, or a temperature above 0: live and plain decoding are compared token for token."""
     base = override(DEMO, overrides)
     planned = base.train.max_steps is None and base.train.minutes is None
     require(planned, "the demo turns its own --minutes into train.max_steps")
@@ -74,15 +74,15 @@ def demo_recipe(overrides: Sequence[str]) -> RunConfig:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the budget became. Frozen in plan.json."""
+    """What the budget was turned into. Frozen in plan.json."""
 
     minutes: float
     examples: int
     steps: dict[str, int]
     seconds_per_step: dict[str, float]
-    """Calibrated: decay's at initial weights; AUF's beside it, and decay's again, at the weights that decay ended with."""
+    """Calibrated: decay's at initial weights; then AUF's, and decay's again, both at decay's final weights."""
     tokens_per_second: float
-    """Feature extraction."""
+    """Rate of feature extraction."""
 
 
 def _write(plan: Plan, path: Path) -> None:
@@ -197,10 +197,10 @@ def _affordable(base: RunConfig, target: Target, prepared: Any, minutes: float) 
 
 
 def _plan_steps(plan: Plan, name: str, runs: Mapping[str, Run], console: Console) -> None:
-    """Decay's steps from the budget, and AUF's from decay's, so that both take the same time.
+    """Set decay's steps from the budget, and AUF's from decay's, so that both take the same time.
 
-    An AUF step grows with tau, and at initial weights it is too cheap: the two are compared at the weights that decay ended
-    with. The page shows the training seconds that both really took.
+    The cost of an AUF step grows with tau, and at initial weights it is too low, so the two are timed at decay's final
+    weights. The page shows the training seconds that both really took.
     """
     decay, auf = runs["decay"].trainer, runs["auf"].trainer
     console.say("calibrating: a few steps, undone afterwards")
@@ -225,7 +225,7 @@ def _train(run: Run, name: str, equal_steps: int, console: Console) -> None:
             advance(1, step_note(row))
 
         trainer.run(on_step=on_step)
-    if name == "auf" and not snapshot.is_dir():  # the horizon is shorter than the other's: the end is the snapshot
+    if name == "auf" and not snapshot.is_dir():  # fewer steps than decay's: the end is the snapshot
         save_drafter(trainer.drafter, snapshot)
 
 

@@ -1,4 +1,4 @@
-"""What would stop a run on this machine, and how to mend it. Asks nothing of the network and changes nothing."""
+"""What would stop a run on this machine, and how to fix it. Uses no network and changes nothing."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from specauf import assets, provenance
 
 GIB = 2**30
 CACHE_GB = 3.0
-"""Of the cache's disk, for the embedded target, its converted copy, the corpus and its features."""
+"""Needed on the cache's disk, for the embedded target, its converted copy, the corpus and its features."""
 RUN_GB = 1.0
-"""Of the working directory's disk, for the demo's checkpoints, trajectories and page."""
+"""Needed on the working directory's disk, for the demo's checkpoints, trajectories and page."""
 MEMORY_GB = 6.0
 
 
@@ -27,7 +27,7 @@ Status = Literal["ok", "warn", "fail"]
 class Check(NamedTuple):
     name: str
     status: Status
-    """`fail`: the demo cannot run. `warn`: something is slower or missing than it need be."""
+    """`fail`: the demo cannot run. `warn`: something is missing, or slower than it need be."""
     detail: str
     mend: str = ""
     """What to do about it; empty when `status` is ok."""
@@ -119,7 +119,7 @@ def check_disk(name: str, directory: Path, need_gb: float, mend: str) -> Check:
 
 
 def check_writable(name: str, directory: Path) -> Check:
-    """Try it, in the nearest parent that exists: permission bits say nothing of read-only disks and quotas."""
+    """Try to write, in the nearest parent that exists: permission bits do not show read-only disks and quotas."""
     parent = _existing(directory)
     try:
         with tempfile.TemporaryFile(dir=parent):
@@ -150,7 +150,7 @@ def _existing(path: Path) -> Path:
 
 
 def _available_memory() -> int:
-    """Bytes that can be had without swapping; all of it where the system does not say."""
+    """Bytes available without swapping; the total where the system does not say."""
     try:
         found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
     except OSError:

@@ -1,8 +1,8 @@
 """A trained drafter for others to load: weights in the dtype that engines run, a model card, how to serve it.
 
-Two layouts. `zlab` is the training checkpoint's own, which z-lab's dflash, vLLM and SGLang load beside a target that is named
-apart. `speculators` names its target itself (vLLM serves the directory alone); tensors and their names are the same, the
-configuration is nested and counts tapped layers from the embedding, one higher.
+There are two layouts. `zlab` is that of the training checkpoint; z-lab's dflash, vLLM and SGLang load it beside a separately
+named target. `speculators` names its target itself, so vLLM serves the directory alone. Its tensors and their names are the
+same; its configuration is nested, and its tapped layers are counted from the embedding, so their ids are one higher.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ def export(
     results: Sequence[Path] = (),
     license: str | None = None,
 ) -> list[str]:
-    """Write `out` anew, whole or not at all; returns the commands that serve it, none when no engine does.
+    """Write `out` anew, whole or not at all. Returns the commands that serve it, none when no engine does.
 
-    `base_model` is the target as others know it, a hub id; what the checkpoint was trained with when not given. `results`,
-    results.json files of `specauf eval`, are the card's tables. Raises `UserError` for what a layout cannot hold, for results
-    of another drafter or target, and when `out` has files that an export does not write.
+    `base_model` is the target's public name, a hub id; when not given, the target that the checkpoint was trained with. The
+    card has a table for each of `results`, results.json files of `specauf eval`. Raises `UserError` for what a layout cannot
+    hold, for results of another drafter or target, and when `out` has files that an export does not write.
     """
     choose(layout, LAYOUTS, "layout")
     choose(dtype, DTYPES, "dtype")
@@ -82,7 +82,7 @@ def export(
 
 
 def _results_of(path: Path, config: DFlashConfig, weights: str) -> dict[str, Any]:
-    from specauf.report import page  # which draws, and an export does not
+    from specauf.report import page  # it loads matplotlib, which an export does not need
 
     found, target = page.read(path), config.extra.get("target_fingerprint")
     if "evaluation" not in found:
@@ -218,7 +218,7 @@ def _history(told: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _measured(results: dict[str, Any]) -> list[str]:
-    """One of the card's tables of tau, prompt lookup beside it, and what the comparison says."""
+    """One of the card's tables of tau, which includes prompt lookup, and a sentence that compares the two."""
     labels = {m["name"]: escape(m["label"]) for m in results["methods"]}
     kinds = {m["name"]: m.get("kind") for m in results["methods"]}
     tasks = list(results["evaluation"].values())
@@ -262,14 +262,14 @@ def _between(interval: Any) -> str:
 
 
 def _display(target: str | None) -> str:
-    """A target's name, and of the embedded default how its weights were rounded."""
+    """A target's name; for the embedded default also how its weights were rounded."""
     return assets.SMOLLM2_NAME if target == "smollm2-135m" else target or "not recorded"
 
 
 def _portable(told: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint tells of its history, with the last part of every path that is this machine's alone.
+    """A checkpoint's record of its history, with every path of this machine cut to its last part.
 
-    The target's stays: `generate` and `eval` look for it there; `base_model` names it for others.
+    The target's path stays whole, since `generate` and `eval` look for it there; `base_model` names it for others.
     """
 
     def named(key: str, value: Any) -> Any:
@@ -282,5 +282,5 @@ def _portable(told: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _known_as(target: str | None) -> str | None:
-    """A target's name for others; of the embedded default, the model that its weights are a rounding of."""
+    """A target's public name; for the embedded default, that of the model whose weights it rounds."""
     return assets.SMOLLM2_HUB if target == "smollm2-135m" else target

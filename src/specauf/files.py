@@ -19,11 +19,11 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-"""What the system says of a disk or a quota that is full: there may be room later."""
+"""Errors of a full disk or quota, on which there may be room later."""
 
 
 def _destination(path: str | Path) -> Path:
-    """The real path (a link is followed, so that it survives), its parents made."""
+    """The real path (links are followed, so that they survive); its parents are made."""
     real = Path(os.path.realpath(path))
     real.parent.mkdir(parents=True, exist_ok=True)
     return real
@@ -52,7 +52,7 @@ def atomic_write_text(path: str | Path, text: str) -> None:
 
 
 class Journal:
-    """A file of lines that are there as soon as they are written; what a full disk refuses comes with the next line."""
+    """An unbuffered file of lines. Lines that a full disk refuses are kept and written with the next one."""
 
     def __init__(self, path: Path, *, append: bool) -> None:
         self._file = path.open("ab" if append else "wb", buffering=0)
@@ -84,7 +84,7 @@ class Journal:
 
 
 def json_text(value: Any, indent: int | None = 1) -> str:
-    """`value` as a line or more of JSON, with null for numbers that JSON does not have."""
+    """`value` as JSON, ending in a newline, with null for infinities and NaN, which JSON does not have."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False) + "\n"
 
 
@@ -97,7 +97,7 @@ def _finite(value: Any) -> Any:
 
 
 def save_tensors(tensors: Mapping[str, Any], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file. Raises `OSError`, as any other writing does, when the disk is full, say."""
+    """Write a safetensors file. Raises `OSError` on a system error such as a full disk, as any other write does."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -113,9 +113,9 @@ def save_tensors(tensors: Mapping[str, Any], path: Path, metadata: dict[str, str
 def atomic_dir(path: str | Path) -> Iterator[Path]:
     """Yield an empty temporary directory to fill; it becomes `path` on a clean exit and is deleted on any other.
 
-    An existing directory is replaced as a whole, nothing of it is merged. Two renames are needed for that: a process
-    killed between them leaves the old content beside `path`, and `recover_dir` puts it back. Raises NotADirectoryError, before
-    anything is written, when `path` is a file.
+    An existing directory is replaced whole; nothing is merged. That takes two renames: a process killed between them
+    leaves the old content beside `path`, and `recover_dir` puts it back. Raises NotADirectoryError, before anything is
+    written, when `path` is a file.
     """
     path = _destination(path)
     if path.exists() and not path.is_dir():
@@ -128,7 +128,7 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
             with contextlib.suppress(FileNotFoundError):
                 os.rename(path, old)
             os.rename(temporary, path)
-        except BaseException:  # Ctrl-C between the two included
+        except BaseException:  # including Ctrl-C between the two renames
             if old.exists() and not path.exists():
                 os.rename(old, path)
             raise
@@ -139,9 +139,9 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
 
 
 def recover_dir(path: str | Path) -> None:
-    """Put back what a process left that was killed between `atomic_dir`'s two renames, and clear away what others left.
+    """Put back the directory of a process killed between `atomic_dir`'s two renames, and delete other leftovers.
 
-    Several processes may ask for it at once, but not while another writes `path`.
+    Several processes may call this at once, but not while another writes `path`.
     """
     path = _destination(path)
     for old in path.parent.glob(f".{glob.escape(path.name)}.*.old"):
@@ -154,7 +154,7 @@ def recover_dir(path: str | Path) -> None:
 
 
 def set_aside(path: Path) -> None:
-    """Rename it to `<name>.before`, over what was set aside before; nothing when there is none."""
+    """Rename `path` to `<name>.before`, replacing an earlier one; does nothing when `path` does not exist."""
     if path.exists():
         before = path.with_name(f"{path.name}.before")
         shutil.rmtree(before, ignore_errors=True)
@@ -162,7 +162,7 @@ def set_aside(path: Path) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines log, up to a line that a kill cut short; none when there is no log."""
+    """The rows of a JSON-lines log, up to the first line that a kill cut short; none when there is no log."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:

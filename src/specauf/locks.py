@@ -1,6 +1,6 @@
-"""Who works in a directory: locks on a file in it, which the system takes back when their holder ends, however it ends.
+"""Locks on a directory, held on a file in it. The system releases them when their holder ends, however it ends.
 
-They work between processes of one machine, on its own disk; on network file systems they may not.
+They work between processes of one machine, on a local disk; on network file systems they may not.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from specauf.strict import UserError
 
 @contextlib.contextmanager
 def claim(directory: Path) -> Iterator[bool]:
-    """Whether `directory` (made if need be) is this process's until the block ends; False when another has it."""
+    """Yield True when this process holds `directory` (made if need be) until the block ends, False when another does."""
     with _lock_file(directory) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             yield False
         else:
-            yield True  # closing the file gives the lock back
+            yield True  # closing the file releases the lock
 
 
 @contextlib.contextmanager
 def turn(directory: Path, on_wait: Callable[[], None]) -> Iterator[None]:
-    """Wait until `directory` is nobody else's, and hold it until the block ends. `on_wait` is called if it has to."""
+    """Wait until no other process holds `directory`, then hold it until the block ends. Calls `on_wait` if it must wait."""
     with _lock_file(directory) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -47,13 +47,13 @@ def _lock_file(directory: Path) -> Any:
 
 
 def hold(directory: Path) -> Any:
-    """Take `directory` until what is returned is let go of. Raises `UserError` when another process has it."""
+    """Hold `directory` for as long as the returned object lives. Raises `UserError` when another process holds it."""
     file = _lock_file(directory)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
         raise UserError(f"{directory}: another process trains there: wait for it, or choose another `out`") from None
-    except OSError:  # a file system without locks: as careful as its user
+    except OSError:  # a file system without locks: the user has to take care
         pass
     return file

@@ -71,8 +71,8 @@ def version(distribution: str) -> str | None:
 def git_state(source: Path) -> dict[str, Any] | None:
     """`{"commit", "dirty"}` of the checkout that tracks the file `source`, else None.
 
-    `dirty`: something in the directory of `source` differs from the commit, files never added included. A package that
-    merely lies below a checkout (in its `.venv`, say) is not that checkout's code, hence it has to be tracked.
+    `dirty`: something in the directory of `source` differs from the commit, files never added included. `source` has to be
+    tracked, since a package that merely lies below a checkout (in its `.venv`, say) is not that checkout's code.
     """
     # Variables of an enclosing git (we may run in a hook) would point at another repository.
     env = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")} | {"GIT_OPTIONAL_LOCKS": "0"}
@@ -106,7 +106,7 @@ def available_cores() -> int:
 
 
 def total_memory() -> int:
-    """Bytes of memory this process can hope for: the machine's, or its control group's limit when that is lower."""
+    """Bytes of memory this process can use: the machine's, or its control group's limit when that is lower."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:

@@ -68,9 +68,9 @@ def corpus_path(config: RunConfig) -> Path:
 
 
 def data_dir(config: RunConfig) -> Path:
-    """Where prepared data lives: a directory of rollouts, or in the cache, shared by runs with the same data section.
+    """Where prepared data lives: the directory of rollouts, or one in the cache, shared by runs with the same data section.
 
-    A file is known by where it is, not by the words of a recipe: `chats.jsonl` is another one in another project.
+    A file is identified by its absolute path, not as the recipe spells it: another project's `chats.jsonl` is another file.
     """
     if rollout_meta(config.data.path):
         return Path(config.data.path).expanduser()
@@ -101,7 +101,7 @@ def prepare_data(config: RunConfig, target: Target) -> Prepared:
 
 
 def prepare_corpus(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared:
-    """`prepare_data` of a corpus, for which the tokenizer is enough."""
+    """`prepare_data` for a corpus, which needs the tokenizer alone."""
     return prepare(
         *(config.data, tokenizer, data_dir(config)),
         source=corpus_path(config),
@@ -111,14 +111,14 @@ def prepare_corpus(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Pre
 
 
 def _kept_out(config: RunConfig) -> list[str]:
-    """Labels of the tasks whose prompts are not trained on; held-out conversations are apart by themselves."""
+    """Labels of the tasks whose prompts are kept out of training; the split already keeps held-out conversations out."""
     return [
         describe_task(name, tasks_dir=config.eval.tasks_dir).label for name in config.eval.tasks if name != "heldout"
     ]
 
 
 def require_heldout(config: RunConfig, prepared: Prepared) -> None:
-    """Raises `UserError` when training would replay held-out prompts and there are none: before an hour of features."""
+    """Raise `UserError`, before an hour of features, when training would replay held-out prompts and there are none."""
     if not config.train.eval_every or prepared.heldout:
         return
     counts = ", ".join(f"{n} {what.replace('_', ' ')}" for what, n in prepared.train.meta["heldout"].items())
@@ -137,7 +137,7 @@ def make_rollouts(
     drafter: Path | None = None,
     on_progress: Advance | None = None,
 ) -> TokenDataset:
-    """The target's own answers to the training prompts of `source`; `drafter` speeds decoding up and stays exact."""
+    """The target's own answers to the training prompts of `source`. A `drafter` speeds up decoding, which stays exact."""
     ledger = Ledger()
     excluded = task_texts(config.eval.tasks, config.eval.tasks_dir)
     conversations, _ = training_order(config.data, corpus_path(config), ledger, excluded)
@@ -148,7 +148,7 @@ def make_rollouts(
 
 
 def new_drafter(config: RunConfig, target: Target) -> DFlash:
-    """A drafter that fits the target. Its weights begin as drafter.init_from or drafter.init_layers say, or at random
+    """A drafter that fits the target. Its initial weights come from drafter.init_from or drafter.init_layers, or are random
     from train.seed."""
     wanted = config.drafter
     geometry = DFlashConfig.for_target(
@@ -173,7 +173,7 @@ def new_drafter(config: RunConfig, target: Target) -> DFlash:
 
 
 def _head(config: RunConfig, target: Target) -> DominoHead | None:
-    """Domino's head; by default as wide for its target as the shipped one is for Qwen3-8B, 1024 and 256."""
+    """Domino's head. By default its widths have the ratio to the target's that the shipped head has (Qwen3-8B: 1024, 256)."""
     wanted, hidden = config.drafter, int(target.config.hidden_size)
     if wanted.kind != "domino":
         return None
@@ -182,9 +182,9 @@ def _head(config: RunConfig, target: Target) -> DominoHead | None:
 
 
 def _warm(directory: Path, geometry: DFlashConfig) -> DFlash:
-    """The weights of a checkpoint in a drafter of this geometry, which remembers where they are from.
+    """A drafter of this geometry with the weights of a checkpoint, whose origin it records.
 
-    No weight knows the block size, so that may differ: longer blocks pay once tau has grown.
+    No weight depends on the block size, so that may differ: longer blocks pay once tau has grown.
     """
     found = load_drafter(directory)
     for name in (f.name for f in dataclasses.fields(DFlashConfig) if f.name not in NOT_GEOMETRY):
@@ -209,9 +209,9 @@ def weights_hash(directory: Path) -> str:
 
 
 def require_trainable(config: RunConfig, target: Target, prepared: Prepared) -> None:
-    """Raise `UserError` for what training could not begin with: said before hours go into features.
+    """Raise `UserError`, before hours go into features, when training could not begin.
 
-    MASK must be a row that text never uses, or the drafter learns to read it as that text.
+    MASK must be an embedding row that text never uses, or the drafter learns to read it as that text.
     """
     Path(config.out).mkdir(parents=True, exist_ok=True)
     mask_token_id = target.mask_token_id(config.drafter.mask_token_id)
@@ -225,7 +225,7 @@ def require_trainable(config: RunConfig, target: Target, prepared: Prepared) -> 
 
 @dataclass
 class Run:
-    """One training run, ready to go on from wherever it stands."""
+    """One training run, ready to start or to resume."""
 
     config: RunConfig
     target: Target
@@ -246,7 +246,7 @@ def open_run(
 ) -> Run:
     """Build the trainer and continue from `config.out` if a checkpoint is there. Writes config.yaml and run.json.
 
-    `horizon` goes before `train.max_steps`. Without `resume`, what is there is set aside as `checkpoint.before`.
+    `horizon` overrides `train.max_steps`. Without `resume`, an existing checkpoint is set aside as `checkpoint.before`.
     """
     ranks = ranks or Ranks()
     out = Path(config.out)
@@ -258,7 +258,7 @@ def open_run(
     if resume:
         checkpoint.resume(trainer, out)
     elif ranks.main:
-        recover_dir(out / "checkpoint")  # or a later resume would bring back what was to be forgotten
+        recover_dir(out / "checkpoint")  # or a later resume would bring back a discarded checkpoint
         for path in (out / "checkpoint", out / "log.jsonl"):
             set_aside(path)
     if len(set(ranks.gather(trainer.done))) > 1:
@@ -281,10 +281,10 @@ def open_run(
 
 
 def draft_vocabulary(drafter: DFlash, target: Target, data: TokenDataset) -> dict[str, Any]:
-    """Decide the vocabulary of a drafter that is to have a reduced one, unless a checkpoint has brought its own.
+    """Choose the reduced vocabulary of a drafter that is to have one, unless its checkpoint already did.
 
-    The most frequent supervised tokens of `data`, and every token that ends a text. Returns its size and coverage, the
-    share of the supervised tokens that it has; nothing for a drafter that knows the target's vocabulary.
+    It is the most frequent supervised tokens of `data`, and every token that ends a text. Returns its size and coverage (the
+    share of the supervised tokens that are in it); an empty dict for a drafter with the target's vocabulary.
     """
     size = drafter.config.draft_vocab_size
     if size is None:
@@ -303,7 +303,7 @@ def feature_cache(
     on_progress: Tick | None = None,
     ranks: Ranks | None = None,
 ) -> FeatureCache | None:
-    """The cache, when the recipe asks for one; each rank extracts its share of what is missing."""
+    """The cache if the recipe asks for one, else None. Each rank extracts its share of what is missing."""
     if not config.features.cache:
         return None
     ranks, ids = ranks or Ranks(), new_drafter(config, target).config.target_layer_ids
@@ -321,7 +321,7 @@ def feature_cache(
 
 
 def set_horizon(trainer: Trainer) -> str:
-    """Turn train.minutes into `max_steps`, once; a resumed run keeps the horizon it has. Returns what was decided.
+    """Turn train.minutes into `max_steps`, once; a resumed run keeps its horizon. Returns a line about the decision.
 
     Where several ranks train, the main one's clock decides.
     """
@@ -341,10 +341,10 @@ def set_horizon(trainer: Trainer) -> str:
 def heldout_evaluator(
     config: RunConfig, target: Target, prepared: Prepared, alone: bool = True
 ) -> Callable[[DFlash], dict[str, float]]:
-    """Replay tau on held-out prompts, for the training log.
+    """A function that replays a drafter over held-out prompts and returns tau, for the training log.
 
-    Not `alone`, as the ranks of a sharded target are, every rank records for itself and keeps nothing: they have to run the
-    target equally often, and would write the same files.
+    The ranks of a sharded target are not `alone`: each records for itself and keeps no file, since they have to run the
+    target equally often and would write the same files.
     """
     prompts = render_prompts(
         target, load_task("heldout", data_dir=data_dir(config))[: config.eval.prompts], config.data.enable_thinking
@@ -363,7 +363,7 @@ def heldout_evaluator(
 
 
 def step_note(row: dict[str, Any]) -> str:
-    """A step's progress in a few words; a branch that is read no further than another's support has no tau of its own."""
+    """A step's progress in a few words. A branch that is read only on another branch's support has no tau of its own."""
     tau = f", simulated tau {row['simulated_tau']:.3f}" if "simulated_tau" in row else ""
     return f"loss {row['loss']:.3f}{tau}"
 

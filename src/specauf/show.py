@@ -22,7 +22,7 @@ from specauf.target import Target
 
 
 def show_conversation(terminal: Terminal, tokenizer: Any, data: TokenDataset, number: int) -> None:
-    """A conversation as it is trained on, the supervised tokens coloured."""
+    """Print a conversation as it is trained on, with the supervised tokens coloured."""
     example = data[number]
     terminal.rich.rule(Text(f"conversation {data.meta['conversation_ids'][number]}"))
     terminal.rich.print(colour(tokenizer, Rendered(example.input_ids.tolist(), example.loss_mask.tolist())))
@@ -37,8 +37,8 @@ def show(
     max_new_tokens: int,
     selection: Selection | None,
 ) -> bool:
-    """Stream the answer, then say tau and speed. False when a greedy answer is not plain decoding's, token for token, and the
-    target was sure of the token where they part. Raises `ConfigError` when there is no room for a round."""
+    """Stream the answer, then print tau and speed. Returns False when a greedy answer differs from plain decoding's at a token
+    that is no near tie. Raises `ConfigError` when there is no room for a round."""
     require(max_new_tokens >= 2, "--max-new-tokens must be at least 2: the first is the prefill's, and no round")
     options: dict[str, Any] = {"sampling": sampling, "max_new_tokens": max_new_tokens}
     stream, few = Stream(target, terminal), {**options, "max_new_tokens": 2}
@@ -49,7 +49,7 @@ def show(
     (plain,) = generate(target, None, [list(prompt)], record_margins=True, **options)
     rounds = max(1, len(out.rounds))
     tau = 1 + sum(r.accepted for r in out.rounds) / rounds
-    how = "sampled proposal" if sampling.proposal == "sampled" else selection  # whose tau are not comparable
+    how = "sampled proposal" if sampling.proposal == "sampled" else selection  # such tau are not comparable
     terminal.say(
         f"\ntau{f' ({how})' if how else ''} {tau:.3f} over {len(out.rounds)} rounds, {len(out.tokens)} tokens, "
         f"{out.verified / rounds:.1f} nodes verified per round"
@@ -89,7 +89,10 @@ class Stream:
 
 
 def mismatches(target: Target, trained: Mapping[str, Any], enable_thinking: bool | None = None) -> list[str]:
-    """Why a drafter, by what its checkpoint says of its training, is measured off its distribution here; None: as it says."""
+    """Warnings about what differs here from the drafter's training, as `trained`, its checkpoint's record, has it.
+
+    `enable_thinking` None is not compared.
+    """
     assert target.tokenizer is not None
     found = []
     if trained.get("template_hash") not in (None, template_hash(target.tokenizer)):
@@ -102,8 +105,9 @@ def mismatches(target: Target, trained: Mapping[str, Any], enable_thinking: bool
 
 
 def exposed(trained: Mapping[str, Any], config: EvalConfig, data_dir: Path | None = None) -> list[str]:
-    """The tasks whose prompts may be in a drafter's training data, by what its checkpoint says was kept out of it and of
-    what it began as. `data_dir` has the held-out conversations, which are apart unless a stage held out others."""
+    """A warning that names the tasks whose prompts may be in the drafter's training data, or in that of the drafters it was
+    initialised from, as its checkpoint records them. `data_dir` holds the held-out conversations, which no training saw
+    unless it held out others."""
     labels = {task: describe_task(task, tasks_dir=config.tasks_dir).label for task in config.tasks}
     heldout = labels.pop("heldout", None)
     split = read_split(data_dir) if heldout and data_dir else None

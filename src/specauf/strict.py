@@ -1,6 +1,6 @@
-"""Dataclasses from plain mappings and YAML, strictly, and the errors that a user can mend.
+"""Dataclasses from plain mappings and YAML, strictly, and the errors that a user can fix.
 
-A key that does not exist is an error that names its nearest neighbour; a value of another type is refused, never cast.
+A key that does not exist is an error that names its nearest neighbour; a value of the wrong type is refused, never cast.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class UserError(Exception):
-    """Something the user can mend. The CLI prints the message alone and exits with 2."""
+    """An error that the user can fix. The CLI prints the message alone and exits with 2."""
 
 
 class ConfigError(UserError):
@@ -43,7 +43,7 @@ def choose(name: str, choices: typing.Sequence[str], what: str) -> str:
 
 
 def gathered(arguments: typing.Sequence[str], flag: str) -> list[str]:
-    """`flag a flag b` as `flag a b`: argparse would keep the last alone, and say nothing of the first."""
+    """Rewrite `flag a flag b` as `flag a b`: argparse would silently keep only the last."""
     rest: list[str] = []
     values: list[str] = []
     found, inside = 0, False
@@ -98,7 +98,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
 
 
 def read_yaml(path: Path, missing: str, instead: str) -> Any:
-    """What a YAML file holds. Raises `ConfigError` when it is not there, is not YAML or says a key twice."""
+    """The content of a YAML file. Raises `ConfigError` when it is missing, is not YAML or gives a key twice."""
     if not path.is_file():
         raise ConfigError(f"{missing}: {path}. {instead}")
     try:
@@ -108,7 +108,7 @@ def read_yaml(path: Path, missing: str, instead: str) -> Any:
 
 
 class UniqueKeys(yaml.SafeLoader):
-    """A key given twice is an error: which of the two was meant cannot be known. What is merged may be given again."""
+    """Refuses a key given twice, since either may be the one that was meant. A merged key (`<<`) may be given again."""
 
     def get_single_node(self) -> yaml.Node | None:
         node = super().get_single_node()
