@@ -34,7 +34,7 @@ class Progress(Protocol):
 def open_checkpoints(checkpoints: Sequence[Path]) -> dict[str, DFlash]:
     """Drafters that can share a table, by the name of their run, on the CPU.
 
-    Raises `UserError` when they differ in block size or thinking flag, have the same name, or prompt lookup's.
+    Raises `UserError` when they differ in block size or thinking flag, or when a name occurs twice or is prompt lookup's.
     """
     if not checkpoints:
         raise UserError("give at least one drafter directory")
@@ -71,9 +71,9 @@ def evaluate(
 ) -> tuple[dict[str, Any], bool]:
     """(results, whether every live check passed). Writes `out/results.json`; the first drafter is the baseline.
 
-    Rows of their own: with `selection` every drafter is also decoded live, choosing between candidates; with
-    `candidate_pool` every Domino drafter is measured with that approximation; with `lookup_first` every drafter behind prompt
-    lookup, in blocks of `lookup_block`, by default the drafters'.
+    Three options add rows. With `selection`, every drafter is also decoded live with self-selection. With `candidate_pool`,
+    every Domino drafter is also measured with only that many candidates corrected. With `lookup_first`, every drafter is also
+    measured behind prompt lookup, in blocks of `lookup_block`, by default the drafters' block size.
     """
     if live and config.sampling.temperature:
         raise ConfigError("--live compares token for token, so it needs temperature 0")
@@ -176,7 +176,7 @@ def evaluate(
 
 
 def _sampling(sampling: SamplingConfig) -> dict[str, Any]:
-    """The temperature, and what else is not as it is by default."""
+    """The temperature, and every other setting that is not at its default."""
     usual, known = to_dict(SamplingConfig()), to_dict(sampling)
     changed = {k.replace("_", " "): v for k, v in known.items() if v != usual[k] and k != "temperature"}
     return {"temperature": sampling.temperature, **changed}
@@ -217,7 +217,7 @@ def _live(
 
 
 def what_agrees(near_ties: bool) -> str:
-    """What a passed check of live decoding has shown."""
+    """What a passed check of live decoding shows."""
     apart = ", near ties of the target apart" if near_ties else ""
     return f"live tokens are plain decoding's, live rounds are replay's{apart}"
 

@@ -38,12 +38,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 NEAR_TIE = {torch.float32: 1e-4, torch.bfloat16: 2**-2, torch.float16: 2**-5}
-"""A divergence between two computations in a dtype is rounding up to this top-2 margin, and a bug above it. In 16 bits
-it is two steps of a logit between 16 and 32; exactness, token for token, is claimed in float32."""
+"""A divergence between two computations in this dtype is due to rounding up to this top-2 margin, and a bug above it. In 16
+bits the margin is two steps of a logit between 16 and 32. Exactness, token for token, is claimed in float32."""
 
 
 def near_tie(target: Target) -> float:
-    """Of `NEAR_TIE`, in the target's dtype."""
+    """The margin in `NEAR_TIE` for the target's dtype."""
     return NEAR_TIE.get(target.embed_weight.dtype, NEAR_TIE[torch.float32])
 
 
@@ -61,9 +61,9 @@ class Recorded:
     trajectories: list[Trajectory]
     limit: int
     clusters: list[int]
-    """The conversation that each trajectory belongs to: answers of one are not independent."""
+    """The conversation that each trajectory belongs to: answers of one conversation are not independent."""
     keep_features: bool = False
-    """Keep what the target says of them from one measurement to the next: for the few that a training run repeats."""
+    """Keep the target's features from one measurement to the next: for the few prompts that a training run repeats."""
     _features: dict[tuple[int, ...], list[Tensor]] = field(default_factory=dict)
 
     def texts(self) -> list[list[int]]:
@@ -71,14 +71,14 @@ class Recorded:
         return [t.tokens[: self.limit] for t in self.trajectories]
 
     def chunks(self) -> Iterator[range]:
-        """The trajectories' numbers, a chunk at a time; the features of one are let go before the next."""
+        """The trajectories' numbers, a chunk at a time; without `keep_features`, a chunk's features go before the next."""
         for start in range(0, len(self.trajectories), CHUNK):
             yield range(start, min(start + CHUNK, len(self.trajectories)))
             if not self.keep_features:
                 self._features.clear()
 
     def features_of(self, target: Target, layer_ids: Sequence[int], chunk: range) -> Sequence[Tensor | None]:
-        """The tapped features of a chunk's trajectories, computed once; Nones when there are no layers."""
+        """The tapped features of a chunk's trajectories, computed once; Nones when `layer_ids` is empty."""
         if not layer_ids:
             return [None] * len(chunk)
         key = (chunk.start, *layer_ids)
@@ -98,8 +98,8 @@ def recorded(
 ) -> Recorded:
     """Trajectories from `cache`, or recorded into it; keyed by target, prompts, sampling, EOS ids, length and block size.
 
-    A recording that was killed goes on where it stood. `block_size` is the largest that is to be replayed: a smaller
-    one makes the same rounds over it, so a recording for larger blocks is taken where there is one.
+    A killed recording resumes where it stopped. `block_size` is the largest that is to be replayed. Smaller blocks make the
+    same rounds over such a recording, so an existing one for larger blocks is used.
     """
     if not prompts:
         raise UserError(f"the task {label!r} has no prompts")
@@ -109,7 +109,7 @@ def recorded(
         "target": target.fingerprint(),
         "prompts": digest([_identity(d) for d in dialogues]),
         "sampling": to_dict(config.sampling),
-        "eos": sorted(target.eos_ids()),  # may change beside the weights, and ends the answers
+        "eos": sorted(target.eos_ids()),  # ends the answers, and may change while the weights do not
         "limit": limit,
         "block_size": block_size,
     }
@@ -133,11 +133,11 @@ def recorded(
 
 
 def _covering(cache: Path, meta: Mapping[str, Any]) -> Path | None:
-    """A recording in `cache` that differs from what is wanted in its block size alone, which is as large or larger."""
+    """A recording in `cache` that matches `meta`, except that its block size may be larger."""
     for path in sorted(cache.glob("trajectories-*/meta.json")):
         try:
             other = json.loads(path.read_text())
-        except (OSError, ValueError):  # another one's, damaged or just being put in place
+        except (OSError, ValueError):  # another user's, damaged or just being put in place
             continue
         if (
             all(other.get(k) == v for k, v in meta.items() if k != "block_size")
@@ -148,7 +148,7 @@ def _covering(cache: Path, meta: Mapping[str, Any]) -> Path | None:
 
 
 def _identity(dialogue: Dialogue) -> list[Any]:
-    """What a recording of it depends on, the target aside."""
+    """What the recording of a dialogue depends on, the target aside."""
     turns = [list(dialogue.later), dialogue.enable_thinking] if dialogue.later else []
     return [dialogue.id, dialogue.prompt, *turns]
 
@@ -159,9 +159,9 @@ def measure(
     tasks: Mapping[str, Recorded],
     on_progress: Callable[[int, str], None] | None = None,
 ) -> tuple[dict[str, Any], dict[str, dict[str, list[list[Round]]]]]:
-    """(the `evaluation` section of a report, rounds by task and method), every method over the same trajectories.
+    """Replay every method over the same trajectories: (the report's `evaluation` section, rounds by task and method).
 
-    `on_progress` is told of every trajectory that a method was replayed over, and which method.
+    `on_progress` is called with 1 and the method's name after each trajectory that a method was replayed over.
     """
     evaluation: dict[str, Any] = {}
     rounds: dict[str, dict[str, list[list[Round]]]] = {}
@@ -235,20 +235,20 @@ def comparison(
 
 @dataclass
 class LiveCheck:
-    """Live decoding of recorded prompts beside plain decoding and replay."""
+    """Live decoding of recorded prompts, compared with plain decoding and replay."""
 
     generations: list[Generation]
     plain: list[Generation]
     live_seconds: float
     plain_seconds: float
     replay_seconds: float
-    """Features cached."""
+    """With the features cached."""
     prefill_seconds: float
-    """What computing those features takes."""
+    """What computing those features took."""
     problems: list[str]
     """Divergences with a top-2 margin above `near_tie`. Empty is a pass."""
     near_ties: list[str]
-    """Divergences up to it."""
+    """Divergences with a margin up to `near_tie`."""
     near_tie: float
 
 
@@ -262,9 +262,9 @@ def check_live(
     batched: bool = False,
     on_done: Callable[[int], None] | None = None,
 ) -> LiveCheck:
-    """Decode recorded prompts (T=0) live, and compare tokens with plain decoding and with the recording, rounds with replay.
+    """Decode recorded prompts (T=0) live; compare tokens with plain decoding and the recording, and rounds with replay.
 
-    `sampling` is what they were recorded with.
+    `sampling` is what the prompts were recorded with.
     """
     plain: list[Generation] = []
     live: list[Generation] = []
@@ -300,7 +300,7 @@ def check_live(
 
 
 def _clock(target: Target) -> float:
-    """Seconds, read when the device has done what it was given."""
+    """Seconds, read when the device has finished its queued work."""
     if target.device.type == "cuda":
         torch.cuda.synchronize(target.device)
     return time.perf_counter()

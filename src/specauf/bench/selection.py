@@ -1,4 +1,4 @@
-"""Self-selection is measured live: the target's own words choose the block, and a recording has none off its path."""
+"""Self-selection is measured live: the target's scores choose the block, and a recording has none off its path."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def measure_selection(
     config: EvalConfig,
     on_done: Callable[[int], None],
 ) -> tuple[dict[str, Any], list[str]]:
-    """(Tau and cost over the recorded prompts, problems). `replayed` are the greedy chain's rounds over the same prompts.
+    """(Tau and cost over the recorded prompts, problems). `replayed` are the greedy block's rounds over the same prompts.
 
-    At T=0 the text must be the recorded one; a divergence below the margin of a near tie is no problem.
+    At T=0 the text must be the recorded one; a divergence within the margin of a near tie is no problem.
     """
     prompts, out = [t.prompt for t in recording.trajectories], list[Generation]()
     for start in range(0, len(prompts), config.batch_size):
@@ -61,7 +61,7 @@ def measure_selection(
 
 
 def _parting(live: Generation, text: Sequence[int], tie: float) -> str:
-    """Where a live text leaves the recorded one for more than a near tie; empty when it does not."""
+    """Where a live text departs from the recorded one by more than a near tie; empty when it does not."""
     pairs = enumerate(zip(live.tokens, text, strict=False))
     at = next((i for i, (a, b) in pairs if a != b), min(len(live.tokens), len(text)) - 1)
     if live.tokens == list(text) or live.margins[at] <= tie:

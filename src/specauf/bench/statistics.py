@@ -8,7 +8,7 @@ list, not a sample: no interval speaks of other tasks, another target or another
 **The resampling.** There are two crossed levels, and each resample draws both with replacement:
 
 1. within each task, on its own, as many *clusters* of prompts as it has (the turns of a conversation are one cluster), for the
-   tau averaged over seeds; the task's mean is then sum over size of what was drawn;
+   tau averaged over seeds; the task's mean is then the sum of what was drawn over its size;
 2. as many *seeds* as there are, one draw for all tasks, for the macro average of each seed. With one seed this level is left
    out, and the interval speaks of that training run and not of the method.
 
@@ -17,7 +17,7 @@ twice: intervals are a little too wide where it dominates. (Drawing rows and col
 three times: Owen, 2007, "The pigeonhole bootstrap".)
 
 **Few seeds.** The percentile bootstrap of few values is anti-conservative: its variance is (n-1)/n of the unbiased one, two
-thirds at three seeds, and it takes the spread for known, where Student's t has 4.30 in place of 1.96. (Three values have
+thirds at three seeds, and it takes the spread as known, where Student's t has 4.30 in place of 1.96. (Three values have
 ten different resampled means, none outside their range.) Both are mended, at every level alike:
 
 - the deviations of a level with n units are multiplied by sqrt(n/(n-1)), so that their variance is unbiased;
@@ -37,10 +37,10 @@ tests):
     3 seeds, unmended            92.4,  1.3  90.1,  3.1  84.5,  7.5  77.0, 15.7
     5 seeds                                  94.1,  1.3              93.3,  2.0
 
-So at three seeds 95 % means 92 to 95 %, and where the seeds decide a per-task claim errs up to four times as often as Holm
-promises, because f is estimated from the same few values. A t of its own for each level would keep both promises, with
-intervals at Holm's level about 1.7 times as wide at ratio 0.5 and 2.3 times at 1; this is the compromise. Two seeds are too few
-for a claim.
+So at three seeds 95 % means 92 to 95 %, and where the seeds decide, a per-task claim errs up to four times as often as Holm
+promises, because f is estimated from the same few values. A separate t for each level would keep both promises, but make
+intervals at Holm's level about 1.7 times as wide at ratio 0.5 and 2.3 times at 1; the scheme here is the compromise. Two
+seeds are too few for a claim.
 
 **Reading it.** `interval` is the 95 % percentile interval, `equivalence_interval` the 90 % one, and `p` twice the smaller share
 of resamples on either side of zero, so that p < 0.05 and an interval without zero are one statement.
@@ -59,13 +59,13 @@ from scipy import stats
 from specauf.decode.resampling import deviations, student
 
 MARGIN = 0.02
-"""tau. A smaller difference is not worth a claim; fixed before any study was run."""
+"""In tau: a smaller difference is not worth a claim. Fixed before any study was run."""
 
 LEVEL = 0.05
 NEAR = (0.003, 0.065)
-"""p from 10,000 resamples near 0.05, or near Holm's first hurdle of six: the draws could decide the verdict."""
+"""Range of p from 10,000 resamples that is near 0.05 or Holm's first hurdle of six, so that chance could decide the verdict."""
 REFINED = 200_000
-"""Resamples there. They leave p a standard error of 0.0003 at the first hurdle, where 10,000 leave it 0.0013."""
+"""Resamples in that range. At the first hurdle they leave p a standard error of 0.0003, and 10,000 leave it 0.0013."""
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Verdict = Literal["better", "worse", "equivalent", "undecided"]
@@ -81,13 +81,13 @@ class Distribution:
     equivalence_interval: tuple[float, float]
     """90 %: inside the margin, two one-sided tests at 5 % reject a difference as large as the margin."""
     p: float
-    """Two-sided, of no difference. Says nothing of a method by itself."""
+    """Two-sided, of no difference. Says nothing about a single method."""
 
 
 def task_mean(tau: Floats) -> float:
     """Mean of tau [seeds, prompts] over the prompts that have a number in every seed.
 
-    A prompt whose first token ends the text has no round under any drafter, so that nothing measured is left out.
+    A prompt whose first token ends the text has no round under any drafter, so nothing measured is left out.
     Raises `ValueError` when no prompt is left.
     """
     return float(tau[:, _complete(tau)].mean())
@@ -157,8 +157,8 @@ def verdict(
 ) -> Verdict:
     """What the interval of a - b says of a.
 
-    *equivalent*: the 90 % interval lies strictly inside +-margin; without one, the wider 95 % interval must. It is asked first:
-    a difference that is surely not zero but surely below what was agreed to matter is not worth a claim.
+    *equivalent*: the 90 % interval lies strictly inside +-margin; without one, the wider 95 % interval must. It is checked
+    first: a difference that is surely not zero but surely below what was agreed to matter is not worth a claim.
     *better*, *worse*: the 95 % interval leaves zero out and the adjusted p, if given, is below 0.05.
     *undecided*: the rest. An interval that merely contains zero has shown nothing, and neither has one with NaN.
     """
@@ -177,8 +177,8 @@ def noise_floor(tau_by_seed: Floats) -> float:
     """How far two runs of one method that differ in their seed alone lie apart, 95 times in 100: t sd sqrt(2).
 
     `tau_by_seed` [seeds], or [methods, seeds] for the mean variance within methods. t has seeds - 1 degrees of freedom however
-    many methods there are: they share their seeds, which move them alike, and three methods tell little more of them than one.
-    The measure is ISO 5725's repeatability limit. It is for unpaired runs; the difference of two that share a seed is steadier.
+    many methods there are: they share their seeds, which move them alike, so three methods say little more than one. The
+    measure is ISO 5725's repeatability limit. It is for unpaired runs; the difference of two that share a seed is steadier.
     Raises `ValueError` below two seeds.
     """
     rows = np.atleast_2d(np.asarray(tau_by_seed, dtype=np.float64))
@@ -215,7 +215,7 @@ def _difference(
 
 def _distribution(estimate: float, resampled: Floats) -> Distribution:
     low, low90, high90, high = np.quantile(resampled, [LEVEL / 2, LEVEL, 1 - LEVEL, 1 - LEVEL / 2]).tolist()
-    # Counting the observed value among the resamples keeps p above zero, as a finite number of them must.
+    # Counting the observed value among the resamples keeps p above zero: finitely many resamples cannot show p = 0.
     side = 1 + min(int((resampled <= 0).sum()), int((resampled >= 0).sum()))
     p = min(1.0, 2 * side / (len(resampled) + 1))
     return Distribution(estimate, (low, high), (low90, high90), p)

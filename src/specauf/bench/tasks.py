@@ -23,7 +23,7 @@ from specauf.strict import ConfigError, UserError, nearest
 from specauf.target import Target
 
 MANIFEST = "manifest.json"
-"""Beside the files of a directory of tasks, and optional: says what they are."""
+"""An optional file beside the task files of a directory, which describes them."""
 AS_GIVEN = "as the file has it"
 REASON = "Please reason step by step, and put your final answer within \\boxed{}."
 
@@ -32,20 +32,20 @@ REASON = "Please reason step by step, and put your final answer within \\boxed{}
 class Task:
     label: str
     family: str
-    """`MATH`, `CODE`, `CHAT`; `OTHER` for a file that says nothing of itself."""
+    """`MATH`, `CODE`, `CHAT`; `OTHER` for a file that nothing describes."""
     source: str
     licence: str
     format: str
     """The wording of a prompt, before the chat template."""
     count: int | None = None
-    """Conversations that are taken, in the order of the source; None is all of them."""
+    """Number of conversations to take, in the order of the source; None is all of them."""
     note: str = ""
 
 
 class BenchPrompt(NamedTuple):
     id: str
     messages: list[dict[str, str]]
-    """Up to the first answer."""
+    """The turns up to the first answer."""
     later: tuple[str, ...] = ()
     """What the user says after each answer."""
 
@@ -62,7 +62,7 @@ class HubFile:
     """A commit, so that the prompts cannot change."""
     path: str
     name: Callable[[int, Row], str]
-    """The id of a row, with its number in the file."""
+    """The id of a row, from its number in the file and its content."""
     turns: Callable[[Row], list[str]]
 
 
@@ -148,14 +148,14 @@ TASKS = {
     ),
 }
 RELATIVES = {"tatsu-lab/alpaca_farm": "AlpacaFarm eval", "tatsu-lab/alpaca_eval": "AlpacaEval"}
-"""Labels of sets that go by the name of a task and are another, by the source that a manifest gives."""
+"""Labels of data sets that share a task's name but differ from it, by the source that a manifest gives."""
 
 
 def describe_task(name: str, *, tasks_dir: str | None = None) -> Task:
     """What `load_task` reads under this name. A file is described by the manifest beside it, else by its own name.
 
     A manifest is a JSON list of {"name", "source", "licence"} and optionally "label", "family", "commit" and "note".
-    Raises `ConfigError` on an unknown name, `UserError` on a manifest that is none.
+    Raises `ConfigError` on an unknown name, `UserError` on an invalid manifest.
     """
     path = _file(name, tasks_dir)
     known = TASKS.get(name)
@@ -181,10 +181,10 @@ def describe_task(name: str, *, tasks_dir: str | None = None) -> Task:
 def load_task(
     name: str, *, tasks_dir: str | None = None, data_dir: Path | None = None, count: int | None = None
 ) -> list[BenchPrompt]:
-    """The conversations of a task, in a fixed order: the first `count`, as many as the table says when not given.
+    """The first `count` conversations of a task, in a fixed order; as many as `TASKS` says when not given.
 
     Raises `ConfigError` on an unknown name; `UserError` on a file that cannot be read, naming the line, and when a source
-    is out of reach.
+    cannot be reached.
     """
     if (path := _file(name, tasks_dir)) is not None:
         found = _read_jsonl(path)
@@ -209,7 +209,7 @@ def load_task(
 def task_texts(names: Sequence[str], tasks_dir: str | None = None) -> list[str]:
     """Every user turn of the tasks that do not come from the corpus, to be kept out of the training data.
 
-    A turn that wraps code in a fence, or ends in the request to reason, is there twice, with its wording and bare.
+    A turn that wraps code in a fence, or ends in the request to reason, is given twice: with that wording and without it.
     """
     prompts = [p for name in names if name != "heldout" for p in load_task(name, tasks_dir=tasks_dir)]
     asked = [m["content"] for p in prompts for m in p.messages if m["role"] == "user"]
@@ -221,7 +221,7 @@ def task_texts(names: Sequence[str], tasks_dir: str | None = None) -> list[str]:
 def render_prompts(target: Target, prompts: Sequence[BenchPrompt], enable_thinking: bool) -> list[Dialogue]:
     """First prompts as token ids through the target's own chat template, generation prompt included.
 
-    Later turns stay text: their prompts contain the target's answers, and are made as those are recorded.
+    Later turns stay text: their prompts contain the target's answers, so they are rendered while those are recorded.
     Raises `UserError` when the template refuses a prompt.
     """
     tokenizer = target.tokenizer
