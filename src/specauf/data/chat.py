@@ -2,8 +2,9 @@
 
 What an assistant turn adds to the rendering, from the generation prompt to its end, is supervised. The boundaries come
 from rendering prefixes of the conversation and never from looking for markers in the text, so they hold for any
-template under which a longer conversation only appends. Some rewrite an answer once another question follows (Qwen3 drops
-its think block): then it is supervised as it stands in the history, between what all renderings of it have in common.
+template under which a longer conversation only appends. Some templates rewrite an answer once another question follows
+(Qwen3 drops its think block). Such an answer is supervised as the history has it; rendering another text in its place
+shows where it lies.
 """
 
 from __future__ import annotations
@@ -50,14 +51,14 @@ def render(
 ) -> Rendered:
     """Token ids of the whole conversation (one tokenisation of the full text) and their loss mask, cut to `max_length`.
 
-    Turns that begin beyond `max_length` tokens may go unchecked. Raises `UnstableTemplate` when a boundary is not one:
-    the last answer does not begin as its generation prompt says, an earlier one is not found again, or a token straddles
-    it; `UserError` when the tokenizer has no offsets.
+    Turns that begin beyond `max_length` tokens may go unchecked. Raises `UnstableTemplate` when a boundary does not hold:
+    the last answer does not begin with its generation prompt, an earlier one cannot be located, or a token straddles the
+    boundary; `UserError` when the tokenizer has no offsets.
     """
     turns = _plain(messages)
     full = text = _render_text(tokenizer, turns, enable_thinking)
     spans: list[tuple[int, int]] = []
-    enough = 4 * max_length if max_length else len(full) + 1  # characters after which to see if these tokens will do
+    enough = 4 * max_length if max_length else len(full) + 1  # characters after which to check if these tokens suffice
     encoded = None
     for i, turn in enumerate(turns):
         if turn["role"] != "assistant":
@@ -91,15 +92,15 @@ def render(
 
 
 ELSEWHERE = "\ue000elsewhere\ue000"
-"""Text of the private use area, in place of an answer that is looked for."""
+"""Private-use characters, rendered in place of an answer to locate it."""
 
 
 def _in_history(
     tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], i: int, full: str, thinking: bool
 ) -> tuple[int, int] | None:
-    """Where answer `i`, which the template rewrites later, lies in `full`, its end of turn included; None when it does not.
+    """The span in `full` of answer `i`, which the template rewrites later, end of turn included; None when not found.
 
-    Another text is rendered in its place: what is then different is the answer, whatever the template strips of it.
+    Another text is rendered in its place: what then differs is the answer, whatever the template strips from it.
     """
     other = [*turns[:i], {**turns[i], "content": ELSEWHERE}]
     head, found, rest = _render_text(tokenizer, [*other, *turns[i + 1 :]], thinking).partition(ELSEWHERE)
@@ -108,8 +109,8 @@ def _in_history(
         return None
     last = bare + _common(rest, _render_text(tokenizer, other, thinking).rpartition(ELSEWHERE)[2])
     while bare < last < len(full) and not _splits_at(tokenizer, full, last):
-        last -= 1  # what begins the next turn may begin like the rest of this one
-    # A template may end an answer otherwise in history (gpt-oss): without an end of turn in common, none is supervised.
+        last -= 1  # the next turn may begin with the same characters as the rest of this one
+    # A template may end an answer differently in history (gpt-oss): without a common end of turn, none is supervised.
     return (first, last) if last > bare or _splits_at(tokenizer, full, bare) else None
 
 
@@ -134,8 +135,9 @@ def continuation_ids(
 ) -> list[int]:
     """What follows the end-of-turn token `end` of `answer` up to the header of the next assistant turn.
 
-    `before` is what was answered, `after` what is said next. Raises `UnstableTemplate` when the longer conversation does
-    not merely append to the prompt, the answer and its end: then the tokens so far are not a prefix of what it renders.
+    `before` are the messages that were answered, `after` those that come next. Raises `UnstableTemplate` when the longer
+    conversation does not merely append to the prompt, the answer and its end: then the tokens so far are not a prefix of
+    its rendering.
     """
     prior = _plain(before)
     stem = _render_text(tokenizer, prior, enable_thinking, generation_prompt=True) + answer
@@ -143,7 +145,7 @@ def continuation_ids(
     full = _render_text(tokenizer, turns, enable_thinking, generation_prompt=True)
     if not full.startswith(stem):
         raise UnstableTemplate(f"message {len(prior)} ({_differ(full, stem, stem)})")
-    # The end token is tokenised along: some tokenizers put a blank before text that begins a string.
+    # The end token is tokenised too: some tokenizers put a blank before text that begins a string.
     ids = list(tokenizer(full[len(stem) :], add_special_tokens=False, verbose=False)["input_ids"])
     if ids[:1] != [end]:
         raise UnstableTemplate(f"message {len(prior)} (the target ends it with token {end}, the template otherwise)")
@@ -214,7 +216,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], l
 def _token_at(
     tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int], starts: list[int], ends: list[int], boundary: int
 ) -> int:
-    """Index of the first token behind the character `boundary`, no token lying across it."""
+    """Index of the first token after the character `boundary`, which no token may straddle."""
     index = bisect_left(starts, boundary)
     before = ends[index - 1] if index else 0
     after = starts[index] if index < len(starts) else len(text)

@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     Identified = tuple[int, Conversation]
 
 FORMAT = 2
-"""Part of the key: raised when the same corpus is read, split or rendered otherwise."""
+"""Part of the key: raised when the same corpus is read, split or rendered differently."""
 TOKENS, META, HELDOUT = "tokens.safetensors", "meta.json", "heldout.json"
 
 
 class Example(NamedTuple):
     uid: int
-    """Identity of the conversation, for counter-based randomness: never its place in the dataset."""
+    """Identity of the conversation, for counter-based randomness: never its position in the dataset."""
     input_ids: Tensor
     """int64 [s]"""
     loss_mask: Tensor
@@ -123,7 +123,7 @@ def prepare(
 
     Training conversations come in the order of a hash of (seed, uid), so a smaller `max_conversations` takes a prefix
     of a larger one. Held-out prompts longer than `max_prompt_tokens`, or repeated, are left out and counted in
-    `train.meta["heldout"]`. `kept_out` names the tasks that `excluded_prompts` are of. Raises `UserError` when the corpus
+    `train.meta["heldout"]`. `kept_out` names the tasks that `excluded_prompts` come from. Raises `UserError` when the corpus
     or the template leaves nothing to train on.
     """
     excluded = sorted(set(excluded_prompts))
@@ -168,7 +168,10 @@ def prepare(
 def training_order(
     config: DataConfig, source: Path, ledger: Ledger, excluded_prompts: Iterable[str] = ()
 ) -> tuple[list[Identified], list[Identified]]:
-    """(training, held-out) conversations of a corpus, each in the order of a hash of (seed, uid); the latter counted."""
+    """(training, held-out) conversations of a corpus, each in the order of a hash of (seed, uid).
+
+    `ledger` counts the held-out ones as dropped.
+    """
     train, heldout = split(read_conversations(source, ledger, excluded_prompts), config.heldout, config.seed)
     ledger.drop("held out", len(heldout))
     if config.heldout and not heldout:
@@ -186,10 +189,10 @@ def read_heldout(directory: Path) -> list[Prompt]:
 
 
 def read_split(directory: Path) -> dict[str, Any] | None:
-    """What divided the corpus into training and held-out conversations, None where it was not noted."""
+    """The settings that split the corpus into training and held-out conversations; None where they were not stored."""
     try:
         split: dict[str, Any] | None = json.loads((directory / META).read_text(encoding="utf-8")).get("split")
-    except (OSError, ValueError):  # who needs the data will say so
+    except (OSError, ValueError):  # whoever reads the data reports it
         return None
     return split
 

@@ -1,7 +1,7 @@
 """Optional store of the target's features: written once, memory-mapped, resumable, keyed by what produced it.
 
-The estimate comes first and a cache over the budget is refused before a byte is written. Shards are whole files, so a killed
-build goes on at the first missing one.
+The size is estimated first, and a cache over the budget is refused before a byte is written. Shards are whole files, so a
+killed build resumes at the first missing one.
 """
 
 from __future__ import annotations
@@ -88,7 +88,10 @@ def extract(
     extras: bool = False,
     batch_tokens: int = BATCH_TOKENS,
 ) -> list[dict[str, Tensor]]:
-    """Features of every sequence, batched by like length, on the CPU in the target's dtype. Body only, unless `extras`."""
+    """Features of every sequence, on the CPU in the target's dtype. Batches hold sequences of similar length.
+
+    Only the target's body runs, unless `extras`.
+    """
     out: dict[int, dict[str, Tensor]] = {}
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     while order:
@@ -134,8 +137,8 @@ def build_features(
     """Write (or finish, or just open) the cache of the first `examples` conversations under `directory`.
 
     The subdirectory is named by a digest of the target's fingerprint, the layer ids, the dtype and the tokens, so a cache
-    can never be read with another target. Of `share` = (r, n), every n-th shard from the r-th is written here, the
-    others by n - 1 other processes; `wait` returns when they have.
+    can never be read with another target. With `share` = (r, n), this process writes every n-th shard from the r-th, and
+    n - 1 other processes write the rest; `wait` returns when they have.
     Raises `UserError` when the estimate exceeds `config.max_gb`.
     """
     count = len(dataset) if examples is None else min(examples, len(dataset))
@@ -189,7 +192,7 @@ def build_features(
 
 
 def _checksum(ids: Int[Tensor, " tokens"]) -> int:
-    """Of tokens and their places, a part at a time: a corpus may be as large as memory is."""
+    """Checksum of tokens and their positions, a part at a time: a corpus may be as large as memory is."""
     total = 0
     for start in range(0, len(ids), 1 << 20):
         part = ids[start : start + (1 << 20)].to(torch.int64)

@@ -1,4 +1,4 @@
-"""What `specauf rollout` is asked for, and its directory as training data: recognised without torch, checked, read."""
+"""The settings of `specauf rollout`, and its directory as training data: recognised without torch, checked, read."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SETTINGS = "rollout.json"
-"""Written first: what a directory of rollouts is made of, finished or not."""
+"""Written first: what the rollouts in a directory are made from, finished or not."""
 
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """How the target answers training prompts. Not part of a recipe: its outcome is."""
+    """How the target answers training prompts. Not part of a recipe, which names the resulting directory instead."""
 
     turns: int | Literal["all"] = "all"
-    """Assistant turns of a conversation to answer; what follows them is left out."""
+    """Number of assistant turns of a conversation to answer; later turns are left out."""
     samples: int = 1
     """Independent answers to every conversation."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     max_new_tokens: int = 256
-    """Per answer. One cut here, or by data.max_length, ends its conversation."""
+    """Tokens per answer. An answer cut here, or by data.max_length, ends its conversation."""
     max_tokens: int | None = None
-    """Generated tokens after which no further conversation is taken."""
+    """Start no further conversation once this many tokens have been generated."""
     batch_size: int = 32
 
     def __post_init__(self) -> None:
@@ -67,7 +67,9 @@ def rollout_meta(path: str) -> dict[str, Any] | None:
 
 
 def open_rollouts(config: DataConfig, target: Target) -> Prepared:
-    """The rollouts in `config.path`, `max_conversations` of them with all their samples; split and seed were settled.
+    """The rollouts in `config.path`: `max_conversations` conversations, with all their samples.
+
+    Split and seed were settled when the rollouts were made.
 
     Raises `UserError` when they do not fit the target's tokenizer and template or the recipe's data section.
     """

@@ -29,7 +29,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _PART = re.compile(r"(.+)_\d+")
 """An id that may name a part: of a chat, as ShareGPT's QWJhYvA_12 does, or of a file, as train_12."""
 LONGEST_CHAT = 32, 0.01
-"""Ids that share a name are the parts of one chat while they are at most so many, or such a share of the corpus."""
+"""Ids that share a name are the parts of one chat if there are at most this many, or this share of the corpus."""
 
 
 class Message(NamedTuple):
@@ -56,7 +56,7 @@ class Ledger:
     kept: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     changed: dict[str, int] = field(default_factory=dict)
-    """Repairs of records that were not dropped for it; a record counts once per reason."""
+    """Repairs of records, by reason, where the fault did not drop the record; a record counts once per reason."""
     warnings: list[str] = field(default_factory=list)
 
     def drop(self, reason: str, count: int = 1) -> None:
@@ -215,7 +215,7 @@ def _repair(message: Message) -> Message:
 
 
 def _decodable(text: str) -> str:
-    """Half a surrogate pair cannot be hashed or tokenised."""
+    """`text` without lone surrogates, which cannot be hashed or tokenised."""
     if text.isascii() or not _SURROGATE.search(text):
         return text
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -245,7 +245,7 @@ _LEFT_OUT = {
     "function_call": "tool calls left out",
     **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), "reasoning left out"),
 }
-"""Fields of a record or a message that no chat template is given, and what the ledger calls their loss."""
+"""Fields of a record or a message that are not passed to the chat template, and what the ledger calls their loss."""
 
 
 def _left_out(record: dict[str, Any], items: list[dict[str, Any]]) -> list[str]:
@@ -273,8 +273,8 @@ def normalise(record: Any, ledger: Ledger) -> Conversation | None:
 
     Takes ShareGPT (`conversations`: `from`, `value`) and OpenAI (`messages`: `role`, `content`) records, with an `id` and a
     `system` prompt beside them if there are any. Empty messages, assistant turns before the first user turn and what
-    follows the last answer are removed, neighbours of one role are merged; each repair is counted in `ledger.changed`, as
-    are tools and reasoning that are left out, and a None in `ledger.dropped`.
+    follows the last answer are removed; neighbours of one role are merged. `ledger.changed` counts each repair, and tools
+    and reasoning that are left out; `ledger.dropped` counts each None.
     """
     repairs = []
     try:
@@ -345,8 +345,9 @@ def split(
 ) -> tuple[list[Conversation], list[Conversation]]:
     """(train, held out), each in the given order. `heldout` is the expected share of *groups* that are held out.
 
-    A group is everything linked by the first user turn, or by the chat of which the ids name parts (`QWJhYvA_12`), so that
-    neither occurs on both sides. Ids that number the records of a file (`train_12`) link nothing.
+    Conversations with the same first user turn, or with ids that name parts of one chat (`QWJhYvA_12`), are linked into one
+    group, so that neither a turn nor a chat occurs on both sides. Ids that number the records of a file (`train_12`) link
+    nothing.
     Which groups are held out depends on the seed and on a group's own members, not on the order of the file.
     """
     conversations = list(conversations)
@@ -373,7 +374,7 @@ def split(
 
 
 def _chats(conversations: list[Conversation]) -> list[str]:
-    """The chat of each conversation; its own id where that names no part."""
+    """The chat that each conversation is part of; its own id where that names no part."""
     names = [part[1] if (part := _PART.fullmatch(c.id)) else c.id for c in conversations]
     count, (most, share) = Counter(names), LONGEST_CHAT
     return [
