@@ -1,4 +1,4 @@
-"""A cell's directory: how far it is, and whether it is still the cell that the recipe describes."""
+"""A cell's directory: how far training has come, and whether it is still the cell that the recipe describes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ NOT_IDENTITY = (
     *(("out",), ("eval",), ("target", "device"), ("target", "trust_remote_code"), ("features", "max_gb")),
     *(("objective", "logits_rows"), ("train", "save_every"), ("train", "eval_every")),
 )
-"""What may change about a cell that is trained or in training: none of it changes a weight."""
+"""Settings that may change once a cell's training has begun: none of them changes a weight."""
 
 
 def progress(out: Path) -> tuple[int, int | None]:
     """(Steps in the last checkpoint, the horizon), (0, None) when there is none."""
     try:
         state = json.loads((out / "checkpoint" / "state.json").read_text())
-    except FileNotFoundError:  # also while the process that trains it puts a new one in its place
+    except FileNotFoundError:  # also while the process that trains it replaces the checkpoint
         return 0, None
     return int(state["step"]), state["max_steps"]
 
@@ -35,7 +35,7 @@ def finished(out: Path) -> bool:
 
 
 def identity(config: RunConfig) -> dict[str, Any]:
-    """The configuration without `NOT_IDENTITY`. A cell that it starts from goes by its name: a study may be moved."""
+    """The configuration without `NOT_IDENTITY`. A cell that it starts from goes by name, since a study may be moved."""
     tree = to_dict(config)
     source, cells = tree["drafter"]["init_from"], Path(config.out).parent
     if source and Path(source).is_relative_to(cells):
@@ -53,7 +53,7 @@ def check_unchanged(cell: Cell) -> None:
     path = cell.out / "config.yaml"
     if not path.is_file():
         return
-    # Read as a recipe, so that a field which did not exist then has its default.
+    # Read as a recipe, so that a field that did not exist then has its default.
     before = identity(from_dict(RunConfig, yaml.safe_load(path.read_text(encoding="utf-8")), str(path)))
     now = identity(cell.config)
     changed = [f"{key}: {old!r} then, {new!r} now" for key, old, new in _differences(before, now)]
@@ -67,8 +67,8 @@ def check_unchanged(cell: Cell) -> None:
 def check_same_data(cell: Cell, data: str, target: str) -> None:
     """Raise `ConfigError` when the cell on disk was trained on other prepared data or another target than these keys name.
 
-    The recipe may be the same: the corpus or the target's files have changed in their place, the prompts to keep out are
-    others, or an earlier version of specauf read the corpus otherwise.
+    The recipe may still be the same: the corpus or the target's files were changed in place, other prompts are to be kept
+    out, or an earlier version of specauf read the corpus differently.
     """
     path = cell.out / "run.json"
     before = json.loads(path.read_text()) if path.is_file() else {}

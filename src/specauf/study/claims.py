@@ -1,12 +1,12 @@
-"""The paper's claims, each as a function of a study's results: reproduced here, not, undecided, or not run.
+"""The paper's claims, each as a function of a study's results: reproduced here, not reproduced, undecided, or not run.
 
-A comparison counts with the verdict it has in the table, with one exception: a difference of two single training runs counts
-only when it is larger than the noise floor, the spread of seeds, and not at all while that is unknown. Its interval speaks of
-those two runs; a claim speaks of the methods.
+A comparison counts with its verdict in the table, with one exception. A difference of two single training runs counts only
+when it exceeds the noise floor, the spread of seeds, and not at all while that is unknown: its interval is about those two
+runs, but a claim is about the methods.
 
 Methods are found by name: `decay`, `auf`, `auf-decay` on DFlash; `decay-only`, `b-auf`, `b-auf-d`, `s-auf`, ... on Domino.
-The last two claims are not the paper's but what it leaves open: whether a fixed position prior does as well, and what equal
-training time, rather than equal steps, makes of it (`PRIORS`, `auf-time`).
+The last two claims are not the paper's but what it leaves open: whether AUF beats fixed position priors (`PRIORS`), and
+whether it wins at equal training time rather than equal steps (`auf-time`).
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ Results = Mapping[str, Any]
 MACRO = "macro"
 TEMPERATURES = ("0", "1")
 DOMINO = ("b-auf", "b-auf-d", "s-auf", "s-auf-d", "f-auf", "f-auf-d")
-"""The paper's Table 3: AUF on the base branch alone, on both by the base's support, on each by its own; with decay."""
+"""The paper's Table 3: AUF on the base branch alone (`b`), on both branches with the base's support (`s`), or on each with
+its own (`f`); `-d` adds decay."""
 PRIORS = ("uniform", "decay-g05", "decay-g1", "decay-g2", "first-1", "first-2")
-"""Weights by position alone, which know nothing of what the drafter gets right."""
+"""Weights by position alone, which do not depend on what the drafter gets right."""
 REACH = 0.3
-"""r_active below which decay inside AUF has too few slots to act on: that it is inert there says nothing."""
+"""r_active below which decay inside AUF has too few slots to act on, so that being inert there says nothing."""
 TAIL = 0.2
-"""Share of the training, at its end, whose mean is called the end."""
+"""Share of the training, at its end, over which a figure's end value is averaged."""
 
 
 class Found(NamedTuple):
-    """What the numbers say of a claim."""
+    """What the numbers say about a claim."""
 
     verdict: str
     because: str
@@ -41,7 +42,7 @@ class Found(NamedTuple):
 
 
 def claims(results: Results) -> list[dict[str, Any]]:
-    """The `claims` of a study's results: those that its parts' methods are about."""
+    """The `claims` of a study's results: those about the methods of its parts."""
     rows = []
     asked = {name for part in results["parts"] for name in part["methods"]}
     for name, source, decide, about in CLAIMS:
@@ -62,8 +63,8 @@ def primary(results: Results) -> Found:
 def everywhere(results: Results, temperature: str) -> Found:
     """AUF above decay on every benchmark, by Holm's adjusted p.
 
-    The adjustment protects the claim of any single benchmark; "all of them" would need none. The verdict keeps the rule that
-    was fixed before the run, and says beside it how many intervals are above zero without the adjustment.
+    The adjustment protects a claim about any single benchmark; one about all of them would need none. The verdict keeps the
+    rule that was fixed before the run; its reason adds how many intervals are above zero without the adjustment.
     """
     indices = [find(results, "auf", "decay", temperature, task) for task in results["tasks"]]
     found = _decide(results, indices, {"better"}, {"worse", "equivalent"}, "AUF against decay")
@@ -89,11 +90,11 @@ def inert(results: Results) -> Found:
 
 
 def inversion(results: Results) -> Found:
-    """Decay is more accurate on all slots alike, and accepted less."""
+    """Decay is more accurate over all valid slots, yet is accepted less."""
     index = find(results, "auf", "decay", "0", MACRO)
     read = {name: _end(results, name, "common_accuracy") for name in ("decay", "auf")}
     seeds = sorted(read["decay"].keys() & read["auf"].keys())
-    # AUF's loss does not read all slots, so it logs this figure at some steps: decay's of the same steps is its pair.
+    # AUF's loss does not read all slots, so it logs this figure only at some steps; it is paired with decay's at those.
     steps = {seed: sorted(read["decay"][seed].keys() & read["auf"][seed].keys()) for seed in seeds}
     if index is None or not all(steps.values()) or not steps:
         return Found("not run", "decay and AUF are not both trained, measured and logged")
@@ -121,7 +122,7 @@ def transfer(results: Results) -> Found:
 
 
 def base_branch(results: Results) -> Found:
-    """AUF on the base branch is what helps: it beats decay-only, and AUF on the final branch too adds nothing to it."""
+    """AUF on the base branch is what helps: it beats decay-only, and adding AUF on the final branch gains nothing."""
     gain = [find(results, name, "decay-only", "0", MACRO) for name in ("b-auf", "b-auf-d")]
     found = _decide(results, gain, {"better"}, {"worse", "equivalent"}, "AUF on the base branch against decay-only")
     pairs = [(f"b-auf{d}", f"{other}-auf{d}") for d in ("", "-d") for other in ("s", "f")]
@@ -135,9 +136,9 @@ def base_branch(results: Results) -> Found:
 
 
 def beyond_priors(results: Results) -> Found:
-    """AUF above every fixed weighting of positions, the tuned ones and the first slots alone among them.
+    """AUF above every fixed weighting of positions, including tuned ones and the first slots alone.
 
-    Each is told by name, since one of them that does as well says more than how many do not.
+    Each is reported by name, since one that does as well says more than how many do not.
     """
     labels = {m["name"]: m.get("label", m["name"]) for m in results["methods"]}
     found = {name: find(results, "auf", name, "0", MACRO) for name in PRIORS}
@@ -159,7 +160,7 @@ def beyond_priors(results: Results) -> Found:
 
 
 def equal_time(results: Results) -> Found:
-    """AUF with as many steps as decay's training time has room for."""
+    """AUF above decay, with as many steps as fit in decay's training time."""
     indices = [find(results, "auf-time", "decay", "0", MACRO)]
     found = _decide(results, indices, {"better"}, {"worse", "equivalent"}, "AUF in decay's time against decay")
     spent = {name: _minutes(results, name) for name in ("auf-time", "decay")}
@@ -195,12 +196,12 @@ CLAIMS: tuple[tuple[str, str, Callable[[Results], Found], Sequence[Sequence[str]
     ),
     ("AUF > decay at equal training time", "not of the paper", equal_time, (("auf-time",), ("decay",))),
 )
-"""A claim, where it stands, how it is judged, and the methods that it is about, one of each row at least: a study whose recipe
-has none of them does not ask."""
+"""A claim, its source, the function that judges it, and groups of methods. Only a study whose parts name a method of every
+group has the claim."""
 
 
 def find(results: Results, a: str, b: str, temperature: str, task: str) -> int | None:
-    """The comparison of a with b over all rounds, of the part with the most seeds, the first of those; None if none is."""
+    """Index of the comparison of a with b over all rounds, in the first part with the most seeds; None if there is none."""
     wanted = {"a": a, "b": b, "temperature": temperature, "task": task}
     rows = [
         i
@@ -211,22 +212,22 @@ def find(results: Results, a: str, b: str, temperature: str, task: str) -> int |
 
 
 def standing(row: Mapping[str, Any]) -> str:
-    """The comparison's verdict as a claim may use it: that of single runs only beyond the noise floor, that of two never.
+    """The comparison's verdict as a claim may use it: with one seed only beyond the noise floor, with two seeds never.
 
-    The bootstrap of two seeds is too narrow (docs/statistics.md), and their own difference is no noise floor.
+    The bootstrap of two seeds is too narrow (docs/statistics.md), and the difference between them is no noise floor.
     """
     if row["seeds"] > 2 or row["verdict"] == "undecided":
         return str(row["verdict"])
     noise = row["noise_floor"]
     if noise is None:
         return "undecided"
-    if row["verdict"] == "equivalent":  # what two runs share, their methods need not
+    if row["verdict"] == "equivalent":  # two equivalent runs do not show equivalent methods
         return "undecided"
     return str(row["verdict"]) if abs(row["difference"]) > noise else "undecided"
 
 
 def _decide(results: Results, indices: Iterable[int | None], good: set[str], bad: set[str], what: str) -> Found:
-    """Reproduced when every comparison is good, not when one is bad, undecided between; not run when one is missing."""
+    """Reproduced when every comparison is good, not reproduced when one is bad, else undecided; not run when one is missing."""
     found = list(indices)
     known = [i for i in found if i is not None]
     if not found or len(known) < len(found):
@@ -259,20 +260,20 @@ def _side(difference: float) -> str:
 
 
 def _tau(difference: float) -> str:
-    """With its sign, and with more than three decimals where it would read as zero."""
+    """With its sign, and with more than three decimals where three would read as zero."""
     digits = ".3f" if difference == 0 or abs(difference) >= 0.0005 else ".5f"
     return f"{difference:+{digits}}".replace("-", "−")
 
 
 def _minutes(results: Results, method: str) -> str:
-    """`12.2 to 18.9`, of the method's seeds; nothing when none is logged."""
+    """`12.2 to 18.9`: least and most over the method's seeds; empty when none is logged."""
     cells = next((m["cells"] for m in results["methods"] if m["name"] == method), [])
     times = sorted(cell["train_seconds"] / 60 for cell in cells if cell.get("train_seconds"))
     return " to ".join(dict.fromkeys(f"{t:.1f}" for t in times[:1] + times[-1:]))
 
 
 def _temperatures(results: Results, a: str, b: str) -> list[str]:
-    """Those at which a part that has both methods is measured; T=0 where none is, so that something is missing."""
+    """Temperatures of the parts that have both methods; T=0 if there is none, so that a comparison counts as missing."""
     parts = [part for part in results["parts"] if {a, b} <= set(part["methods"])]
     return [t for t in TEMPERATURES if any(t in part["temperatures"] for part in parts)] or ["0"]
 
@@ -290,7 +291,7 @@ def _end(results: Results, method: str, figure: str) -> dict[str, dict[int, floa
 
 
 def _half_width(values: Sequence[float]) -> float:
-    """Of the 95 % interval of the mean by Student's t; infinite for one value."""
+    """Half-width of the 95 % interval of the mean, by Student's t; infinite for one value."""
     if len(values) < 2:
         return math.inf
     return float(stats.t.ppf(0.975, len(values) - 1) * stdev(values) / math.sqrt(len(values)))

@@ -1,4 +1,4 @@
-"""The measuring stage: every finished cell, and prompt lookup, replayed over the recordings; a sample decoded for real."""
+"""The measuring stage: every finished cell, and prompt lookup, replayed over the recordings; a sample decoded live."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from specauf.study.records import Place, Subject, add_records, cell_subject, loa
 from specauf.target import Target
 
 CHUNK = 16
-"""Trajectories whose features are in memory at once, for all cells; what a kill can cost."""
+"""Trajectories whose features are in memory at once, for all cells; also what a kill can cost."""
 
 Missing = dict[tuple[Subject, Place], set[int]]
 """Numbers of the trajectories to replay."""
@@ -42,7 +42,7 @@ class Want:
 def measure_all(
     study: Study, target: Target, parts: Sequence[str], recordings: Sequence[Recording], console: Console
 ) -> tuple[list[str], list[str]]:
-    """(What is left to another process, what is not recorded as it is wanted), after measuring the rest."""
+    """Measure everything else and return (what is left to another process, what is not recorded as a part needs it)."""
     left, unrecorded = [], []
     for wanted in recordings:
         for task in study.base.eval.tasks:
@@ -121,7 +121,10 @@ def _measure(
 
 
 def check_live_all(study: Study, target: Target, part: str, console: Console) -> list[str]:
-    """Decode the first prompts of every task for real with each method of a part, at T=0. Returns what is left to others."""
+    """Decode the first prompts of every task live with each method of a part, at T=0.
+
+    Returns what is left to other processes.
+    """
     left: list[str] = []
     seed = study.parts[part].seeds[0]
     cells = [cell_subject(study, method, seed) for method in study.parts[part].methods]

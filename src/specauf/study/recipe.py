@@ -21,9 +21,9 @@ from specauf.config import RunConfig, digest, override
 from specauf.strict import ConfigError, choose, from_dict, nearest, read_yaml, require, to_dict
 
 LOOKUP = "prompt-lookup"
-"""Measured in every part, at every block size there, without being asked for."""
+"""Measured in every part, at every block size of its methods, without being listed."""
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
-"""Of methods and parts: they become directories, and keys of overrides, which a dot would split."""
+"""Names of methods and parts. They become directories, and keys of overrides, which a dot would split."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Method:
     set: tuple[str, ...] = ()
     """`section.key=value`, as in --set."""
     start_from: str | None = None
-    """Another method: the cell of the same seed is trained first, and its weights are this one's first."""
+    """Another method, whose cell of the same seed is trained first. Its weights are this one's initial weights."""
     minutes_as: str | None = None
-    """Another method: its cell of the same seed is trained first, and as many steps as fit in its time are made here."""
+    """Another method, whose cell of the same seed is trained first. This one takes as many steps as fit in its time."""
     note: str = ""
 
     def __post_init__(self) -> None:
@@ -51,13 +51,13 @@ class Part:
     methods: tuple[str, ...]
     baseline: str
     seeds: tuple[int, ...] = (0,)
-    """Of train.seed."""
+    """Values of train.seed."""
     prompts: int | None = None
     """Conversations per task; all of them when not given."""
     temperatures: tuple[float, ...] = (0.0,)
     max_new_tokens: int = 256
     budget: str = ""
-    """What the part may cost, said before it is run."""
+    """What the part may cost, stated before it is run."""
 
     def __post_init__(self) -> None:
         for name in ("methods", "seeds", "temperatures"):
@@ -74,7 +74,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Live:
-    """How much of the primary part is decoded for real, at T=0, to be compared with replay."""
+    """How much of the primary part is decoded live, at T=0, to be compared with replay."""
 
     prompts: int = 2
     """Per task."""
@@ -103,7 +103,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Recording:
-    """A temperature's trajectories: as long and as many as any part of the study wants them."""
+    """The trajectories of one temperature: as many, and as long, as any part of the study needs."""
 
     temperature: float
     prompts: int | None
@@ -111,9 +111,9 @@ class Recording:
     block_size: int
 
     def covers(self, other: Recording, conversations: int) -> bool:
-        """Whether `other` can be read out of this one, of which so many conversations are recorded.
+        """Whether `other` can be read out of this one, of which this many `conversations` are recorded.
 
-        Fewer than were asked for are all that the task has.
+        If that is fewer than `prompts`, the task has no more.
         """
         whole = self.prompts is None or conversations < self.prompts
         enough = whole or (math.inf if other.prompts is None else other.prompts) <= (self.prompts or 0)
@@ -131,7 +131,7 @@ class Study:
     live: Live = field(default_factory=Live)
 
     def config(self, method: str, seed: int) -> RunConfig:
-        """The run of a cell. `train.max_steps` is the recipe's, also where the time budget of another method rules."""
+        """The run of a cell. `train.max_steps` is the recipe's, even where another method's time decides instead."""
         found = self.methods[method]
         config = override(self.base, [*found.set, f"train.seed={seed}"])
         drafter = config.drafter
@@ -146,7 +146,7 @@ class Study:
     def cells(self, parts: Iterable[str] | None = None) -> list[Cell]:
         """In the order of training: part by part, and in a part seed by seed, so that early results can be compared.
 
-        What a cell needs comes before it.
+        The cells that a cell needs come before it.
         """
         wanted: dict[tuple[str, int], None] = {}
         for key in parts or self.parts:
@@ -157,7 +157,7 @@ class Study:
         return [Cell(method, seed, self.config(method, seed)) for method, seed in wanted]
 
     def needs(self, method: str) -> list[str]:
-        """What is trained before it, in that order: what it starts from, whose time it gets, and what those need."""
+        """Methods to train first, in order: the one it starts from, the one whose time it gets, and what those need."""
         found: dict[str, None] = {}
 
         def visit(name: str, way: tuple[str, ...]) -> None:
@@ -179,16 +179,16 @@ class Study:
         return {name: override(self.base, m.set).drafter.block_size for name, m in self.methods.items()}
 
     def block_sizes(self, part: str | None = None) -> list[int]:
-        """Of the methods of a part, or of the study."""
+        """Those of the methods of a part, or of all parts."""
         keys = self.parts if part is None else [part]
         return sorted({self.block_size(m) for key in keys for m in self.parts[key].methods})
 
     def lookup(self, block_size: int) -> str:
-        """The name of prompt lookup at a block size; plain at the base run's own."""
+        """The name of prompt lookup at a block size; without a suffix at the base run's."""
         return LOOKUP if block_size == self.base.drafter.block_size else f"{LOOKUP}-b{block_size}"
 
     def recordings(self, parts: Iterable[str] | None = None) -> list[Recording]:
-        """One a temperature, of the parts named; its size does not depend on which parts those are."""
+        """One per temperature of the named parts. Its size covers all parts of the study, named or not."""
         found = []
         for t in dict.fromkeys(t for key in parts or self.parts for t in self.parts[key].temperatures):
             users = [part for part in self.parts.values() if t in part.temperatures]
@@ -199,12 +199,12 @@ class Study:
         return found
 
     def recording(self, key: str, temperature: float) -> Recording:
-        """What this part alone needs of it."""
+        """The recording that this part alone needs."""
         part = self.parts[key]
         return Recording(temperature, part.prompts, part.max_new_tokens, max(self.block_sizes(key)))
 
     def live_recording(self) -> Recording:
-        """What the live sample of the first part needs."""
+        """The recording that the live sample of the first part needs."""
         key, part = next(iter(self.parts.items()))
         prompts = min(self.live.prompts, part.prompts or self.live.prompts)
         return Recording(0.0, prompts, self.live.tokens, max(self.block_sizes(key)))
@@ -222,7 +222,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Study:
 
 
 def study_of(data: Any, where: str) -> Study:
-    """A study from the content of its recipe; `where` is how errors call it."""
+    """A study from the content of its recipe, which errors call `where`."""
     if not isinstance(data, dict):
         raise ConfigError(f"{where}: expected a mapping with {', '.join(SECTIONS)}")
     for key in data:
@@ -268,7 +268,7 @@ def _named(kind: type[Any], data: dict[str, Any], section: str, where: str) -> d
 
 
 def _check(study: Study, where: str) -> None:
-    """What no part may be without, and what methods may not differ in."""
+    """Raise `ConfigError` when parts and methods do not fit together, or methods differ in what they must share."""
     for key, part in study.parts.items():
         for name in part.methods:
             known(name, study.methods, "method", f"{where}: parts.{key}.methods")
@@ -305,7 +305,7 @@ def _check_shared(base: RunConfig, config: RunConfig, at: str) -> None:
         same = getattr(base, section) == getattr(config, section)
         require(same, f"{at}: `set` changes {section}, which all methods share")
     require(config.train.seed == base.train.seed, f"{at}: `set` changes train.seed; seeds belong to the parts")
-    for name in ("enable_thinking", "seed", "heldout"):  # another split would train on what the others are measured by
+    for name in ("enable_thinking", "seed", "heldout"):  # another split would train on what others are measured by
         same = getattr(config.data, name) == getattr(base.data, name)
         require(same, f"{at}: `set` changes data.{name}, which all methods share")
     require(config.train.minutes is None, f"{at}: train.minutes is not for studies; give max_steps, or minutes_as")
@@ -313,7 +313,7 @@ def _check_shared(base: RunConfig, config: RunConfig, at: str) -> None:
 
 
 def known_parts(study: Study, names: Sequence[str]) -> list[str]:
-    """The parts named, in the recipe's order; all of them when none is. Raises `ConfigError` on an unknown one."""
+    """The named parts, in the recipe's order; all of them when none is named. Raises `ConfigError` on an unknown one."""
     for name in names:
         known(name, study.parts, "part")
     return [key for key in study.parts if key in names or not names]
@@ -328,7 +328,7 @@ def known(name: str, choices: Iterable[str], what: str, where: str = "") -> str:
 
 
 def _override(data: dict[str, Any], item: str) -> None:
-    """Apply `section.key=value` to a recipe's content. Methods and parts have to be there already."""
+    """Apply `section.key=value` to a recipe's content. Methods and parts have to exist already."""
     key, separator, value = item.partition("=")
     require(bool(separator), f"override {item!r}: write it as section.key=value")
     *parents, last = key.split(".")

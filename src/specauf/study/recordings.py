@@ -1,7 +1,7 @@
-"""The recording stage: the target's own trajectories of every task, once a temperature, shared by all cells.
+"""The recording stage: the target's own trajectories on every task, once per temperature, shared by all cells.
 
-A recording is as long and has as many prompts as any part asks for; a part that asks for less reads the beginning of it.
-Beside each stands a small file that says what it holds, so that the report reads no recorded text.
+A recording is as long and has as many prompts as any part asks for; a part that asks for less reads its beginning. A small
+file describes each recording, so that the report reads no recorded text.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def describe(
 ) -> dict[str, Any] | None:
     """What is recorded of a task, if `wanted` can be read out of it: enough conversations, tokens and slots; else None.
 
-    With `target`, also None when it is a recording of another target, other prompts or another sampling than the recipe's,
-    and unless `any_day` when the prompts' tokens are others by now: some templates write today's date into them.
+    With `target`, also None when it is a recording of another target, or of other prompts or sampling than the recipe's.
+    Unless `any_day`, also None when the prompts' tokens have changed since: some templates write today's date into them.
     Keys: `key` (digest of the tokens), `recording` (the fields of `Recording`), `made_of` (digest of target, EOS ids,
     prompts and sampling), `label`, `clusters` (conversation number of each trajectory), `repeated_share`.
     """
@@ -44,13 +44,13 @@ def describe(
     if fits and target:
         prompts = _prompts(study, task)
         fits = found["made_of"] == _made_of(study, target, prompts, wanted)
-        if fits and not any_day and "rendered" in found:  # which older ones do not say
+        if fits and not any_day and "rendered" in found:  # older recordings lack it
             fits = found["rendered"] == _digest_of(_rendered(study, target, prompts))
     return found if fits else None
 
 
 def check_tasks(study: Study, target: Target, recordings: Sequence[Recording]) -> None:
-    """Raise `UserError` when a task cannot be recorded or gives no interval: before hours of training, not after."""
+    """Raise `UserError`, before hours of training, when a task cannot be recorded or gives no interval."""
     for task in study.base.eval.tasks:
         prompts, label = _prompts(study, task), describe_task(task, tasks_dir=study.base.eval.tasks_dir).label
         if len(prompts) < 2:
@@ -62,13 +62,13 @@ def check_tasks(study: Study, target: Target, recordings: Sequence[Recording]) -
 
 
 def chosen(clusters: Sequence[int], conversations: int | None) -> list[int]:
-    """Numbers of the trajectories of the first so many conversations (all: None)."""
+    """Numbers of the trajectories of the first `conversations` conversations (None: of all)."""
     first = set(sorted(set(clusters))[:conversations])
     return [i for i, cluster in enumerate(clusters) if cluster in first]
 
 
 def record_all(study: Study, target: Target, recordings: Sequence[Recording], console: Console) -> list[str]:
-    """Record whatever is neither there nor in another process's hands. Returns what is left to others."""
+    """Record whatever is missing and not being recorded by another process. Returns what is left to others."""
     left = []
     for wanted in recordings:
         for task in study.base.eval.tasks:
@@ -85,7 +85,7 @@ def record_all(study: Study, target: Target, recordings: Sequence[Recording], co
 def open_recorded(study: Study, target: Target, task: str, recording: Recording) -> Recorded:
     """The trajectories of a recording that `describe` knows.
 
-    Raises `UserError` when they are others by now: no measurement may go by the name of another recording.
+    Raises `UserError` when they have changed since: no measurement may go by the name of another recording.
     """
     about = describe(study, task, recording, target)
     rendered = _rendered(study, target, _prompts(study, task))
@@ -101,7 +101,7 @@ def _record(
     count = len(prompts[: wanted.prompts])
     label = describe_task(task, tasks_dir=study.base.eval.tasks_dir).label
     with console.progress(f"recording the target on {label}, T={wanted.temperature:g}", count) as advance:
-        rendered = _rendered(study, target, prompts)  # once: midnight may pass
+        rendered = _rendered(study, target, prompts)  # once, since midnight may pass
         made = _open(study, target, task, rendered, wanted, lambda n: advance(n, ""))
     about = {
         "key": _key(made),

@@ -1,7 +1,7 @@
-"""What is kept of a replay: one record a trajectory, from which every number of the report is a sum.
+"""What is kept of a replay: one record per trajectory, from which every number of the report is a sum.
 
 A record says how many rounds accepted 0, 1, ... tokens, with and without those that start after the text began to loop. A part
-that wants more prompts later adds records; nothing is replayed twice.
+that later asks for more prompts adds records; nothing is replayed twice.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Subject:
     """What is measured: a finished cell, or prompt lookup at a block size."""
 
     name: str
-    """Of its directory under `measured`."""
+    """Name of its directory under `measured`."""
     block_size: int
     weights: str
     """Digest of the drafter, so that numbers of another one are not taken for its own."""
@@ -39,7 +39,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Place:
-    """On what a subject is measured."""
+    """What a subject is measured on."""
 
     task: str
     temperature: float
@@ -52,7 +52,7 @@ class Place:
 
 
 def cell_subject(study: Study, method: str, seed: int) -> Subject | None:
-    """A cell as something to measure; None while it is not finished."""
+    """A cell as something to measure; None until it is finished."""
     where = study.cell_dir(method, seed)
     if not finished(where):
         return None
@@ -73,7 +73,7 @@ def _weights(checkpoint: Path, stamp: int) -> str:
 def records(
     rounds: Sequence[Sequence[Round]], trajectories: Sequence[Trajectory], limit: int, block_size: int
 ) -> list[dict[str, Any]]:
-    """One record a trajectory."""
+    """One record per trajectory."""
     texts = [t.tokens[:limit] for t in trajectories]
     early = before_loop(rounds, texts)
     return [
@@ -95,7 +95,7 @@ def _histogram(rounds: Sequence[Round], block_size: int) -> list[int]:
 
 
 def load_records(study: Study, subject: Subject, place: Place) -> Records:
-    """What is measured of this subject on this recording; empty when it was another one's."""
+    """The records of this subject on this recording; empty when those stored are of other weights or another recording."""
     path = place.path(study, subject)
     found = json.loads(path.read_text()) if path.is_file() else {}
     if (found.get("recording"), found.get("weights")) != (place.recording, subject.weights):
@@ -104,7 +104,7 @@ def load_records(study: Study, subject: Subject, place: Place) -> Records:
 
 
 def add_records(study: Study, subject: Subject, place: Place, found: Mapping[int, dict[str, Any]]) -> None:
-    """Lay `found` over what is there. The caller holds the claim of the task and temperature."""
+    """Add `found` to the stored records, over any of the same number. The caller holds the task and temperature's claim."""
     known = load_records(study, subject, place) | dict(found)
     content = {
         "recording": place.recording,

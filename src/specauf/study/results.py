@@ -29,7 +29,7 @@ from specauf.train.objectives import objectives_of
 
 
 def collect(study: Study, target: Target, prepared: Prepared) -> dict[str, Any]:
-    """The dict that the report reads. Whatever has not run is named, nothing is left out."""
+    """The dict that the report reads. It names whatever has not run; nothing is left out."""
     box = provenance.for_report(digest(_recipe(study)))
     measured = Measured(study, target)
     results: dict[str, Any] = {
@@ -69,13 +69,13 @@ def _recipe(study: Study) -> dict[str, Any]:
 
 def _settings(study: Study) -> dict[str, Any]:
     found = settings_of(study.base)
-    for own in ("seed", "temperature", "new tokens", "reduction"):  # a part's, or a method's
+    for own in ("seed", "temperature", "new tokens", "reduction"):  # a part or a method decides these
         found.pop(own, None)
     return {**found, "steps": study.base.train.max_steps, "conversations": study.base.data.max_conversations}
 
 
 def _used(study: Study) -> list[str]:
-    """Methods that some part names, in the order of the recipe, with what they start from."""
+    """Methods that some part names, and those that they need, in the order of the recipe."""
     named = {m for part in study.parts.values() for m in part.methods}
     named |= {source for m in named for source in study.needs(m)}
     return [name for name in study.methods if name in named]
@@ -118,7 +118,7 @@ def _method(study: Study, name: str) -> dict[str, Any]:
 
 
 def _objective(config: RunConfig) -> dict[str, Any]:
-    """With every default filled in; as the recipe has it while the objective cannot be (its rollouts are not made)."""
+    """The objective with every default filled in; as in the recipe while it cannot be built (its rollouts are not made)."""
     wanted = config.objective
     try:
         found = objectives_of(config)[0].objective
@@ -206,7 +206,7 @@ def _part(study: Study, measured: Measured, key: str) -> dict[str, Any]:
 
 
 def _checks(study: Study, target: Target) -> list[dict[str, Any]]:
-    """Of the primary part's methods: live decoding of a sample against replay, task by task."""
+    """For the primary part's methods: live decoding of a sample against replay, task by task."""
     key, part = next(iter(study.parts.items()))
     found = []
     cells = [cell_subject(study, method, part.seeds[0]) for method in part.methods]

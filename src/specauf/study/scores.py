@@ -32,7 +32,7 @@ from specauf.target import Target
 
 MACRO = "macro"
 NO_SEED = -1
-"""The only row of a method that is not trained."""
+"""Key of the only row of a method that is not trained."""
 PAIRS = (
     *((name, "decay") for name in ("auf", "auf-time")),
     ("auf-decay", "auf"),
@@ -41,17 +41,17 @@ PAIRS = (
     *((base, other) for base, other in (("b-auf", "s-auf"), ("b-auf", "f-auf"))),
     *((base, other) for base, other in (("b-auf-d", "s-auf-d"), ("b-auf-d", "f-auf-d"))),
 )
-"""Methods that are compared with each other too, in a part that has both: `claims` are made of them."""
+"""Methods that are also compared with each other, in a part that has both, because `claims` need it."""
 
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Counts:
-    """A method on a task at a temperature: rounds by accepted length, of the part's prompts."""
+    """A method on a task at a temperature: rounds by accepted length, over the part's prompts."""
 
     seeds: tuple[int, ...]
-    """Those that are measured; empty for a method without any."""
+    """The measured seeds; empty for a method without seeds."""
     accepted: Floats
     """[seeds, prompts, B]"""
     before_loop: Floats
@@ -84,7 +84,7 @@ class Counts:
         return float(self.tokens[rounds > 0].sum() / rounds.sum())
 
     def of(self, seeds: Sequence[int]) -> Counts:
-        """The same of these seeds alone; a method without seeds is repeated for each."""
+        """The counts of these seeds alone; a method without seeds is repeated for each."""
         rows = [self.seeds.index(s) for s in seeds] if self.seeds else [0] * len(seeds)
         return dataclasses.replace(
             self,
@@ -103,14 +103,14 @@ class Measured:
     """Everything measured of a study, read once from its directory."""
 
     def __init__(self, study: Study, target: Target | None = None) -> None:
-        """With `target`, what was recorded of another one, or by another recipe, counts as not measured."""
+        """With `target`, whatever was measured on recordings of another target or recipe counts as not measured."""
         self.study, self.target = study, target
         self._cache: dict[tuple[str, float, str, tuple[int, ...]], ByTask] = {}
 
     def of(self, key: str, temperature: float, method: str, seeds: Sequence[int] | None = None) -> ByTask:
-        """The method's counts by task on the part's prompts, of its seeds (or these) that are measured on every task.
+        """The method's counts by task on the part's prompts, for those of `seeds` that are measured on every task.
 
-        Empty when there is none.
+        `seeds` are the part's when not given. Empty when no seed is measured so.
         """
         part = self.study.parts[key]
         seeds = tuple(part.seeds if seeds is None else seeds)
@@ -213,7 +213,7 @@ def comparisons(measured: Measured) -> list[dict[str, Any]]:
 def _family(
     measured: Measured, key: str, temperature: float, a: str, b: str, before_loop: bool
 ) -> list[dict[str, Any]]:
-    """One comparison a task, Holm's correction over them, and the macro average's, which stands alone."""
+    """One comparison per task, with Holm's correction over them, and the macro average's, which is not corrected."""
     first, second = measured.of(key, temperature, a), measured.of(key, temperature, b)
     if not first or not second:
         return []
@@ -250,7 +250,7 @@ def _family(
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...] | None:
-    """The seeds that both have; those of the other when one has none; None when they share none."""
+    """The seeds that both have; if one has no seeds, the other's; None when they share none."""
     if not a or not b:
         return tuple(a or b)
     return tuple(s for s in a if s in b) or None

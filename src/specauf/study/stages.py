@@ -1,4 +1,4 @@
-"""`specauf study`: train, record, measure, report, each of which goes on where it was stopped."""
+"""`specauf study`: train, record, measure, report. Each stage resumes where it was stopped."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STAGES = ("train", "record", "measure", "report")
 def run_study(
     study: Study, stages: Sequence[str], parts: Sequence[str], target: Target, console: Console
 ) -> Path | None:
-    """The stages named (all of them when none is), of the parts named. Returns the report's page when it was written."""
+    """Run the named stages (all when none is named) of the named parts. Returns the report's page if it was written."""
     primary, keys = next(iter(study.parts)), known_parts(study, parts)
     wanted = [stage for stage in STAGES if stage in stages or not stages]
     console.say(f"{study.title}: {study.out}; target {target.name}, fingerprint {target.fingerprint()}")
@@ -32,14 +32,14 @@ def run_study(
     if {"train", "record"} & set(wanted):
         corpus.prepared(study.base)  # the task of held-out prompts comes from it
         check_tasks(study, target, recordings)
-    if {"train", "measure"} & set(wanted):  # what is measured must not have been trained on, by any of them
+    if {"train", "measure"} & set(wanted):  # no cell may have been trained on what is measured
         for cell in study.cells(keys):
             if (cell.out / "run.json").is_file():
                 check_same_data(cell, corpus.prepared(cell.config).train.meta["key"], target.fingerprint())
     if "train" in wanted:
         cells = study.cells(keys)
         left = train_cells(study, target, corpus, cells, console)
-        for cell in study.cells():  # one that another was made from may just have been trained anew
+        for cell in study.cells():  # a cell that another was made from may just have been retrained
             check_source(study, cell)
         done = len(cells) - len(left)
         console.say(f"{done} of {len(cells)} cells are trained" + (f"; left: {', '.join(left)}" if left else ""))

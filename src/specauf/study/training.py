@@ -1,4 +1,4 @@
-"""The training stage: data and features once, then every cell that nobody else is training."""
+"""The training stage: data and features once, then every cell that no other process is training."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ CALIBRATION = "calibration.json"
 
 @dataclass
 class Corpus:
-    """Prepared data and feature caches, opened once a process and written once a machine."""
+    """Prepared data and feature caches, opened once per process and written once per machine."""
 
     study: Study
     target: Target
@@ -62,7 +62,7 @@ class Corpus:
         return self._prepared[key]
 
     def _require_kept_out(self, found: Prepared, config: RunConfig) -> None:
-        """Rollouts settled what was kept out when they were made: no cell may have read what all are measured by."""
+        """Rollouts settled what was kept out when they were made, but no cell may train on what all are measured by."""
         meta, base = found.train.meta, self.study.base
         if "rollout" not in meta or config.data == base.data:
             return
@@ -86,13 +86,13 @@ class Corpus:
         return self._features[key]
 
     def _turn(self, what: str) -> AbstractContextManager[None]:
-        """Two processes would write the same files; the second finds them instead."""
+        """A lock: two processes would write the same files; the second finds them instead."""
         told = f"another process is preparing the {what}: waiting for it"
         return turn(self.study.out / what, lambda: self.console.say(told))
 
 
 def check_source(study: Study, cell: Cell) -> None:
-    """Raise `ConfigError` when a trained cell was made from another cell that has been trained anew since."""
+    """Raise `ConfigError` when a trained cell was made from another cell that has been retrained since."""
     method, path = study.methods[cell.method], cell.out / "checkpoint" / "config.json"
     if not path.is_file():
         return
@@ -113,13 +113,13 @@ def check_source(study: Study, cell: Cell) -> None:
 
 
 def train_cells(study: Study, target: Target, corpus: Corpus, cells: Sequence[Cell], console: Console) -> list[str]:
-    """Train whatever is neither finished nor somebody else's. Returns the names of the cells that are not trained.
+    """Train every cell that is neither finished nor another process's. Returns the names of the cells that are not trained.
 
-    A cell whose data is not made yet, or that needs another one which is not trained yet, is left out. Goes over the list
-    again as long as it trained something, since meanwhile another process may have died.
+    A cell whose data is not made yet, or that needs another cell that is not trained yet, is left out. Goes over the list
+    again as long as it trained something, since another process may have died meanwhile.
     """
     waiting = {cell.name: why for cell in cells if (why := _awaits(study, cell))}
-    for cell in cells:  # all of them first: an objective that cannot be is said before an hour is spent
+    for cell in cells:  # all of them first: an impossible objective is refused before an hour is spent
         if cell.name not in waiting:
             stored_extras(cell.config)
     for name, why in waiting.items():
@@ -138,14 +138,14 @@ def train_cells(study: Study, target: Target, corpus: Corpus, cells: Sequence[Ce
             with claim(cell.out) as mine:
                 if not mine:
                     left.append(cell.name)
-                elif not finished(cell.out):  # it may have been when we looked
+                elif not finished(cell.out):  # another process may have finished it meanwhile
                     _train(study, target, corpus, cell, console)
                     working = True
     return left
 
 
 def _awaits(study: Study, cell: Cell) -> str | None:
-    """What is missing of the data that a method has for itself, which is made by hand and perhaps later."""
+    """Why a method's own data cannot be read yet, None if it can: it is made by hand and perhaps later."""
     path = cell.config.data.path
     if path in (study.base.data.path, "sharegpt") or finished(cell.out) or Path(path).expanduser().is_file():
         return None
@@ -176,10 +176,11 @@ def _train(study: Study, target: Target, corpus: Corpus, cell: Cell, console: Co
 
 
 def steps_of(study: Study, target: Target, corpus: Corpus, cell: Cell, console: Console) -> int:
-    """The cell's horizon: the recipe's, or as many steps as another method's training time has room for.
+    """The cell's horizon: the recipe's, or as many steps as fit in another method's training time.
 
-    The two are calibrated once, with alternating steps at the weights that the other one ended with: a truncating objective's
-    step grows with tau. `calibration.json` keeps what was found; the seconds that both cells really took are in the report.
+    The two are calibrated once, with alternating steps at the other's final weights, since the time of a truncating
+    objective's step grows with tau. `calibration.json` keeps the result; the report has the seconds that both cells really
+    took.
     """
     method = study.methods[cell.method]
     if method.minutes_as is None:

@@ -1,4 +1,4 @@
-"""What the training of a cell looked like: its log, thinned for a figure, and summed up for a table."""
+"""The training log of a cell, thinned for a figure and summed up for a table."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 ROWS = 200
-"""At most so many rows a cell."""
+"""At most this many rows per cell."""
 FIGURES = (
     "loss",
     "r_active",
@@ -34,7 +34,7 @@ def thinned(log: Sequence[Mapping[str, Any]], rows: int = ROWS) -> list[dict[str
 
 
 def means(window: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of every figure, over the rows that have it; of a list, slot by slot."""
+    """The mean of every figure over the rows that have it; of a list, slot by slot."""
     found: dict[str, Any] = {}
     for name in FIGURES:
         values = [row[name] for row in window if row.get(name) is not None]
