@@ -28,7 +28,7 @@ from specauf.report.words import CAPTIONS, GLOSSARY, LEGEND, PROSE, SELECTION, c
 
 
 def markdown_table(rows: Rows) -> str:
-    """A pipe table; columns to the right except the first and those of words."""
+    """A pipe table, aligned right except for the first column and those of words."""
     lines = ["| " + " | ".join(map(escape, row)) + " |" for row in rows]
     lines.insert(1, "|" + "|".join("---" if not i or h in PROSE else "--:" for i, h in enumerate(rows[0])) + "|")
     return "\n".join(lines)
@@ -97,6 +97,6 @@ def markdown(results: Results, figures: Sequence[str] = ()) -> str:
 
 
 def shorten(text: object, limit: int = 600) -> str:
-    """The first `limit` characters, with a count of the others."""
+    """The first `limit` characters, with a count of the rest."""
     whole = clean(text)
     return whole if len(whole) <= limit else f"{whole[:limit].rstrip()} … ({len(whole) - limit:,} more characters)"

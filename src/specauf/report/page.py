@@ -53,7 +53,7 @@ def is_study(results: dict[str, Any]) -> bool:
 
 
 def demander(where: str, command: str) -> Callable[[bool, str, str], None]:
-    """A function (holds, key, expected) that raises `UserError` when `holds` is false; `command` writes the file again."""
+    """A function (holds, key, expected) that raises `UserError` when `holds` is false, naming `command` as the remedy."""
 
     def demand(holds: bool, key: str, expected: str) -> None:
         if not holds:
@@ -67,7 +67,7 @@ def check(results: Any, where: str = "results", command: str = "specauf eval") -
     demand = demander(where, command)
     demand(isinstance(results, dict), "the whole", "an object")
     if is_study(results):
-        from specauf.report import study_index  # which reads results with this module
+        from specauf.report import study_index  # here, since it imports this module
 
         study_index.check(results, where)
         return
@@ -115,7 +115,7 @@ def write(results: dict[str, Any], out: Path) -> Path:
     """
     check(results)
     if is_study(results):
-        from specauf.report import study_page  # which writes with this module
+        from specauf.report import study_page  # here, since it imports this module
 
         return study_page.write(results, out)
 
@@ -132,9 +132,9 @@ def write_files(
     drawings: Mapping[str, Callable[[bool], Figure | None]],
     texts: Callable[[dict[str, dict[str, str]]], tuple[str, str]],
 ) -> Path:
-    """Draw every figure wide and narrow, then write what `texts` makes of their SVGs: Markdown and HTML, in that order.
+    """Draw every figure wide and narrow, then write the (Markdown, HTML) that `texts` makes of their SVGs.
 
-    `drawings` maps a file name without suffix to a function of `narrow`; where it has nothing to draw there is no file.
+    `drawings` maps a file name without suffix to a function of `narrow`; if that returns None, there is no file.
     """
     try:
         inline: dict[str, dict[str, str]] = {}
@@ -198,7 +198,7 @@ def render(results: dict[str, Any], figures: dict[str, dict[str, str]]) -> str:
 
 
 def environment(captions: Mapping[str, str]) -> Environment:
-    """Jinja with the filters of the templates beside this file. `captions` name the figures for readers that speak."""
+    """Jinja with the filters of the templates beside this file. `captions` name the figures for screen readers."""
     found = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     found.filters |= {
         "interval": _interval,
@@ -243,12 +243,12 @@ def _interval(cell: str) -> Markup:
 
 
 def _terms(text: str) -> Markup:
-    """`α_k` and its like with a real subscript. For this package's own words only."""
+    """`α_k` and its like with a real subscript. For this package's own texts only."""
     return Markup(re.sub(r"\b(\w)_(\([^)]*\)|\w+)", r"\1<sub>\2</sub>", str(escape(text))))
 
 
 def _inline(svg: str, kind: str, label: str) -> Markup:
-    """A figure's SVG as an element of the page: named for readers that speak, as wide as it may be, rules left out."""
+    """A figure's SVG as an element of the page: named for screen readers, limited in width, without its style rules."""
     body = re.sub(r"<style>.*?</style>", "", svg[svg.index(">") + 1 :], count=1, flags=re.S)
     size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
     assert size is not None  # matplotlib writes one

@@ -1,9 +1,9 @@
 """The report's figures: results dict -> matplotlib `Figure` (no pyplot, no global state), then SVG or PNG.
 
-- A method has one colour and one mark everywhere: the objective before an `@` chooses them, what stands after it (the
-  same objective at another number of steps) makes the mark hollow and the line dotted.
+- A method has one colour and one mark everywhere, chosen by the objective in its name. In `objective@variant`, the same
+  objective at another number of steps, the variant makes the mark hollow and the line dotted.
 - SVG keeps its text as text, has a transparent background, and carries rules that swap each colour of `COLOURS` for its
-  dark twin where the reader prefers a dark screen. PNG is for places that cannot, and has a light ground.
+  dark twin where the reader prefers a dark screen. PNG is for places that cannot show SVG, and has a light background.
 - Every figure comes wide (7.4 inches, a page's column) and narrow (3.6 inches, a phone's), with the same text size.
 """
 
@@ -36,7 +36,7 @@ COLOURS = {
     "#9c7a00": "#d9b83f", "#2a93b8": "#63c6e8", "#5b4ba8": "#a99cf0",
 }  # fmt: skip
 """Light colour -> the same on a dark screen. After the greys: slate, orange, mauve, green, ochre, cyan, indigo, which
-stay apart under the common colour-blindnesses; marks differ as well, so colour is never alone."""
+stay apart under the common colour-blindnesses; marks differ as well, so colour is never the only cue."""
 
 KNOWN = {
     "decay": ("#4a7299", "s"),
@@ -101,7 +101,7 @@ def styles(results: Results) -> dict[str, Style]:
         if base not in known:
             turns[base], place = divmod(len(known) - len(KNOWN), len(SPARE))
             known[base] = SPARE[place]
-        turn = min(turns.get(base, 0), 2)  # of the few spare colours; then hollow, dashed, dotted
+        turn = min(turns.get(base, 0), 2)  # times the spare colours ran out: hollow, dashed, dotted
         found[name] = Style(*known[base], ":" if variant else ("-", "--", ":")[turn], bool(variant or turn))
     return found
 
@@ -257,7 +257,7 @@ FIGURES: dict[str, Draw] = {
 
 
 def to_png(figure: Figure) -> bytes:
-    """200 dots per inch on a light ground; the same bytes for the same figure."""
+    """200 dots per inch on a light background; the same bytes for the same figure."""
     buffer = io.BytesIO()
     with matplotlib.rc_context(STYLE):
         figure.savefig(buffer, format="png", dpi=200, facecolor=PAPER, metadata={"Software": None})
@@ -278,8 +278,8 @@ def to_svg(figure: Figure, prefix: str) -> str:
 
 
 def _compact(svg: str) -> str:
-    """The same picture in two thirds of the bytes, since one page has hundreds: coordinates to a hundredth of a point, without
-    comments, indentation, rotations by nothing, fonts that a rule replaces and ids that nothing refers to."""
+    """The same picture in two thirds of the bytes, since one page has hundreds of pictures: coordinates to a hundredth of a
+    point, without comments, indentation, rotations by zero, fonts that a rule replaces and ids that nothing refers to."""
     asked = set(re.findall(r"#([\w-]+)", svg))
 
     def tag(match: re.Match[str]) -> str:
@@ -305,7 +305,7 @@ def dark_rules() -> str:
 def panels(
     count: int, narrow: bool, height: float, columns: int = 3, sharex: bool = False, sharey: bool = False
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels, `height` inches each, reading order; narrow ones stand in one column."""
+    """A figure of `count` panels in reading order, each `height` inches high; narrow ones stand in one column."""
     across = 1 if narrow else min(count, columns if count != 4 else 2)
     down = -(-count // across)
     width = 3.6 if narrow else 7.4 if count > 1 else 5.2
@@ -334,7 +334,7 @@ def bottom(axes: Sequence[Axes]) -> list[Axes]:
 
 
 def left_label(axes: Sequence[Axes], text: str) -> None:
-    """On the first panel of each row."""
+    """Label the y axis of the first panel of each row."""
     for ax in axes:
         if _place(ax).is_first_col():
             ax.set_ylabel(text)

@@ -31,7 +31,7 @@ class Drawing:
 def drawings(results: Results) -> list[Drawing]:
     """Every figure in reading order. One without data is listed too, and draws nothing.
 
-    The parts that repeat the paper's tables have its Figures 3, 4 and 5; every other part has the same of its own.
+    The parts that repeat the paper's tables have its Figures 3, 4 and 5; every other part has figures of the same kind.
     """
     found: list[Drawing] = []
     slugs, numbered = index.slugs(results), {p["key"]: number for number, p in index.paper_parts(results).items()}
@@ -68,13 +68,13 @@ def _of_training(results: Results, part: dict[str, Any], slug: str, number: int 
         name += f"-{i}" if len(groups) > 1 else ""
         found.append(add(name, caption, partial(study_training.training, own, group)))
     found.append(add(f"{slug}-credit", CAPTIONS["credit"], partial(study_training.credit, own, names)))
-    if number is not None or not index.paper_parts(results):  # elsewhere it would be the same picture once more
+    if number is not None or not index.paper_parts(results):  # elsewhere it would repeat the same picture
         found.append(add(f"{slug}-reach", CAPTIONS["reach"], partial(study_training.reach, own, names)))
     return found
 
 
 def within(results: Results, part: dict[str, Any]) -> Results:
-    """`results` with the training logs of the part's own seeds: a method may have more of them for another part."""
+    """`results` with the training logs of the part's own seeds: a method may have more seeds for another part."""
     if not part.get("seeds"):
         return results
     seeds = {str(s) for s in part["seeds"]}
@@ -93,7 +93,7 @@ def _drawing(part: str, name: str, caption: str, draw: Callable[[bool], Figure |
 
 
 def _places(results: Results, part: dict[str, Any]) -> list[tuple[str, str]]:
-    """(plain name, temperature): `t0`, `t1`, `t0-7`; a temperature that is no number is named by its place."""
+    """(plain name, temperature): `t0`, `t1`, `t0-7`; a temperature that is no number is named by its position."""
     found = []
     for i, temperature in enumerate(index.temperatures(results, part)):
         plain = temperature.replace(".", "-") if re.fullmatch(r"\d+(\.\d+)?", temperature, re.ASCII) else f"x{i}"

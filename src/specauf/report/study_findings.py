@@ -16,7 +16,7 @@ from specauf.report.words import clean, count, fixed, real, series
 
 @dataclass(frozen=True)
 class Finding:
-    """A claim as the page tells it. `kind` is a word that a style sheet may name; `evidence` a sentence or nothing."""
+    """A claim as the page shows it. `kind` is a word that a style sheet may name; `evidence` is a sentence or empty."""
 
     kind: str
     verdict: str
@@ -27,7 +27,7 @@ class Finding:
 
 
 def headline(results: Results) -> list[str]:
-    """How many claims hold, then what the free competitor does on the average."""
+    """How many claims hold, then prompt lookup's average beside the best drafter's."""
     claims = results.get("claims") or []
     papers = [c for c in claims if str(c.get("source") or "").startswith("paper")]
     others = [c for c in claims if c not in papers]
@@ -73,7 +73,7 @@ def lookup_line(results: Results) -> str:
 
 
 def findings(results: Results) -> list[Finding]:
-    """Every claim, in the order of the results: what did not reproduce stands where it stands."""
+    """Every claim, in the order of the results: one that did not reproduce keeps its place."""
     found = []
     for claim in results.get("claims") or []:
         verdict = _verdict(claim)
@@ -91,7 +91,7 @@ def findings(results: Results) -> list[Finding]:
 
 
 def evidence(results: Results, claim: dict[str, Any]) -> str:
-    """`12 comparisons: 10 better, 2 undecided`, of those the claim rests on; indices of nothing are passed over."""
+    """`12 comparisons: 10 better, 2 undecided`: those that the claim rests on. Indices out of range are skipped."""
     compared = results.get("comparisons") or []
     used = [compared[i] for i in claim.get("evidence") or [] if 0 <= i < len(compared)]
     tally = Counter(clean(index.standing(c) or "no verdict") for c in used)
@@ -101,7 +101,7 @@ def evidence(results: Results, claim: dict[str, Any]) -> str:
 
 
 def missing(results: Results) -> list[str]:
-    """Some sentences for every part with something to do: cells to train, then places to measure; one if none has."""
+    """A line for every part with something left to do: cells to train, then places to measure; one line if none has."""
     lines = []
     for part in results["parts"]:
         absent = index.absent(results, part)

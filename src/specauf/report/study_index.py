@@ -1,7 +1,7 @@
-"""How the report finds its way in a study's results dict: checked shapes, labels, scores by key, what has not run.
+"""Access to a study's results dict for the report: checked shapes, labels, scores by key, what has not run.
 
-A part names methods, seeds and temperatures; whether they were measured is another matter. Every function here takes
-the part's own list for the truth, so that what is missing stays a row and is said to be missing.
+A part names methods, seeds and temperatures, whether or not they were measured. Every function here goes by the part's own
+list, so that what is missing keeps its row and is reported as missing.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ NAMES = {dict: "objects", str: "strings", int: "whole numbers", object: "values"
 
 
 def method(results: Results, name: str) -> dict[str, Any]:
-    """The record of a method; one with nothing but a name when a part speaks of a method that is not listed."""
+    """The record of a method; one with nothing but a name when a part names a method that is not listed."""
     found: dict[str, Any] = next((m for m in results["methods"] if m["name"] == name), {"name": name})
     return found
 
@@ -88,7 +88,7 @@ def task_label(results: Results, task: str) -> str:
 
 
 def families(results: Results) -> list[tuple[str, list[str]]]:
-    """Tasks under their family: MATH, CODE, CHAT as in the paper, then any other; a task known by a score alone is kept."""
+    """Tasks under their family: MATH, CODE, CHAT as in the paper, then any other; tasks that only scores name are kept."""
     tasks = dict(results.get("tasks") or {})
     for score in results.get("scores") or []:
         if score["task"] != MACRO:
@@ -104,7 +104,7 @@ def tasks(results: Results) -> list[str]:
 
 
 def rows(results: Results, part: dict[str, Any]) -> list[str]:
-    """Methods of a part in its order, whatever was scored under it unnamed, then prompt lookup, scored or not."""
+    """Methods of a part in its order, then scored ones that it does not name, then prompt lookup, scored or not."""
     scored = [s["method"] for s in results.get("scores") or [] if s["part"] == part["key"]]
     named = list(dict.fromkeys([*(part.get("methods") or []), *scored]))
     lookups = [name for name in named if is_lookup(results, name)]
@@ -137,14 +137,14 @@ def comparisons(results: Results, part: dict[str, Any], before_loop: bool = Fals
 
 
 def standing(comparison: dict[str, Any]) -> str:
-    """What a comparison says of its methods: of single runs, less than the verdict that their interval has."""
+    """What a comparison says about its methods; for single runs, less than the verdict from their interval."""
     return str(comparison.get("standing") or comparison.get("verdict") or "")
 
 
 def noise_floor(results: Results, part: dict[str, Any], temperature: str, name: str, task: str) -> float | None:
-    """How far two runs that differ in nothing but the seed may lie apart, as the comparisons at this place have it.
+    """How far two runs that differ in nothing but the seed may lie apart, from the comparisons at this place.
 
-    Those of the method itself go first; any other of the same part, temperature and task has the same floor at hand.
+    Those of the method itself go first; any other of the same part, temperature and task has the same floor.
     """
     here = [c for c in comparisons(results, part) if c["temperature"] == temperature and c["task"] == task]
     ranked = sorted(here, key=lambda c: name not in (c["a"], c["b"]))
@@ -203,7 +203,7 @@ def paper_parts(results: Results) -> dict[int, dict[str, Any]]:
 
 
 def slugs(results: Results) -> dict[str, str]:
-    """Part key -> what it is called in file names and ids: plain letters, all different."""
+    """Part key -> its name in file names and ids: plain letters, all different."""
     found: dict[str, str] = {}
     for i, part in enumerate(results["parts"]):
         plain = re.sub(r"[^a-z0-9]+", "-", part["key"].lower()).strip("-")[:24]
@@ -224,7 +224,7 @@ def absent(results: Results, part: dict[str, Any]) -> dict[str, dict[str, list[s
         name, _, seed = cell.rpartition("-s")
         wanted.append((name or cell, seed if name else ""))
     found: dict[str, dict[str, list[str]]] = {"missing": {}, "training": {}, "unmeasured": {}}
-    begun = {  # measured somewhere: `unmeasured` says where not
+    begun = {  # measured somewhere; `unmeasured` says where not
         (s.get("method"), str(seed))
         for s in results.get("scores") or []
         if s.get("part") == part.get("key")
@@ -240,7 +240,7 @@ def absent(results: Results, part: dict[str, Any]) -> dict[str, dict[str, list[s
 
 
 def unmeasured(results: Results, part: dict[str, Any]) -> list[tuple[str, str, list[str]]]:
-    """(method, temperature, tasks) without a tau, of methods that `absent` does not name with every seed of theirs."""
+    """(method, temperature, tasks) without a tau, except for methods of which `absent` names every seed."""
     seeds, gaps = set(map(str, part.get("seeds") or [])), []
     named = absent(results, part).values()
     for name in rows(results, part):

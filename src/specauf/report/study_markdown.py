@@ -58,7 +58,7 @@ def markdown(results: Results, shown: Sequence[Drawing]) -> str:
 
 
 def findings(results: Results) -> str:
-    """A bullet a claim: the verdict first, then the claim, its reason and what it rests on."""
+    """A bullet per claim: the verdict first, then the claim, its reason and what it rests on."""
     lines = []
     for finding in study_findings.findings(results):
         source = f" ({finding.source})" if finding.source else ""
@@ -90,7 +90,7 @@ def section(title: str, *blocks: str) -> str:
 
 
 def rows(table: Rows) -> str:
-    """A pipe table; columns to the right except the first and those of words; nothing when there is no row."""
+    """A pipe table, aligned right except for the first column and those of words; empty when there is no row."""
     if len(table) < 2:
         return ""
     lines = [_line(map(escape, row)) for row in table]

@@ -1,6 +1,6 @@
 """A study's report: index.html (one file, no scripts), report.md, results.json, figures/. Findings stand first.
 
-The page has the look of a run's report: macros, head and style sheet are that template's, up to where its body begins.
+The page looks like a run's report: it takes macros, head and style sheet from that template, up to where the body begins.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from specauf.report.tables import Results
 from specauf.report.words import clean
 
 BODY = "<main>"
-"""What the run's template and the study's have in common ends before it."""
+"""The part that the run's template and the study's have in common ends before this."""
 UNDERLINED = "underlined"
 
 

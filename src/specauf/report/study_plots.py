@@ -23,9 +23,9 @@ from specauf.report.tables import Results
 from specauf.report.words import fixed, real, span
 
 TOGETHER = 5
-"""Lines that one panel can hold and still be told apart."""
+"""Number of lines in one panel that can still be told apart."""
 AS_DFLASH = {"decay-only": "decay", "b-auf": "auf", "b-auf-d": "auf-decay"}
-"""Domino's variants that the paper's Figure 5 draws with the line of a DFlash objective."""
+"""Domino's variant -> the DFlash objective whose line it has in the paper's Figure 5."""
 PALETTE = (*KNOWN.values(), *SPARE)
 
 
@@ -58,7 +58,7 @@ def looks(results: Results) -> dict[str, Style]:
 
 
 def _look(at: int) -> Style:
-    """The first seven have a colour each; later ones share those of no baseline and no AUF, hollow, dashed, then dotted."""
+    """The first seven have a colour each. Later ones reuse all but the baseline's and AUF's, hollow and dashed, then dotted."""
     if at < len(PALETTE):
         return Style(*PALETTE[at], "-", False)
     turn, place = divmod(at - len(PALETTE), len(PALETTE) - 2)
@@ -79,7 +79,7 @@ def together(names: Sequence[str], baseline: str | None) -> list[list[str]]:
 
 
 def bars(results: Results, part: dict[str, Any], temperature: str, narrow: bool) -> Figure | None:
-    """tau of every method, a panel a benchmark and the average first: bars from 1, intervals, single seeds as dots."""
+    """tau of every method, a panel per benchmark and the average first: bars from 1, intervals, single seeds as dots."""
     look, names = looks(results), index.rows(results, part)
     places = [MACRO, *index.tasks(results)]
     scored = {(p, n): index.score(results, part, temperature, n, p) for p in places for n in names}
@@ -133,7 +133,7 @@ def _seeds(score: dict[str, Any]) -> list[float]:
 
 
 def _bar(ax: Axes, y: int, score: dict[str, Any], style: Style, limit: float | None = None) -> None:
-    """`limit`: where the panel ends, for a method that may go beyond it, with its number before the edge."""
+    """`limit` is where the panel ends, for a method that may go beyond it; its number then stands before the edge."""
     value, bounds = real(score.get("tau")), span(score.get("interval"))
     if value is None:
         ax.annotate(ABSENT, (1.0, y), (4, 0), textcoords="offset points", va="center", color=SOFT, fontsize=7.5)

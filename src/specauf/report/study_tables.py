@@ -1,7 +1,7 @@
 """A study's tables: the paper's grids of emitted lengths as plain data, and lists of rows for everything else.
 
-A `Grid` is a table with groups of columns and blocks of rows, which the page and the Markdown write each in its own way.
-Numbers are chosen here, once: which is best, which is missing, what stands small beside it.
+A `Grid` is a table with groups of columns and blocks of rows, which the page and the Markdown each write in their own way.
+Which number is best, which is missing and what is printed small is decided here, once.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Grid:
 
 
 def emitted(results: Results, part: dict[str, Any], field: str = "tau") -> Grid:
-    """The paper's table of emitted lengths: a block of rows a temperature, benchmarks under families, their average last.
+    """The paper's table of emitted lengths: a block of rows per temperature, benchmarks under families, their average last.
 
     `field` is "tau" or "tau_before_loop"; the second has no intervals. Every method of the part has a row.
     """
@@ -120,7 +120,8 @@ def _seeds(results: Results, part: dict[str, Any], temperature: str, name: str) 
 
 
 def _marked(results: Results, rows: list[Row]) -> tuple[Row, ...]:
-    """Rows with the best cell of each column marked, ties as printed included; the best drafter's too, below a lookup."""
+    """Rows with the best cell of each column marked, and cells that print the same. Where prompt lookup is best, the best
+    drafter's cell is marked too."""
 
     def best(column: int, chosen: list[Row]) -> str | None:
         texts = [row.cells[column].text for row in chosen if row.cells[column].mark != MISSING]
@@ -140,7 +141,7 @@ def _marked(results: Results, rows: list[Row]) -> tuple[Row, ...]:
 
 
 def _notes(results: Results, part: dict[str, Any], field: str, blocks: list[Block]) -> tuple[str, ...]:
-    """What one must know to read the table. `{mark}` is left for the writer: underlined, or italic."""
+    """What one must know to read the table. The writer fills in `{mark}`: underlined, or italic."""
     if field == "tau_before_loop":
         return (BEFORE_LOOP,)
     cells = [cell for block in blocks for row in block.rows for cell in row.cells]
@@ -157,7 +158,7 @@ def has_field(results: Results, part: dict[str, Any], field: str) -> bool:
 
 
 def detail_rows(results: Results, part: dict[str, Any]) -> Rows:
-    """What was measured besides tau, over all benchmarks: a row a method and temperature."""
+    """What was measured besides tau, over all benchmarks: a row per method and temperature."""
     places = [(name, t) for t in index.temperatures(results, part) for name in index.rows(results, part)]
     curves = {place: index.alpha(results, part, place[1], place[0]) for place in places}
     slots = min(max(map(len, curves.values()), default=0), SLOTS)
@@ -176,7 +177,7 @@ def detail_rows(results: Results, part: dict[str, Any]) -> Rows:
 
 
 def comparison_rows(results: Results, part: dict[str, Any]) -> Rows:
-    """Every comparison of a part, the average first; a method that was not compared with the baseline yet has a row too."""
+    """Every comparison of a part, the average first. A method not yet compared with the baseline has a row too."""
     rows = [["a against b", "T", "task", "difference", "ratio of A", "p", "p, Holm", "verdict", "before a loop"]]
     compared = {_place(c): c for c in index.comparisons(results, part)}
     later = {_place(c): c for c in index.comparisons(results, part, before_loop=True)}
@@ -226,7 +227,7 @@ def _before(c: dict[str, Any]) -> str:
 
 
 def budget_rows(results: Results) -> Rows:
-    """What every cell cost and saw: a row a training run, those that have not run included."""
+    """What every cell cost and saw: a row per training run, those that have not run included."""
     rows = [["method", "seed", "state", "steps", "epochs", "tokens", "blocks", "s/step", "training", "clipped"]]
     rows[0] += ["head rows/block"]
     for m in results["methods"]:
@@ -278,7 +279,7 @@ def task_rows(results: Results) -> Rows:
 
 
 def recipe_rows(results: Results) -> Rows:
-    """The recipe, a row a section of the base run, a method and a part; provenance holds it whole."""
+    """The recipe, a row for each section of the base run, each method and each part; provenance holds it whole."""
     recipe = (results.get("provenance") or {}).get("config")
     rows = [["key", "value"]]
     for key, held in recipe.items() if isinstance(recipe, dict) else ():

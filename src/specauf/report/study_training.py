@@ -33,7 +33,7 @@ SHADE = 0.55
 
 
 def logs(results: Results, name: str, seeds: Sequence[int] | None = None) -> list[Log]:
-    """The logs of a method that hold something, one a seed; those of `seeds` when given."""
+    """The logs of a method that hold something, one per seed; only those of `seeds` when given."""
     held = (results.get("training") or {}).get(name) or {}
     wanted = None if seeds is None else {str(s) for s in seeds}
     return [log for seed, log in held.items() if log and (wanted is None or str(seed) in wanted)]
@@ -51,7 +51,7 @@ def tau_words(key: str) -> str:
 
 
 def mean_curve(curves: Sequence[Curve], ordered: bool = True) -> Curve:
-    """The mean over seeds, on the first seed's points as far as every seed has come; `ordered` by x, else by index."""
+    """The mean over seeds, at the first seed's points where every seed has data; matched by x if `ordered`, else by index."""
     if len(curves) == 1:
         return curves[0]
     if not ordered:
@@ -69,7 +69,7 @@ def several(results: Results, names: Sequence[str]) -> bool:
 
 
 def training(results: Results, names: Sequence[str], narrow: bool) -> Figure | None:
-    """The four panels of the paper's Figure 4 over optimizer steps; a panel that nobody logged says so."""
+    """The four panels of the paper's Figure 4 over optimizer steps; a panel without logged data says so."""
     look, key = looks(results), tau_key(results, names)
     title = tau_words(key)
     panels = (
@@ -101,7 +101,7 @@ def training(results: Results, names: Sequence[str], narrow: bool) -> Figure | N
 
 
 def support(results: Results, groups: Sequence[Sequence[str]], narrow: bool) -> Figure | None:
-    """The paper's Figure 3, measured: (r_active, a_support) through training, a panel a group of methods."""
+    """The paper's Figure 3, measured: (r_active, a_support) through training, a panel per group of methods."""
     look = looks(results)
     every = [{name: _curves(results, name, "r_active", "a_support") for name in group} for group in groups]
     held = [shown for group in every if (shown := {n: paths for n, paths in group.items() if paths})]
@@ -167,7 +167,7 @@ def credit(results: Results, names: Sequence[str], narrow: bool) -> Figure | Non
 
 
 def reach(results: Results, names: Sequence[str], narrow: bool) -> Figure | None:
-    """Heat map of AUF, slot by training step: how deep the support has grown. A panel a method that truncates."""
+    """Heat map of AUF, slot by training step: how deep the support has grown. A panel per method that truncates."""
     chosen: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for name in names:
         truncates = (index.method(results, name).get("objective") or {}).get("name") in TRUNCATING

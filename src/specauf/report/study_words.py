@@ -8,7 +8,7 @@ ABSENT = "not run yet"
 VERDICTS = {
     "reproduced": "Reproduced here", "not reproduced": "Not reproduced here", "undecided": "Undecided", "not run": "Not run",
 }  # fmt: skip
-"""A claim's verdict -> as the page says it, in the order in which they are counted."""
+"""A claim's verdict -> its wording on the page, in the order in which verdicts are counted."""
 OUTCOMES = ("better", "equivalent", "worse", "undecided")
 
 PROSE = (
@@ -26,7 +26,7 @@ PROSE = (
     "licence",
     "text",
 )
-"""Columns of words, set to the left."""
+"""Columns of words, aligned left."""
 
 BOLD = (
     "The best of each column and temperature is bold, whatever shares its three decimals too. Where prompt lookup leads, "
@@ -98,7 +98,7 @@ TERMS = (
 
 
 def chance(value: object) -> str:
-    """A p-value: three decimals, or that it is smaller."""
+    """A p-value: three decimals, or `< 0.001`."""
     number = real(value)
     return NONE if number is None else "< 0.001" if number < 0.001 else f"{number:.3f}"
 

@@ -161,7 +161,7 @@ def speedup_rows(results: Results) -> Rows:
 
 
 def selection_rows(results: Results) -> Rows:
-    """Self-selection, decoded live: no part of the replayed methods' table."""
+    """Self-selection, decoded live and so apart from the table of replayed methods."""
     rows = [["method", "task", "τ", "gain", "nodes/round", "rounds"]]
     for item in results.get("selection") or []:
         bounds = span(item.get("gain_interval"))
@@ -193,7 +193,7 @@ def verdict(comparison: dict[str, Any]) -> str:
 
 
 def comparison_sentences(results: Results) -> list[str]:
-    """One sentence a comparison, which claims no more than its interval says."""
+    """One sentence per comparison, which claims no more than its interval says."""
     sentences = []
     for c in results.get("comparisons") or []:
         a, b = _side(results, c, "a"), _side(results, c, "b")
@@ -212,13 +212,13 @@ def comparison_sentences(results: Results) -> list[str]:
 
 
 def compared(results: Results) -> str:
-    """What the table of methods means: the terms of an experiment only where there was one."""
+    """What the table of methods means; equal time and equal steps are explained only where they were compared."""
     controlled = any("equal" in str(c.get("condition")) for c in results.get("comparisons") or [])
     return EXPERIMENT * controlled + NO_LOOP
 
 
 def headline(results: Results) -> list[str]:
-    """The findings in one sentence per pair and condition, then what prompt lookup reaches for nothing."""
+    """The findings in one sentence per pair and condition, then the tau that prompt lookup reaches without parameters."""
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for c in results.get("comparisons") or []:
         groups.setdefault((c["a"], c["b"], _at(c)), []).append(c)
@@ -264,7 +264,7 @@ def _lookups(results: Results) -> list[str]:
 
 
 def _side(results: Results, comparison: dict[str, Any], side: str) -> str:
-    """The label of `a` or `b`; where a condition is named, of the objective before the `@`: the condition tells the rest."""
+    """The label of `a` or `b`. If there is a condition, that of the objective before the `@`: the condition says the rest."""
     name = comparison[side]
     base = name.partition("@")[0]
     known = bool(comparison.get("condition")) and any(m["name"] == base for m in results["methods"])

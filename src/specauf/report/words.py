@@ -13,7 +13,7 @@ THIN = 100
 """Rounds below which a conditional acceptance is drawn as uncertain."""
 
 PROSE = ("note", "value", "outcome", "task")
-"""Columns of words, set to the left; every other one but the first holds numbers."""
+"""Columns of words, aligned left; every other one but the first holds numbers."""
 
 EXPERIMENT = (
     "Equal time: every method is given the same measured seconds of optimizer steps, so a cheaper step buys more steps "
