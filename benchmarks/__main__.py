@@ -2,7 +2,7 @@
 
     python -m benchmarks [names]
 
-With names, only those are run, and they replace what the files said of them.
+With names, only those are run, and their results replace the earlier ones in both files.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def run(names: Sequence[str]) -> int:
         for row in importlib.import_module(f"benchmarks.{name}").rows():
             print(table([row]), flush=True)
             rows.append(row)
-        if not rows:  # other people's code is not installed: the figures of another day stay
+        if not rows:  # the other library is not installed: the figures of another day stay
             print(f"{name}: nothing to measure here; `make interop` installs what it is measured against", flush=True)
             continue
         missed, count = missed + sum(row.reached is False for row in rows), count + len(rows)

@@ -1,10 +1,10 @@
-"""Our training step against SpecForge 0.2.0's own, in turns, each in its environment and process.
+"""Our training step against SpecForge 0.2.0's own, in turns, each in its own environment and process.
 
     bash tests/interop/run.sh specforge     # builds SpecForge's environment, once
     python -m benchmarks.against_specforge
 
-Same shapes, same threads, features cached on both sides. SpecForge puts every slot through the head whatever the objective, and
-by default forms each slice of the head's logits twice to save memory; a row without that recomputation is there too.
+Same shapes, same threads, features cached on both sides. SpecForge puts every slot through the head whatever the objective.
+By default it computes each slice of the head's logits twice, to save memory; one row is without that recomputation.
 """
 
 from __future__ import annotations

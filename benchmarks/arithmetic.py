@@ -1,9 +1,9 @@
-"""What a training step costs on paper: multiply-adds and bytes, no measurement.
+"""What a training step costs on paper: multiply-adds and bytes, nothing measured.
 
     python -m benchmarks.arithmetic
 
-Counts matrix products, two FLOPs a multiply-add; norms, softmax and the optimizer are left out. A product's backward is two
-of its size, one where its input needs no gradient (`fc`) or its weight has none (the frozen head).
+Counts matrix products, at two FLOPs per multiply-add; norms, softmax and the optimizer are left out. The backward of a
+product is two products of its size, or one where its input needs no gradient (`fc`) or its weight has none (the frozen head).
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Step:
     tokens: int
     sequences: int = 1
     target_parameters: float = 0.0
-    """Of the target's body, for its forward pass."""
+    """Parameters of the target's body, for its forward pass."""
 
     def rows(self, tau: float | None) -> float:
-        """Head rows a block; `tau` None is the full block."""
+        """Head rows per block; `tau` None is the full block."""
         n = self.block - 1
         if tau is None:
             return float(n)
@@ -44,7 +44,7 @@ class Step:
         return total
 
     def flops(self, tau: float | None, last_layer: bool = True) -> dict[str, float]:
-        """FLOPs of forward and backward by part. `last_layer`: its query side for the head's rows alone."""
+        """FLOPs of forward and backward by part. `last_layer`: compute its query side for the head's rows alone."""
         blocks, rows = self.sequences * self.anchors, self.rows(tau)
         context = self.sequences * self.tokens * 2 * self.hidden
         key_value = self.layers * context * 2 * self.kv
@@ -59,7 +59,7 @@ class Step:
         }
 
     def logits_gb(self, tau: float | None) -> float:
-        """Of one pass's logits in float32, if all were kept."""
+        """Size of one pass's logits in float32, in 10^9 bytes, if all were kept."""
         return self.sequences * self.anchors * self.rows(tau) * self.vocab * 4 / 1e9
 
     def target_flops(self) -> float:

@@ -2,10 +2,10 @@
 
     python -m benchmarks.attention
 
-SmolLM2's heads (9 query, 3 key-value, d = 64), blocks of 16 on a context of 1024. SDPA has the best of it: keys already
-side by side, the mask built beforehand and additive, its own grouping of heads or repeated keys, whichever is faster.
-On a machine with other work, prefix `OMP_WAIT_POLICY=passive`: ours is many short parallel regions, at the end of each of
-which OpenMP's threads otherwise spin, for a whole time slice when one of them has lost its core.
+SmolLM2's heads (9 query, 3 key-value, d = 64), blocks of 16 on a context of 1024. SDPA gets every advantage: keys already
+side by side, an additive mask built beforehand, and its own grouping of heads or repeated keys, whichever is faster.
+On a machine with other work, prefix `OMP_WAIT_POLICY=passive`. Ours is many short parallel regions; at the end of each,
+OpenMP's threads otherwise spin, for a whole time slice when one of them has lost its core.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def rows() -> Iterator[Row]:
         at = f"n={n} blocks of {SLOTS}, S={CONTEXT}, {HEADS} heads, {KV} of keys, d={DIM}"
         note = f"{1e3 * ours[n]:.0f} ms against {1e3 * dense:.0f} ms ({which})"
         yield Row("block attention", "dense-mask SDPA", at, dense / ours[n], 3.5 if n == 256 else None, note=note)
-    # Three sizes evenly spaced in log n: the slope of the least-squares line is that between its ends.
+    # Three sizes evenly spaced in log n: the least-squares slope is the slope between the first and the last.
     first, last = BLOCKS[0], BLOCKS[-1]
     exponent = math.log(ours[last] / ours[first]) / math.log(last / first)
     yield Row("exponent of its time in n", "linear", f"n={first} to {last}", exponent, 1.1, below=True)

@@ -38,7 +38,7 @@ class Row:
 
 
 def alternate(ways: Mapping[str, Callable[[], Any]], rounds: int = 5, warmup: int = 1) -> dict[str, float]:
-    """Median seconds of each way, the ways taking turns so that they share the machine's mood."""
+    """Median seconds of each way. The ways take turns, so that a change in the machine's load affects all of them."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(warmup + rounds):
         for name, way in ways.items():

@@ -1,9 +1,9 @@
-"""What share of the labels a reduced draft vocabulary has, by its size. Counted over prepared data, nothing is trained.
+"""What share of the labels a reduced draft vocabulary covers, by its size. Counted over prepared data; nothing is trained.
 
     python -m benchmarks.coverage [prepared data ...]
 
-Without arguments: all that is in the cache. A vocabulary chosen from all conversations knows their rarest tokens; the second
-figure chooses it from nine conversations in ten and counts in the tenth, which is what new text will see.
+Without arguments, all prepared data in the cache. A vocabulary chosen from all conversations has seen the tokens it is
+counted on. For the second figure it is chosen from nine conversations in ten and counted in the tenth, as on new text.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from specauf.drafter.vocabulary import coverage, most_frequent
 
 SIZES = (4096, 8192, 16384, 32768)
 VOCAB = 49152
-"""Of SmolLM2."""
+"""SmolLM2's."""
 
 
 def labels_of(data: TokenDataset, keep: Sequence[bool]) -> torch.Tensor:

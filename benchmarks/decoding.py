@@ -2,8 +2,8 @@
 
     python -m benchmarks.decoding
 
-The drafter is untrained unless `SPECAUF_BENCH_DRAFTER` names a checkpoint for the embedded target; rounds and tau are in the
-note, since live decoding's cost is its rounds. The comparison with PyPI `dflash` runs in that package's environment
+The drafter is untrained unless `SPECAUF_BENCH_DRAFTER` names a checkpoint for the embedded target. The note gives rounds and
+tau, since rounds are what live decoding costs. The comparison with PyPI `dflash` runs in that package's environment
 (`bash tests/interop/run.sh dflash` builds it), both decoders in turns in one process.
 """
 
@@ -87,7 +87,7 @@ def beside_zlab(directory: str, threads: str) -> None:
 
     torch.set_num_threads(int(threads))
     if not torch.cuda.is_available():
-        torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]  # it stops its clock so
+        torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]  # dflash times with it
     target, _, prompts = scene()
     drafter = load_drafter(directory)
     theirs = DFlashDraftModel.from_pretrained(directory, dtype=torch.float32).eval()
@@ -108,7 +108,7 @@ def beside_zlab(directory: str, threads: str) -> None:
             )
             after = time.perf_counter()
             if turn:  # the first turn warms up
-                # To the round: theirs shortens its last blocks, so that it may take one round more or less.
+                # Ours is scaled to their rounds: theirs shortens its last blocks, so it may take one round more or less.
                 each = len(told.acceptance_lengths) / max(1, len(out.rounds))
                 spent["ours"] += (middle - began) * each
                 spent["theirs"] += after - middle

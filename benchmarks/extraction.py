@@ -1,8 +1,8 @@
-"""Feature extraction against the Hugging Face body's own forward and in bfloat16, on the same batches, alternating in one run.
+"""Feature extraction against the Hugging Face body's own forward, and in bfloat16 against float32.
 
     python -m benchmarks.extraction
 
-The target is the embedded default, the text its own corpus: three batches of 4 x 384 tokens.
+All run alternately on the same batches: three of 4 x 384 tokens, target and text from the embedded default.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python -m benchmarks.objective
 
-AUF through the wavefront against the best dense head there is here (the same fused pass over every slot, with the same
+AUF through the wavefront against the best dense head available here (the same fused pass over every slot, with the same
 budget of logits rows), and that dense head against plain logits and `cross_entropy`. Blocks fail as they would at a given
-tau: labels are the head's own argmax up to a failure drawn from a geometric law.
+tau: labels are the head's own argmax up to a failure drawn from a geometric distribution.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def naive(hidden: torch.Tensor, blocks: Blocks, weight: torch.Tensor) -> Callabl
 
 
 def make(way: str, shape: str, blocks: int, tau: float) -> Callable[[], object]:
-    """One way on inputs of its own, for the measurement of memory."""
+    """One way on inputs of its own, for measuring memory."""
     given = problem(*SHAPES[shape], blocks, tau)
     return naive(*given) if way == "naive" else fused(way, *given, tau)
 

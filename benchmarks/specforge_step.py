@@ -3,8 +3,8 @@
     bash tests/interop/run.sh specforge     # builds the environment that has SpecForge
     .venv-interop-specforge/bin/python -m benchmarks.specforge_step --block-size 16 --anchors 32 [--gamma 7]
 
-Its trainer's core around its own model, strategy and optimizer, as its single-process offline run puts them together: float32
-on the CPU, scaled dot product attention. `--chunk-blocks 0` spares its recomputation of the head, for memory.
+SpecForge's trainer core runs its own model, strategy and optimizer, assembled as in its single-process offline run: float32
+on the CPU, scaled dot product attention. `--chunk-blocks 0` avoids recomputing the head, at the cost of memory.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """A whole training step: batch, drafter forward, objective, backward, clipping, AdamW.
 
     python -m benchmarks.step                                    # AUF against the full block with its decay
-    python -m benchmarks.step auf --block-size 16 --anchors 32   # one of the two alone, as benchmarks.stepping says
+    python -m benchmarks.step auf --block-size 16 --anchors 32   # one of the two alone, with the options of benchmarks.stepping
 
-The trainer is the library's own; tokens, cached features, embedding and head are random, since a step's cost does not
-depend on what they say, except through tau. Labels are made so that the drafter survives as it would at a stated tau_train:
-its own argmax up to a failure drawn from a geometric law.
+The trainer is the library's own. Tokens, cached features, embedding and head are random, since a step's cost depends on them
+only through tau. Labels are made so that the drafter survives as it would at a stated tau_train: its own argmax up to a
+failure drawn from a geometric distribution.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CONVERSATIONS = 8
 
 
 class Lent(SimpleNamespace):
-    """Embedding and head of a target that is not there."""
+    """The embedding and head that stand in for a target."""
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         return F.embedding(ids, self.embed_weight)
@@ -69,7 +69,7 @@ class Stored:
 
 
 class Staged(Trainer):
-    """A trainer whose blocks fail as at tau `TAU`: labels are what the drafter says, or something else."""
+    """A trainer whose blocks fail as at tau `TAU`: a label is the drafter's argmax, or another token where it is to fail."""
 
     made: dict[tuple[int, ...], torch.Tensor]
 
@@ -100,7 +100,7 @@ def build(shape: Shape, objective: str, target: Any = None, precision: str = "fl
             "objective": {"name": objective},
             "train": {
                 **{"max_steps": 10**6, "batch_size": shape.sequences, "num_anchors": shape.anchors},
-                **{"lr": 1e-12, "common_every": 10**6, "precision": precision},  # the labels stay what the drafter says
+                **{"lr": 1e-12, "common_every": 10**6, "precision": precision},  # labels stay the drafter's argmax
             },
         },
     )
@@ -127,9 +127,9 @@ def build(shape: Shape, objective: str, target: Any = None, precision: str = "fl
 
     def step() -> None:
         trainer.step()
-        trainer.done %= 2  # two batches in turn, whose labels are made
+        trainer.done %= 2  # two batches in turn, whose labels exist by then
 
-    for _ in range(4):  # the labels, and the survival estimate
+    for _ in range(4):  # makes the labels, and the survival estimate
         step()
     return step
 

@@ -40,11 +40,11 @@ class Shape:
     head_dim: int = 64
     vocab_size: int = 49152
     chunk_blocks: int = 128
-    """SpecForge's: so many blocks to a slice of the objective, each recomputed in backward; 0: all kept, none recomputed."""
+    """SpecForge's: blocks per slice of the objective, each recomputed in backward; 0: all kept, none recomputed."""
 
 
 SHAPES = ((8, 32), (16, 32), (16, 128))
-"""Block size and anchors a sequence."""
+"""Block size and anchors per sequence."""
 
 
 def random_batch(shape: Shape) -> dict[str, Tensor]:
@@ -59,7 +59,7 @@ def random_batch(shape: Shape) -> dict[str, Tensor]:
 
 
 def main(name: str, build: Callable[[Shape], Callable[[], object]]) -> None:
-    """Time the step that `build` makes. One configuration a process: peak memory is the process's."""
+    """Time the step that `build` makes. One configuration per process, since peak memory is the process's."""
     parser = argparse.ArgumentParser(prog=name)
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--anchors", type=int, default=32, help="blocks a sequence")
@@ -97,7 +97,7 @@ def main(name: str, build: Callable[[Shape], Callable[[], object]]) -> None:
 
 
 def peak_rss() -> int:
-    """Bytes. Not getrusage's, which a process inherits from the one that started it."""
+    """Peak resident memory in bytes. Not getrusage's, which a process inherits from the one that started it."""
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 
@@ -108,7 +108,7 @@ class Stepper:
     def __init__(self, command: Sequence[str]) -> None:
         self.command = [*command, "--wait"]
         self.found: dict[str, Any] = {}
-        """What the process says when it ends."""
+        """What the process reports when it ends."""
 
     def __enter__(self) -> Stepper:
         self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

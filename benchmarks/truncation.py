@@ -1,9 +1,9 @@
-"""How many head rows eps-truncation spares, and how much credit it drops, on made-up drafters. Counted, not timed.
+"""How many head rows eps-truncation saves, and how much credit it drops, on simulated drafters. Counted, not timed.
 
     python -m benchmarks.truncation
 
-A calibrated drafter: its confidence in its own token is drawn from a Beta law around alpha, it is right with that
-probability, and where it is wrong the label has a uniformly drawn share of what is left. N = 15 predictions a block.
+The drafter is calibrated: its confidence in its own token is drawn from a Beta distribution around alpha, and it is right
+with that probability. Where it is wrong, the label has a uniformly drawn share of what is left. N = 15 predictions per block.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from specauf.objective.wavefront import plan_cuts
 
 BLOCKS = 20_000
 STEP = 128
-"""Blocks of a training step, for which stages are planned."""
+"""Blocks in a training step, for which stages are planned."""
 TAUS = (1.5, 2.6, 4.0)
 NAMES = ("dpace", "soft-auf")
 EPS = (0.01, 0.05, 0.1)
@@ -28,7 +28,7 @@ EPS = (0.01, 0.05, 0.1)
 
 class Found(NamedTuple):
     rows: float
-    """Head rows a block when the block is read slot by slot."""
+    """Head rows per block when the block is read slot by slot."""
     staged: float
     """The same in the stages that the trainer would plan."""
     dropped: float
@@ -36,7 +36,7 @@ class Found(NamedTuple):
 
 
 def drafter(tau: float, blocks: int = BLOCKS, spread: float = 2.0) -> Slots:
-    """What a calibrated drafter says of `blocks` blocks: how often it is right gives this tau."""
+    """The readouts of a calibrated drafter on `blocks` blocks, right as often as this tau implies."""
     g = torch.Generator().manual_seed(0)
     alpha = alpha_of(tau)
     shape = (blocks, SLOTS)
