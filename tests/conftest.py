@@ -1,4 +1,4 @@
-"""A tiny random target that decodes something other than a loop, a tokenizer, and what most tests need around them."""
+"""What most tests share: a tiny random target whose output is no mere loop, a tokenizer, and helpers around them."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def prompts() -> list[list[int]]:
 
 
 def make_dataset(rows: list[tuple[int, list[int], list[bool]]], meta: dict[str, object] | None = None) -> TokenDataset:
-    """From (uid, tokens, supervised?) in plain lists."""
+    """A dataset from rows of (uid, tokens, supervised?) in plain lists."""
     return TokenDataset.from_rows(
         [(uid, torch.tensor(ids, dtype=torch.int32), torch.tensor(m, dtype=torch.uint8)) for uid, ids, m in rows],
         meta or {},
@@ -124,7 +124,7 @@ WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "one", "red", "bir
 def write_world(
     root: Path, tokenizer: PreTrainedTokenizerFast, conversations: int, words: int, tasks: Mapping[str, int]
 ) -> Path:
-    """What a command reads: `target`, `chat.jsonl`, and in `tasks` three prompts each of so many turns."""
+    """Write what a command reads: `target`, `chat.jsonl`, and `tasks/` with three prompts of `tasks[name]` turns per task."""
     target = make_target(vocab=len(tokenizer) + 8)
     target.model.config.eos_token_id = target.model.generation_config.eos_token_id = tokenizer.eos_token_id
     target.model.save_pretrained(root / "target")
