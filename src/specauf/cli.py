@@ -225,7 +225,7 @@ class Generate:
         selection = Selection.of(self.candidates, self.candidate_temperature)
         drafter = None if str(self.checkpoint) == "prompt-lookup" else load_drafter(self.checkpoint)
         if drafter is None and (self.lookup_first or self.candidate_pool):
-            raise ConfigError("--lookup-first and --candidate-pool go with a drafter; prompt-lookup is none")
+            raise ConfigError("--lookup-first and --candidate-pool need a drafter; prompt-lookup is not one")
         target = _target(self.target.of(drafter.config.extra if drafter else {"target": "smollm2-135m"}))
         proposer: DrafterProposer | PromptLookup | LookupFirst = PromptLookup(self.block_size)
         if drafter is not None:

@@ -151,7 +151,7 @@ class DrafterConfig:
         )
         require(
             self.init_layers is None or self.init_from is None,
-            "drafter.init_layers and drafter.init_from both say where the weights begin: leave one out",
+            "drafter.init_layers and drafter.init_from both set the initial weights: leave one out",
         )
         for name in ("gru_hidden_dim", "emb_dim"):
             value = getattr(self, name)
@@ -214,11 +214,11 @@ class ObjectiveConfig:
             given = [n for n, v in said.items() if v] + ["support"] * (self.support != "final")
             require(
                 not given,
-                f"objective.variant says the objective of both branches: leave out objective.{', objective.'.join(given)}",
+                f"objective.variant sets the objective of both branches: leave out objective.{', objective.'.join(given)}",
             )
         require(
             self.final is not None or not self.final_options,
-            "objective.final_options are of objective.final, which is not set: options are both branches' then",
+            "objective.final_options needs objective.final: without it, objective.options are both branches'",
         )
         for name in ("lambda_base_start", "lambda_base_decay_ratio"):
             require(0 <= getattr(self, name) <= 1, f"objective.{name} is a share in [0, 1], got {getattr(self, name)}")
@@ -336,7 +336,7 @@ class RunConfig:
             object.__setattr__(self, "out", str(Path(self.out).expanduser()))
         require(
             not (self.train.shard_target and self.features.cache),
-            "train.shard_target is for a target that runs in every step, and features.cache keeps it out of them: set one",
+            "train.shard_target is for a target that runs in every step; with features.cache it does not: set one of them",
         )
         for section, names in DOMINO.items():
             chosen = getattr(self, section)

@@ -104,7 +104,7 @@ def run_demo(base: RunConfig, minutes: float, console: Console) -> Path:
     plan_path = out / "plan.json"
     plan = Plan(**json.loads(plan_path.read_text())) if plan_path.is_file() else None
     if plan and plan.minutes != minutes:
-        console.say(f"{plan_path} holds a plan for {plan.minutes:g} minutes: going on with that one")
+        console.say(f"{plan_path} holds a plan for {plan.minutes:g} minutes: continuing with that plan")
     if plan and plan.examples > len(prepared.train):
         raise UserError(
             f"{plan_path} is a plan for {plan.examples} conversations, and there are {len(prepared.train)}: other data need "

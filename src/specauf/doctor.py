@@ -82,8 +82,8 @@ def check_torch() -> list[Check]:
     if torch.cuda.is_available():
         found = Check("torch", "ok", f"{build}, {torch.cuda.get_device_name(0)}")
     elif torch.version.cuda:
-        mend = "with a GPU here: mend its driver (nvidia-smi says what is wrong). Without: leave it, it is only large"
-        found = Check("torch", "warn", f"{build}, but no GPU answers: runs on the CPU", mend)
+        mend = "if there is a GPU, mend its driver (see nvidia-smi); if not, leave it: this build is only larger than needed"
+        found = Check("torch", "warn", f"{build}, but no GPU was found: specauf will run on the CPU", mend)
     else:
         found = Check("torch", "ok", build)
     return [found, check_threads(torch.get_num_threads(), provenance.available_cores())]
@@ -92,7 +92,7 @@ def check_torch() -> list[Check]:
 def check_threads(threads: int, cores: int) -> Check:
     detail = f"{threads} for {cores} cores"
     if threads > cores:
-        return Check("threads", "warn", f"{detail}: they wait for each other", f"export OMP_NUM_THREADS={cores}")
+        return Check("threads", "warn", f"{detail}: threads compete for cores", f"export OMP_NUM_THREADS={cores}")
     if threads < cores:
         mend = f"unset OMP_NUM_THREADS, or set it to {cores}, unless the others are busy"
         return Check("threads", "warn", f"{detail}: some stay idle", mend)
@@ -105,7 +105,9 @@ def check_memory() -> Check:
     if total < MEMORY_GB:
         return Check("memory", "fail", f"{detail}; the demo needs {MEMORY_GB:.0f}", "use a machine with more memory")
     if free < MEMORY_GB:
-        return Check("memory", "warn", f"{detail}; the demo needs {MEMORY_GB:.0f}", "end what else is running here")
+        return Check(
+            "memory", "warn", f"{detail}; the demo needs {MEMORY_GB:.0f}", "stop other programs on this machine"
+        )
     return Check("memory", "ok", detail)
 
 

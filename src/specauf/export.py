@@ -86,7 +86,7 @@ def _results_of(path: Path, config: DFlashConfig, weights: str) -> dict[str, Any
 
     found, target = page.read(path), config.extra.get("target_fingerprint")
     if "evaluation" not in found:
-        raise UserError(f"{path} is not of `specauf eval`, whose figures a model card has")
+        raise UserError(f"{path} was not written by `specauf eval`, whose figures are what a model card shows")
     measured = found.get("provenance", {}).get("target", {}).get("fingerprint")
     if target and measured and target != measured:
         raise UserError(

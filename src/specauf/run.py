@@ -50,7 +50,7 @@ NOT_GEOMETRY = (
     "eos_token_id",
     "block_size",
 )
-"""Fields of a drafter's configuration that change nothing it computes."""
+"""Fields of a drafter's configuration on which the shape of no weight depends."""
 
 
 def corpus_path(config: RunConfig) -> Path:
@@ -94,7 +94,7 @@ def prepare_data(config: RunConfig, target: Target) -> Prepared:
     kept_out = prepared.train.meta.get("kept_out")
     if exposed := [label for label in _kept_out(config) if kept_out is not None and label not in kept_out]:
         log.warning(
-            "%s: the prompts of %s were not kept out of these rollouts, and are not measured fairly by what trains on them",
+            "%s: the prompts of %s were not kept out of these rollouts: what trains on them is not measured fairly there",
             *(config.data.path, ", ".join(exposed)),
         )
     return prepared

@@ -39,7 +39,10 @@ def show(
 ) -> bool:
     """Stream the answer, then print tau and speed. Returns False when a greedy answer differs from plain decoding's at a token
     that is no near tie. Raises `ConfigError` when there is no room for a round."""
-    require(max_new_tokens >= 2, "--max-new-tokens must be at least 2: the first is the prefill's, and no round")
+    require(
+        max_new_tokens >= 2,
+        "--max-new-tokens must be at least 2: the first token comes from the prefill, not from a round",
+    )
     options: dict[str, Any] = {"sampling": sampling, "max_new_tokens": max_new_tokens}
     stream, few = Stream(target, terminal), {**options, "max_new_tokens": 2}
     for warm in (proposer, None):  # kernels are compiled, and caches filled, before either is timed

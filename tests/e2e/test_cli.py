@@ -97,7 +97,10 @@ def test_self_selection_and_the_drawn_proposal_are_told_apart(world: Path, capsy
     shutil.copytree(world / "untrained", world / "prompt-lookup")
     for arguments, told in (
         ([*measure, "--live", "-1"], "--live must be at least 0, got -1"),
-        ([*measure[:1], str(world / "prompt-lookup"), *measure[2:]], "prompt-lookup is in the table already"),
+        (
+            [*measure[:1], str(world / "prompt-lookup"), *measure[2:]],
+            "the name prompt-lookup is reserved for prompt lookup",
+        ),
         (["generate", str(world / "prompt-lookup"), "hi", *where, "--max-new-tokens", "1"], "must be at least 2"),
     ):
         capsys.readouterr()
@@ -160,7 +163,7 @@ def test_rollouts_are_training_data_and_a_drafter_goes_on_from_another(
         (["prepare", "{recipe}", "--set", "target.path=./nothing"], "no such directory: ./nothing"),
         (["rollout", "{recipe}", "--out", "x", "--samples", "2"], "2 samples at temperature 0"),
         (["rollout", "{recipe}", "--out", "x", "--temperature", "-1"], "temperature must be >= 0"),
-        (["generate", "prompt-lookup", "hi", "--lookup-first", "2"], "go with a drafter; prompt-lookup is none"),
+        (["generate", "prompt-lookup", "hi", "--lookup-first", "2"], "need a drafter; prompt-lookup is not one"),
         (["eval", "x", "--candidates", "0"], "candidates must be at least 1, got 0"),
         (["generate", "x", "hi", "--sampling.proposal", "sampled"], "proposal 'sampled'"),
         (["eval", "/no/such/drafter"], "is not a drafter checkpoint: config.json is missing"),

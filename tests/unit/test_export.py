@@ -70,7 +70,7 @@ def test_a_drafter_with_its_own_vocabulary_is_for_no_engine(target: Target, tmp_
 
 def test_a_studys_results_are_no_table_for_a_card(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text('{"kind": "study", "title": "t", "methods": [], "parts": []}')
-    with pytest.raises(UserError, match="is not of `specauf eval`"):
+    with pytest.raises(UserError, match="was not written by `specauf eval`"):
         export(checkpoint, tmp_path / "out", results=[tmp_path / "results.json"])
 
 

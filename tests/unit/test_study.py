@@ -490,16 +490,14 @@ def test_a_method_starts_from_another_and_has_its_time(world: Path, tiny: Target
     for name, dependent in (("auf", "on"), ("decay", "time")):  # trained anew under a cell that was made from it
         kept = (study.cell_dir(name, 0) / "checkpoint" / "model.safetensors").read_bytes()
         (study.cell_dir(name, 0) / "checkpoint" / "model.safetensors").write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
-        with pytest.raises(
-            ConfigError, match=f"{dependent}-s0 was made from {name}-s0 as it was before it was trained"
-        ):
+        with pytest.raises(ConfigError, match=f"{dependent}-s0 was made from an earlier training of {name}-s0"):
             run_study(study, ["train"], [], tiny, Quiet())
         (study.cell_dir(name, 0) / "checkpoint" / "model.safetensors").write_bytes(kept)
     shutil.rmtree(study.cell_dir("auf", 0))  # in the same command, too
     other = content(world, study.out) | {
         "methods": {**data["methods"], "auf": {"label": "AUF", "set": ["train.lr=1e-2"]}}
     }
-    with pytest.raises(ConfigError, match="on-s0 was made from auf-s0 as it was before it was trained"):
+    with pytest.raises(ConfigError, match="on-s0 was made from an earlier training of auf-s0"):
         run_study(recipe.study_of(other | {"parts": data["parts"]}, "test"), ["train"], [], tiny, Quiet())
     shutil.rmtree(study.cell_dir("on", 0))
     shutil.rmtree(study.cell_dir("auf", 0))

@@ -40,7 +40,9 @@ def open_checkpoints(checkpoints: Sequence[Path]) -> dict[str, DFlash]:
         raise UserError("give at least one drafter directory")
     names = [_name(path) for path in checkpoints]
     if LOOKUP in names:
-        raise UserError(f"{LOOKUP} is in the table already, and owns that name: rename the run's directory")
+        raise UserError(
+            f"the name {LOOKUP} is reserved for prompt lookup, which is in every table: rename the run's directory"
+        )
     if len(set(names)) < len(names):
         raise UserError(f"checkpoints must have different names, got {', '.join(names)}")
     drafters = {name: load_drafter(path) for name, path in zip(names, checkpoints, strict=True)}
@@ -78,7 +80,8 @@ def evaluate(
     if live and config.sampling.temperature:
         raise ConfigError("--live compares token for token, so it needs temperature 0")
     require(
-        config.max_new_tokens >= 2, "eval.max_new_tokens must be at least 2: the first is the prefill's, and no round"
+        config.max_new_tokens >= 2,
+        "eval.max_new_tokens must be at least 2: the first token comes from the prefill, not from a round",
     )
     require(live >= 0, f"--live must be at least 0, got {live}")
     if selection and any(isinstance(d, Domino) for d in drafters.values()):

@@ -249,7 +249,7 @@ def _require_supervision(rows: list[Row], ledger: Ledger, source: Path) -> None:
     if all(bool(mask.all()) for _, _, mask in rows):
         raise UserError(
             f"{source}: the chat template puts every token of every conversation into assistant turns, so the loss "
-            "mask says nothing; check the tokenizer's chat template"
+            "mask masks nothing; check the tokenizer's chat template"
         )
 
 

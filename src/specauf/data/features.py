@@ -186,7 +186,7 @@ def build_features(
     for number in range(len(plan)):
         if not (out / f"shard-{number:05d}.safetensors").is_file():
             raise UserError(
-                f"{out} has no shard {number}: the processes of a run share SPECAUF_CACHE, which has to be on a disk of all"
+                f"{out} has no shard {number}: all processes of a run share SPECAUF_CACHE: put it on a disk that they all see"
             )
     return FeatureCache(out)
 

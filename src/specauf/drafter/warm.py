@@ -42,7 +42,7 @@ def copy_layers(drafter: DFlash, layers: nn.ModuleList, final_norm: nn.Module, i
         assert isinstance(own, Layer)
         _copy(own, layers[i], i)
     hidden = drafter.config.hidden_size
-    noise = drafter.fc.weight * 0.1  # the other taps begin small, not at zero: taps that begin at zero learn alike
+    noise = drafter.fc.weight * 0.1  # the other taps begin small
     drafter.fc.weight.copy_(noise)
     drafter.fc.weight[:, -hidden:] += torch.eye(hidden)
     drafter.hidden_norm.weight.copy_(_gain(layers[ids[-1]].get_submodule("input_layernorm"), hidden))

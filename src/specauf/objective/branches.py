@@ -11,8 +11,9 @@ forcing what it would predict in decoding, because the prefix so far is the data
 prefix holds tokens that nobody supervised.
 
 W2's gradient is a sum over rows, each weighted by its credit, so the credits must be known first. A credit that is known
-beforehand (a position prior, or the other branch's support) takes one pass over the final branch. A credit that is read off
-the final branch itself takes two: one without gradient, staged like any wavefront, and one over the rows that count.
+beforehand (a position prior, or the other branch's support) takes one pass over the final branch, if the loss is a cross
+entropy. A credit that is read off the final branch itself takes two: one without gradient, staged like any wavefront, and
+one over the rows that count.
 """
 
 from __future__ import annotations

@@ -41,8 +41,8 @@ def block_metrics(
     - `first_error_k`: the share of blocks whose first failing slot is k (`first_error_0`: none failed)
     - `credit_k`: the mean credit of slot k = 1..B-1 (0 where it is invalid)
 
-    `simulated_tau` and `first_error_k` are left out when some block was not read up to its first mistake. Only the first
-    `served` predictions are looked at, since tau counts no others.
+    `simulated_tau` and `first_error_k` are left out when some block was not read up to its first mistake. All but
+    `head_rows` look at the first `served` predictions alone, since tau counts no others.
     """
     rows = float(readout.evaluated.sum())
     outside = torch.zeros_like(blocks.valid) if readout.outside is None else readout.outside

@@ -7,7 +7,7 @@ The head is most of a block drafter's training step. Two observations make it ch
   where something fails is read the same way.
 - Credits are detached. So the gradient of a row's cross entropy with respect to its hidden state, W^T (softmax - onehot),
   can be formed while the row's logits are still in memory, and scaled by its credit later. No logits are kept and no row is
-  evaluated twice, for any objective.
+  evaluated twice, for any objective of one branch (`branches` says when Domino's final branch is).
 """
 
 from __future__ import annotations

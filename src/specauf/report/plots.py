@@ -371,10 +371,7 @@ def curve(log: Sequence[dict[str, Any]], x: str, y: str) -> tuple[np.ndarray, np
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """A centred running mean over a twentieth of the run and at least five points.
-
-    One-sided at its ends, so that they are no noisier.
-    """
+    """A centred running mean over a twentieth of the run, and five points of a short one; narrower at its ends."""
     half, index = max(len(values) // 40, min(2, len(values) // 10)), np.arange(len(values))
     total = np.concatenate([[0.0], np.cumsum(values)])
     low, high = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))

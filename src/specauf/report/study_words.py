@@ -29,7 +29,7 @@ PROSE = (
 """Columns of words, aligned left."""
 
 BOLD = (
-    "The best of each column and temperature is bold, whatever shares its three decimals too. Where prompt lookup leads, "
+    "The best of each column and temperature is bold, and so is what equals it to three decimals. Where prompt lookup leads, "
     "the best drafter is {mark}."
 )
 BEFORE_LOOP = (
@@ -37,11 +37,11 @@ BEFORE_LOOP = (
     "prompt lookup most."
 )
 COMPARED = (
-    "Differences of τ, a less b, paired by prompt and seed. Better and worse need a 95 % interval beside zero and, where p "
-    "is corrected, a Holm-adjusted p below 0.05; equivalent needs the 90 % interval within ±{margin}, a margin set before "
-    "the run, and goes before the other two; all else is undecided. Two single runs show a difference of their methods only "
-    "beyond the noise floor (“seed ±”), and never that they are equivalent; brackets then hold what the interval says of these "
-    "runs alone. The last column is the same comparison without what follows a loop."
+    "Differences of τ, a minus b, paired by prompt and seed. Equivalent, asked first: the 90 % interval lies within ±{margin}, a "
+    "margin set before the run. Better and worse: the 95 % interval excludes zero and, where p is corrected, the Holm-adjusted "
+    "p is below 0.05. Undecided: everything else. Two single runs show a difference between their methods only beyond the noise "
+    "floor (“seed ±”), and never that the methods are equivalent; brackets hold what the interval says of these runs alone. The "
+    "last column is the same comparison before the text loops."
 )
 ONE_SEED = "Where a method has one seed, its intervals are over prompts alone. {floor}"
 FLOOR = (
@@ -51,7 +51,7 @@ FLOOR = (
 NO_FLOOR = "How far apart two seeds of one method lie is not known yet, so small differences mean nothing."
 BUDGETS = (
     "A cell is one training run, a method with a seed; parts share cells. Clipped is the share of steps whose gradient was "
-    "cut to the norm's bound, head rows the slots put through the vocabulary projection, a block."
+    "clipped to the norm's bound; head rows are the slots per block put through the vocabulary projection."
 )
 MEASURED = (
     "τ, with and without loops, and acceptance are averages over the benchmarks, each prompt weighing the same within a "

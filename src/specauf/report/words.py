@@ -31,8 +31,8 @@ LEGEND = (
 )
 SELECTION = (
     "Decoded live over the same prompts, not replayed: of several candidate blocks, one of them the drafter's greedy one, "
-    "the target verifies the one it scores highest. The gain is over the replayed greedy block, paired by prompt; its price "
-    "is the nodes verified per round, of which a greedy block has as many as slots."
+    "the target verifies the one it scores highest. The gain is over the replayed greedy block, paired by prompt; its cost "
+    "is the nodes verified per round; a greedy block has one per slot."
 )
 CAPTIONS = {
     "tau": "Tokens emitted per verify round, τ, with its 95 % interval over prompts. At τ = 1 no draft token is ever "
@@ -60,7 +60,7 @@ GLOSSARY = (
     ("r_active, a_support", "The share of a block's slots that carry loss; the share of those predicted correctly."),
     ("common-token accuracy", "The share of all valid slots predicted correctly, whatever the objective supervises."),
     ("simulated τ", "τ as the training batch itself would give it: 1 plus the correct slots before the breaker."),
-    ("head row", "One slot put through the target's vocabulary projection, the dear part of a small drafter's step."),
+    ("head row", "One slot put through the target's vocabulary projection, the costly part of a small drafter's step."),
     ("replay", "A drafter run over recorded continuations of the target, so that all methods meet the same text and "
      "their differences are paired by prompt."),
     ("self-selection, K, T_s", "One draft, K candidate blocks: the greedy one and K − 1 drawn slot by slot at temperature "

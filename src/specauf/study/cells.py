@@ -76,7 +76,7 @@ def check_same_data(cell: Cell, data: str, target: str) -> None:
         if before.get(what, now) != now:
             raise ConfigError(
                 f"{cell.out} was trained on another state of the {what} ({before[what]} then, {now} now): its neighbours would "
-                "not be comparable. Put back the files, eval.tasks or version of then, or delete that directory"
+                "not be comparable. Restore the files, eval.tasks or specauf version of that time, or delete that directory"
             )
 
 

@@ -144,10 +144,10 @@ def beyond_priors(results: Results) -> Found:
     found = {name: find(results, "auf", name, "0", MACRO) for name in PRIORS}
     known = {name: i for name, i in found.items() if i is not None}
     if not known:
-        return Found("not run", "AUF is compared with no weights by position")
+        return Found("not run", "AUF is not compared with any weights by position")
     rows = {name: results["comparisons"][i] for name, i in known.items()}
     each = [f"{labels.get(n, n)} {_tau(row['difference'])} ({standing(row)})" for n, row in rows.items()]
-    because = f"AUF's macro-average tau, less that of {', '.join(each)}"
+    because = f"AUF's macro-average tau minus that of {', '.join(each)}"
     if floors := [row["noise_floor"] for row in rows.values() if row["seeds"] == 1 and row["noise_floor"]]:
         because += f"; two runs of one method may lie {max(floors):.3f} apart by their seeds alone"
     if absent := [labels.get(name, name) for name in PRIORS if name not in known]:

@@ -107,8 +107,7 @@ def check_source(study: Study, cell: Cell) -> None:
         there = study.cell_dir(source, seed)
         if finished(there) and weights_hash(there / "checkpoint") != then:
             raise ConfigError(
-                f"{cell.out} was made from {there.name} as it was before it was trained anew: delete {cell.out} to train it "
-                "again"
+                f"{cell.out} was made from an earlier training of {there.name}: delete {cell.out} to train it again"
             )
 
 

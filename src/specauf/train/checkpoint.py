@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 
 def identity(trainer: Trainer) -> dict[str, str]:
-    """Digests of what must not change when a run is resumed: everything but where it is written and how long it is."""
+    """Digests of what must not change when a run is resumed.
+
+    Free are where it is written, how long it is, when it saves and replays, whether the target is sharded, and how the
+    micro-batches of a step are divided between accumulation and processes.
+    """
     config, drafter = trainer.config, trainer.drafter.config
     meta = getattr(trainer.batches.dataset, "meta", {})
     free = ("max_steps", "minutes", "save_every", "eval_every", "shard_target", "accumulation")

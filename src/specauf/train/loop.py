@@ -1,7 +1,8 @@
 """The optimizer step, readable from top to bottom, and the run around it.
 
-Everything random is a function of counters and the learning rate a function of the global step, so the state of a run is
-its weights, its optimizer moments and one integer: a resumed run is bitwise the run that was not interrupted.
+Everything random is a function of counters and the learning rate a function of the global step. So the state of a run is
+its weights, its optimizer moments, the step count and the running survival that plans the head's stages: a resumed run is
+bitwise the run that was not interrupted.
 """
 
 from __future__ import annotations
@@ -362,8 +363,8 @@ def calibrate(
     """Median seconds per step of each trainer, with alternating steps so that all meet the same machine conditions.
 
     A truncating objective's step takes longer as tau grows. So `weights`, those of a trained drafter, stand in for those of
-    every trainer whose geometry they fit. Weights, moments and counters are put back afterwards: calibration leaves no
-    trace in a run.
+    every trainer whose geometry they fit. Weights and counters are put back afterwards, and the optimizers' moments cleared:
+    for trainers that have not taken a step, calibration leaves no trace.
     """
     seconds: list[list[float]] = [[] for _ in trainers]
     before = [{k: v.clone() for k, v in t.drafter.state_dict().items()} for t in trainers]

@@ -91,7 +91,7 @@ def test_another_targets_rollouts_are_warned_about(
 ) -> None:
     with caplog.at_level(logging.WARNING):
         open_rollouts(config(directory), target(tokenizer, "another"))
-    assert "the rollouts are another target's" in caplog.text
+    assert "the rollouts were made by another target" in caplog.text
 
 
 def test_only_rollouts_have_rollout_meta(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
