@@ -37,11 +37,11 @@ BEFORE_LOOP = (
     "prompt lookup most."
 )
 COMPARED = (
-    "Differences of τ, a minus b, paired by prompt and seed. Equivalent, asked first: the 90 % interval lies within ±{margin}, a "
-    "margin set before the run. Better and worse: the 95 % interval excludes zero and, where p is corrected, the Holm-adjusted "
-    "p is below 0.05. Undecided: everything else. Two single runs show a difference between their methods only beyond the noise "
-    "floor (“seed ±”), and never that the methods are equivalent; brackets hold what the interval says of these runs alone. The "
-    "last column is the same comparison before the text loops."
+    "Differences of τ, a minus b, paired by prompt and seed. Equivalent, asked first: the 90 % interval lies within "
+    "±{margin}, a margin set before the run. Better and worse: the 95 % interval excludes zero and, where p is corrected, "
+    "the Holm-adjusted p is below 0.05. Undecided: everything else. Two single runs show a difference between their methods "
+    "only beyond the noise floor (“seed ±”), and never that the methods are equivalent; brackets hold what the interval "
+    "says of these runs alone. The last column is the same comparison before the text loops."
 )
 ONE_SEED = "Where a method has one seed, its intervals are over prompts alone. {floor}"
 FLOOR = (
