@@ -27,7 +27,18 @@ if TYPE_CHECKING:
     from specauf.target import Target
     from specauf.train.distributed import Ranks
 
-MENDABLE = (errno.EACCES, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+MENDABLE = (
+    *(
+        errno.EACCES,
+        errno.EEXIST,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.ENAMETOOLONG,
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EROFS,
+    ),
+)
 """File system errors that the user's path or disk causes. Any other is a bug of ours and keeps its traceback."""
 Recipe = Annotated[Path, tyro.conf.Positional]
 Overrides = Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="SECTION.KEY=VALUE ...")]
@@ -78,14 +89,14 @@ class Rollout:
     """Override fields of the recipe."""
 
     def run(self, terminal: Terminal) -> int:
-        from specauf.run import corpus_path, make_rollouts, prepare_data
+        from specauf.run import corpus_path, make_rollouts, rollout_prompts
 
         config = configuration.load(self.recipe, self.set)
         corpus_path(config)  # rollouts of rollouts are refused before anything is loaded
         target = _target(config.target)
-        source = prepare_data(config, target)
+        source = rollout_prompts(config, target)
         by_tokens = self.plan.max_tokens is not None
-        total = self.plan.max_tokens or len(source.train) * self.plan.samples
+        total = self.plan.max_tokens or len(source.train[: config.data.max_conversations]) * self.plan.samples
         with terminal.progress("tokens" if by_tokens else "samples", total) as advance:
 
             def told(samples: int, tokens: int, seconds: float) -> None:

@@ -291,6 +291,7 @@ class SamplingConfig:
         require(0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}")
         require(self.top_k >= 0, f"top_k must be >= 0 (0 is off), got {self.top_k}")
         require(self.repetition_penalty > 0, f"repetition_penalty must be > 0, got {self.repetition_penalty}")
+        require(self.seed < 2**63, f"sampling.seed must be below 2^63, got {self.seed}")
 
 
 @dataclass(frozen=True)

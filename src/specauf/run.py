@@ -16,10 +16,10 @@ from specauf import assets, provenance
 from specauf.bench.runner import measure, recorded
 from specauf.bench.tasks import describe_task, load_task, render_prompts, task_texts
 from specauf.config import RunConfig, digest, dump
-from specauf.data.dataset import Prepared, TokenDataset, prepare, training_order
+from specauf.data.dataset import Prepared, Prompts, TokenDataset, prepare, read_prompts
 from specauf.data.features import FeatureCache, build_features
 from specauf.data.rollouts import RolloutConfig, open_rollouts, rollout_meta
-from specauf.data.sources import Ledger
+from specauf.decode.generate import undecodable
 from specauf.decode.propose import DrafterProposer
 from specauf.decode.rollout import Advance, Roller, rollout
 from specauf.drafter.checkpoint import build_drafter, load_drafter
@@ -102,12 +102,15 @@ def prepare_data(config: RunConfig, target: Target) -> Prepared:
 
 def prepare_corpus(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     """`prepare_data` for a corpus, which needs the tokenizer alone."""
-    return prepare(
-        *(config.data, tokenizer, data_dir(config)),
-        source=corpus_path(config),
-        excluded_prompts=task_texts(config.eval.tasks, config.eval.tasks_dir),
-        kept_out=_kept_out(config),
-    )
+    return prepare(config.data, tokenizer, data_dir(config), **_corpus(config))
+
+
+def _corpus(config: RunConfig) -> dict[str, Any]:
+    return {
+        "source": corpus_path(config),
+        "excluded_prompts": task_texts(config.eval.tasks, config.eval.tasks_dir),
+        "kept_out": _kept_out(config),
+    }
 
 
 def _kept_out(config: RunConfig) -> list[str]:
@@ -128,23 +131,27 @@ def require_heldout(config: RunConfig, prepared: Prepared) -> None:
     )
 
 
+def rollout_prompts(config: RunConfig, target: Target) -> Prompts:
+    """The corpus as far as `make_rollouts` reads it. Raises `UserError` when data.path is no corpus."""
+    if target.tokenizer is None:
+        raise UserError(f"{target.name} has no tokenizer")
+    return read_prompts(config.data, target.tokenizer, **_corpus(config))
+
+
 def make_rollouts(
     config: RunConfig,
     target: Target,
-    source: Prepared,
+    source: Prompts,
     plan: RolloutConfig,
     out: Path,
     drafter: Path | None = None,
     on_progress: Advance | None = None,
 ) -> TokenDataset:
     """The target's own answers to the training prompts of `source`. A `drafter` speeds up decoding, which stays exact."""
-    ledger = Ledger()
-    excluded = task_texts(config.eval.tasks, config.eval.tasks_dir)
-    conversations, _ = training_order(config.data, corpus_path(config), ledger, excluded)
     proposer = DrafterProposer(load_drafter(drafter).to(target.embed_weight), target) if drafter else None
     roller = Roller(target, config.data, plan, target.mask_token_id(config.drafter.mask_token_id), proposer)
     drafted_by = weights_hash(drafter) if drafter else None
-    return rollout(roller, source, conversations, ledger, out, drafter=drafted_by, on_progress=on_progress)
+    return rollout(roller, source, out, drafter=drafted_by, on_progress=on_progress)
 
 
 def new_drafter(config: RunConfig, target: Target) -> DFlash:
@@ -221,6 +228,8 @@ def require_trainable(config: RunConfig, target: Target, prepared: Prepared) -> 
         )
     require_batch(len(prepared.train), config.train)
     require_heldout(config, prepared)
+    if why := undecodable(target):
+        log.warning("%s: a drafter can be trained, and is neither measured nor run here", why)
 
 
 @dataclass

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import nn
@@ -40,7 +41,10 @@ class Tapped(NamedTuple):
     """The body's output after the final norm: what the LM head reads."""
 
 
-UNREADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+UNREADABLE = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError),
+    StrictDataclassError,
+)
 """What transformers raises for a directory or a hub id that it cannot load."""
 
 
@@ -69,6 +73,8 @@ class Target:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str) -> None:
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
+        if not isinstance(model.base_model, nn.Module) or model.base_model is model:
+            raise UserError(f"{name}: {type(model).__name__} keeps its body where specauf does not find it")
         self.body: nn.Module = model.base_model
         self.layers: nn.ModuleList = _decoder_layers(model)
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
@@ -77,6 +83,12 @@ class Target:
         self.head_weight: Tensor = head.get_parameter("weight")
         self.head_bias: Tensor | None = getattr(head, "bias", None)
         self.embed_weight: Tensor = embedding.get_parameter("weight")
+        widths = (self.embed_weight.shape[1], self.head_weight.shape[1], model.config.hidden_size)
+        if len(set(widths)) > 1:
+            raise UserError(
+                f"{name}: embedding, LM head and layers are {widths[0]}, {widths[1]} and {widths[2]} wide; a block drafter "
+                "shares all three and needs one width"
+            )
         if model.config.tie_word_embeddings and head.weight is not embedding.weight:
             raise UserError(f"{name}: the config ties embedding and head, but the loaded weights are not tied")
         self.softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
@@ -100,19 +112,36 @@ class Target:
                 f"target.device: {device!r} cannot be used here ({why}): try cpu, cuda, cuda:1, mps or auto"
             ) from None
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                path, dtype=getattr(torch, config.dtype), trust_remote_code=config.trust_remote_code
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=getattr(torch, config.dtype),
+                trust_remote_code=config.trust_remote_code,
+                output_loading_info=True,
             )
         except UNREADABLE as error:
             raise UserError(f"target.path: cannot load {config.path!r} as a causal LM: {error}") from error
-        target = cls(model.to(device), load_tokenizer(config), config.path)  # type: ignore[arg-type]
+        model, told = loaded
+        if missing := sorted(told["missing_keys"]):  # transformers draws them at random, and only warns
+            raise UserError(
+                f"target.path: {config.path!r} lacks {len(missing)} of the model's tensors ({', '.join(missing[:3])}, ...): "
+                "its weights are incomplete, or of another architecture than its config.json says"
+            )
+        tokenizer = load_tokenizer(config)
+        target = cls(model.to(device), tokenizer, config.path)
+        rows, most = target.embed_weight.shape[0], max(tokenizer.get_vocab().values(), default=0)
+        if most >= rows:
+            log.warning(
+                "%s: the tokenizer has ids up to %d and the embedding %d rows: text with the others cannot be read",
+                *(config.path, most, rows),
+            )
         target.require_own_logits()
         return target
 
     @torch.no_grad()
     def require_own_logits(self) -> None:
         """Raise `UserError` when the model computes its logits otherwise than `logits` does: some scale them, say."""
-        ids = torch.zeros(1, 2, dtype=torch.long, device=self.device)
+        # Many tokens: a row of the embedding that is zero (a pad token's) makes zero logits, at any scale.
+        ids = torch.linspace(0, self.embed_weight.shape[0] - 1, 16, device=self.device).long()[None]
         theirs, ours = (
             self.model(input_ids=ids, use_cache=False).logits.float(),
             self.logits(self.run(ids).final).float(),

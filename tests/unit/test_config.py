@@ -175,7 +175,7 @@ def test_yaml_1_1_scientific_notation_is_a_number(tmp_path: Path, text: str) -> 
         ("drafter: {shift_label: false}", ["drafter.shift_label", "set drafter.kind=domino"]),
         ("objective: {lambda_base_start: 0.5}", ["objective.lambda_base_start", "set drafter.kind=domino"]),
         ("objective: {variant: b-auf, support: base}", ["leave out objective.support"]),
-        ("objective: {final_options: {k: 1}}", ["objective.final, which is not set"]),
+        ("objective: {final_options: {k: 1}}", ["objective.final_options needs objective.final"]),
         ("train: [1]", ["r.yaml.train", "expected a mapping"]),
         ("[1, 2]", ["r.yaml", "expected a mapping"]),
         ("a: [", ["r.yaml", "not YAML"]),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import PretrainedConfig
+from safetensors.torch import load_file, save_file
+from transformers import OPTConfig, OPTForCausalLM, PretrainedConfig
 
 from specauf.config import TargetConfig
 from specauf.strict import ConfigError, UserError
@@ -45,6 +47,7 @@ def test_fingerprint_tells_targets_apart_and_is_stable() -> None:
 
 def test_a_model_that_scales_its_logits_is_refused() -> None:
     target = make_target()
+    target.embed_weight.data[0] = 0  # as transformers leaves a pad token's row
     target.require_own_logits()
     forward = target.model.forward
 
@@ -83,6 +86,34 @@ def test_a_half_downloaded_or_a_multimodal_model_is_a_clear_error(tmp_path: Path
     model.config = PretrainedConfig()
     with pytest.raises(UserError, match="is no plain causal LM"):
         Target(model, None, "many")
+
+
+def test_a_model_with_tensors_missing_is_refused(tmp_path: Path) -> None:
+    make_target().model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    gone = "model.layers.3.mlp.up_proj.weight"
+    save_file({k: v for k, v in tensors.items() if k != gone}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=f"lacks 1 of the model's tensors .*{gone}"):
+        Target.load(TargetConfig(path=str(tmp_path)))
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "dtype"])
+def test_a_configuration_of_wrong_types_is_a_clear_error(tmp_path: Path, key: str) -> None:
+    make_target().model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {key: "float99"}))
+    with pytest.raises(UserError, match="cannot load"):
+        Target.load(TargetConfig(path=str(tmp_path)))
+
+
+def test_a_head_of_another_width_is_refused() -> None:
+    config = OPTConfig(
+        **{"vocab_size": 61, "hidden_size": 32, "word_embed_proj_dim": 16, "ffn_dim": 32, "num_hidden_layers": 2},
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    )
+    with pytest.raises(UserError, match="16, 16 and 32 wide"):
+        Target(OPTForCausalLM(config), None, "narrow")
 
 
 def test_a_tokenizer_may_have_several_named_templates(make_tokenizer: Any) -> None:

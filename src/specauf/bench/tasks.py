@@ -198,9 +198,13 @@ def load_task(
                 "the task 'heldout' needs prepared data: run `specauf prepare`, and give `specauf eval` the directory that it "
                 "prints as --data-dir"
             )
-        found = [
-            BenchPrompt(p["id"], p["messages"]) for p in json.loads((data_dir / HELDOUT).read_text(encoding="utf-8"))
-        ]
+        try:
+            rows = json.loads((data_dir / HELDOUT).read_text(encoding="utf-8"))
+            found = [BenchPrompt(row["id"], row["messages"]) for row in rows]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{data_dir / HELDOUT} is damaged ({error}): delete {data_dir} and prepare it again"
+            ) from None
     else:
         raise _unknown(name, tasks_dir)
     return found[: count if count is not None or name not in TASKS else TASKS[name].count]

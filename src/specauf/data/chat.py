@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jinja2 import TemplateError
 from rich.text import Text
 
-from specauf.data.sources import Message
+from specauf.data.sources import Message, decodable
 from specauf.strict import UserError
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def _common(a: str, b: str) -> int:
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages, enable_thinking: bool) -> list[int]:
     """Ids of the conversation with the header of the next assistant turn. Raises `TemplateRefused`, `UserError`."""
-    text = _render_text(tokenizer, _plain(messages), enable_thinking, generation_prompt=True)
+    text = decodable(_render_text(tokenizer, _plain(messages), enable_thinking, generation_prompt=True))
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
@@ -194,7 +194,7 @@ def _render_text(
         rendered: Any = tokenizer.apply_chat_template(
             turns, tokenize=False, add_generation_prompt=generation_prompt, enable_thinking=thinking
         )
-    except TemplateError as error:
+    except (TemplateError, TypeError, ValueError) as error:  # a template may fail as any program
         raise TemplateRefused(str(error)) from None
     return str(rendered)
 

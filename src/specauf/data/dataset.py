@@ -109,6 +109,17 @@ class Prepared(NamedTuple):
     """Whether the directory already held exactly this."""
 
 
+class Prompts(NamedTuple):
+    """A corpus whose answers are not rendered: all that the target needs in order to answer it itself."""
+
+    train: list[Identified]
+    """The conversations to train on, in training order."""
+    heldout: list[Prompt]
+    meta: dict[str, Any]
+    """Settings and split as in `meta.json` of the prepared corpus, and the same `key`."""
+    ledger: Ledger
+
+
 def prepare(
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
@@ -127,6 +138,56 @@ def prepare(
     or the template leaves nothing to train on.
     """
     excluded = sorted(set(excluded_prompts))
+    key = _settings(config, tokenizer, source, excluded, max_prompt_tokens)["key"]
+    if (reused := _reuse(out, key)) is not None:
+        return reused
+    train, prompts, meta, ledger = read_prompts(
+        config,
+        tokenizer,
+        source=source,
+        excluded_prompts=excluded,
+        kept_out=kept_out,
+        max_prompt_tokens=max_prompt_tokens,
+    )
+    rows, names = _render_rows(train, config, tokenizer, ledger)
+    ledger.kept = len(rows)
+    ledger.check()
+    _require_supervision(rows, ledger, source)
+    dataset = TokenDataset.from_rows(rows, meta | {"conversation_ids": names, "ledger": ledger.to_dict()})
+    (out / META).unlink(missing_ok=True)
+    write_heldout(out, prompts)
+    dataset.save(out)
+    return Prepared(dataset, prompts, ledger, reused=False)
+
+
+def read_prompts(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    source: Path,
+    excluded_prompts: Iterable[str] = (),
+    kept_out: Sequence[str] = (),
+    max_prompt_tokens: int = 256,
+) -> Prompts:
+    """Read and split the corpus as `prepare` does, without rendering its answers, which some templates do not allow."""
+    excluded, ledger = sorted(set(excluded_prompts)), Ledger()
+    train, heldout = training_order(config, source, ledger, excluded)
+    prompts, counts = _heldout_prompts(heldout, config, tokenizer, max_prompt_tokens)
+    meta = _settings(config, tokenizer, source, excluded, max_prompt_tokens) | {
+        "source_path": str(source.resolve()),
+        "enable_thinking": config.enable_thinking,
+        "max_length": config.max_length,
+        "heldout": counts,
+        "split": {"seed": config.seed, "heldout": config.heldout},
+        "kept_out": list(kept_out),
+    }
+    return Prompts(train, prompts, meta, ledger)
+
+
+def _settings(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, source: Path, excluded: list[str], max_prompt_tokens: int
+) -> dict[str, Any]:
+    """What prepared data depends on, and its digest as `key`."""
     meta: dict[str, Any] = {
         "format": FORMAT,
         "config": {k: v for k, v in dataclasses.asdict(config).items() if k != "path"},
@@ -136,33 +197,7 @@ def prepare(
         "excluded_prompts": digest(excluded),
         "max_prompt_tokens": max_prompt_tokens,
     }
-    meta["key"] = digest(meta)
-    if (reused := _reuse(out, meta["key"])) is not None:
-        return reused
-
-    ledger = Ledger()
-    train, heldout = training_order(config, source, ledger, excluded)
-    rows, names = _render_rows(train, config, tokenizer, ledger)
-    ledger.kept = len(rows)
-    ledger.check()
-    _require_supervision(rows, ledger, source)
-
-    prompts, counts = _heldout_prompts(heldout, config, tokenizer, max_prompt_tokens)
-    meta |= {
-        "source_path": str(source.resolve()),
-        "enable_thinking": config.enable_thinking,
-        "max_length": config.max_length,
-        "conversation_ids": names,
-        "ledger": ledger.to_dict(),
-        "heldout": counts,
-        "split": {"seed": config.seed, "heldout": config.heldout},
-        "kept_out": list(kept_out),
-    }
-    dataset = TokenDataset.from_rows(rows, meta)
-    (out / META).unlink(missing_ok=True)
-    write_heldout(out, prompts)
-    dataset.save(out)
-    return Prepared(dataset, prompts, ledger, reused=False)
+    return meta | {"key": digest(meta)}
 
 
 def training_order(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from specauf.config import FeaturesConfig, digest
 from specauf.files import atomic_file, atomic_write_text, save_tensors
@@ -45,8 +45,14 @@ class FeatureCache:
             for length in lengths:
                 self.where.append((number, first, length))
                 first += length
-            with safe_open(directory / f"shard-{number:05d}.safetensors", "pt") as file:
-                self._shards.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+            path = directory / f"shard-{number:05d}.safetensors"
+            try:
+                with safe_open(path, "pt") as file:
+                    self._shards.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+            except SafetensorError as error:
+                raise UserError(
+                    f"{path} is damaged ({error}): delete it, and its features are computed again"
+                ) from None
 
     def __len__(self) -> int:
         return len(self.where)

@@ -142,6 +142,11 @@ def _read_array(path: Path, ledger: Ledger) -> Iterator[Any]:
                 size *= 2  # so that a record longer than a chunk is scanned a logarithmic number of times
                 if not chunk:
                     break
+            except (
+                RecursionError,
+                ValueError,
+            ):  # nested too deeply, or a number of thousands of digits: no way past it
+                break
             else:
                 yield record
                 whole, size = whole + 1, CHUNK
@@ -211,10 +216,10 @@ def _message(item: Any) -> Message:
 
 
 def _repair(message: Message) -> Message:
-    return Message(message.role, _decodable(message.content))
+    return Message(message.role, decodable(message.content))
 
 
-def _decodable(text: str) -> str:
+def decodable(text: str) -> str:
     """`text` without lone surrogates, which cannot be hashed or tokenised."""
     if text.isascii() or not _SURROGATE.search(text):
         return text
@@ -307,9 +312,7 @@ def normalise(record: Any, ledger: Ledger) -> Conversation | None:
     for reason in repairs:
         ledger.change(reason)
     identity = record.get("id")
-    return Conversation(
-        _decodable(str(identity)) if identity not in (None, "") else content_hash(filled), tuple(filled)
-    )
+    return Conversation(decodable(str(identity)) if identity not in (None, "") else content_hash(filled), tuple(filled))
 
 
 def read_conversations(path: Path, ledger: Ledger, excluded_prompts: Iterable[str] = ()) -> list[Conversation]:

@@ -122,6 +122,8 @@ def generate(
     first, cache = int(lengths.max()), DynamicCache(config=target.config)
     window = _narrowest_window(cache, target.name, whole=selection is not None)
     seen = target.run(ids[:, :first], layer_ids, cache=cache)
+    if cache.get_seq_length() != first:
+        raise UserError(f"{target.name} puts no keys and values into the cache, so it would forget what it has read")
     columns = torch.arange(first, device=device) < lengths[:, None]
     if proposer:
         proposer.start(len(prompts), width)
@@ -176,6 +178,15 @@ def generate(
         columns = torch.cat([columns, torch.arange(most, device=device) < gained[:, None]], 1)
 
 
+def undecodable(target: Target) -> str | None:
+    """Why no draft can be taken back from the target's cache, if so."""
+    try:
+        _narrowest_window(DynamicCache(config=target.config), target.name)
+    except UserError as error:
+        return str(error)
+    return None
+
+
 def _narrowest_window(cache: DynamicCache, name: str, whole: bool = False) -> int | None:
     """The narrowest window of the target's layers, in tokens; None when every layer sees everything.
 
@@ -201,7 +212,7 @@ def _forget(cache: DynamicCache, columns: int) -> None:
 
 
 def _check(target: Target, proposer: Proposer | None, sampling: SamplingConfig, selection: Selection | None) -> None:
-    if "local" in getattr(target.config, "attention_layers", ()):
+    if "local" in getattr(target.config, "attention_layers", ()) or getattr(target.config, "model_type", "") == "mpt":
         raise UserError(
             f"{target.name} attends to the last columns of its cache, which in a batch are not the last tokens"
         )
@@ -213,6 +224,8 @@ def _check(target: Target, proposer: Proposer | None, sampling: SamplingConfig, 
     if (selection or (drawn and proposer)) and not isinstance(proposer, DrafterProposer):
         what = "self-selection" if selection else "the proposal 'sampled'"
         raise UserError(f"{what} draws from a drafter's probabilities, and there is no drafter here")
+    if selection and getattr(target.config, "alibi", False):
+        raise UserError("self-selection verifies a tree, and this target's ALiBi knows the distances of a chain alone")
     if selection and isinstance(proposer, DrafterProposer) and isinstance(proposer.drafter, Domino):
         raise UserError("self-selection draws the slots of a block one by one: Domino's depend on one another")
 

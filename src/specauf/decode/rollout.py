@@ -22,7 +22,7 @@ import torch
 from specauf import provenance
 from specauf.config import DataConfig, digest
 from specauf.data.chat import UnstableTemplate, continuation_ids, prompt_ids
-from specauf.data.dataset import META, Prepared, TokenDataset, write_heldout
+from specauf.data.dataset import META, Prompts, TokenDataset, write_heldout
 from specauf.data.rollouts import SETTINGS, RolloutConfig
 from specauf.data.sources import Conversation, Ledger, Message
 from specauf.decode.generate import generate
@@ -44,7 +44,7 @@ WINDOW = 8
 PARTS, TEXT = "parts", "rollouts.jsonl"
 WHOLE, SHORT = "all turns answered", "samples of fewer than two tokens left out"
 HASHES = ("template_hash", "tokenizer_hash", "excluded_prompts")
-INHERITED = ("format", "enable_thinking", "max_length", "heldout", *HASHES)
+INHERITED = ("format", "enable_thinking", "max_length", "heldout", "split", "kept_out", *HASHES)
 """Fields of `meta.json` that are copied from the prepared corpus."""
 
 
@@ -153,15 +153,13 @@ Answered = tuple[list[int], list[int], str, list[Message]]
 
 def rollout(
     roller: Roller,
-    source: Prepared,
-    conversations: Sequence[Identified],
-    ledger: Ledger,
+    source: Prompts,
     out: Path,
     *,
     drafter: str | None = None,
     on_progress: Advance | None = None,
 ) -> TokenDataset:
-    """Answer `conversations` (in training order, from the corpus that was prepared as `source`) into the directory `out`.
+    """Answer the training conversations of `source` into the directory `out`. Its ledger balances afterwards.
 
     Answers that `out` has already are kept if it was begun with the same settings, `drafter` (a digest) among them. With
     `max_tokens`, the result is the shortest prefix of the conversations with that many generated tokens; an unfinished
@@ -172,7 +170,7 @@ def rollout(
     made_of = {
         "target": roller.target.fingerprint(),
         "eos": sorted(roller.target.eos_ids()),
-        "source": source.train.meta["key"],
+        "source": source.meta["key"],
         "mask_token_id": roller.mask_token_id,
         "drafter": drafter,
         **to_dict(plan),
@@ -180,7 +178,7 @@ def rollout(
     _claim(out, made_of)
     if (out / META).is_file():
         return TokenDataset.load(out)
-    planned, queue = list[Planned](), _plan(roller, conversations)
+    planned, queue = list[Planned](), _plan(roller, source.train)
     found = _answered(out / PARTS)
     tokens, seconds = 0, 0.0
     while window := _window(queue, planned, plan, tokens, roller.data.max_length):
@@ -193,18 +191,17 @@ def rollout(
             tokens, seconds = tokens + _generated(batch), seconds + spent
             if on_progress:
                 on_progress(len(batch), _generated(batch), spent)
-    kept = _settle(planned, len(conversations), ledger, plan.max_tokens)
+    kept = _settle(planned, len(source.train), source.ledger, plan.max_tokens)
     if not kept:
-        raise UserError("\n".join([f"{out}: no rollout is left to train on", *ledger.lines()]))
+        raise UserError("\n".join([f"{out}: no rollout is left to train on", *source.ledger.lines()]))
     speed = {"generated": tokens, "seconds": seconds, "tokens_per_second": tokens / max(seconds, 1e-9)}
     provenance.write(out / "run.json", {"config_hash": digest(made_of), "rollout": made_of, **speed})
     _write_text(out / TEXT, kept)
     write_heldout(out, source.heldout)
-    meta = {name: source.train.meta[name] for name in INHERITED} | {
+    meta = {name: source.meta[name] for name in INHERITED} | {
         "key": digest(made_of),
-        **{name: source.train.meta.get(name) for name in ("split", "kept_out")},  # not noted in older data
         "conversation_ids": [s.conversation.id for s in kept],
-        "ledger": ledger.to_dict(),
+        "ledger": source.ledger.to_dict(),
         "rollout": {**made_of, "tokens": _generated(kept)},
     }
     dataset = TokenDataset.from_rows([_row(s) for s in kept], meta)

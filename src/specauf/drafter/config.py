@@ -109,6 +109,8 @@ class DFlashConfig:
             )
         if self.draft_vocab_size is not None and self.domino:
             raise ConfigError("draft_vocab_size is not supported for a Domino drafter, whose correction is full-width")
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim {self.head_dim} is odd, and rotary embeddings turn pairs")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError("num_attention_heads must be a multiple of num_key_value_heads")
 
@@ -154,8 +156,8 @@ class DFlashConfig:
             intermediate_size=intermediate_size or target.intermediate_size,
             num_hidden_layers=num_hidden_layers,
             num_attention_heads=heads,
-            num_key_value_heads=getattr(target, "num_key_value_heads", None) or heads,
-            head_dim=getattr(target, "head_dim", None) or target.hidden_size // heads,
+            num_key_value_heads=_of_all_layers(target, "num_key_value_heads") or heads,
+            head_dim=_of_all_layers(target, "head_dim") or target.hidden_size // heads,
             vocab_size=target.vocab_size,
             num_target_layers=target.num_hidden_layers,
             target_layer_ids=tuple(ids),
@@ -270,11 +272,12 @@ class DFlashConfig:
             usable = isinstance(value, (int, float) if name in ("rms_norm_eps", "rope_theta") else int)
             if isinstance(value, bool) or not usable or value < 0 or (value == 0 and name != "mask_token_id"):
                 raise ConfigError(f"{where}: {name} is {value!r}, which is no such number")
-        if numbers["head_dim"] % 2:
-            raise ConfigError(f"{where}: head_dim is {numbers['head_dim']}, and rotary embeddings turn pairs")
+        ids = get("target_layer_ids")
+        if not isinstance(ids, (list, tuple)) or not all(isinstance(i, int) for i in ids):
+            raise ConfigError(f"{where}: target_layer_ids is {ids!r}, which is no list of layers")
         return cls(
             **numbers,
-            target_layer_ids=tuple(get("target_layer_ids")),
+            target_layer_ids=tuple(ids),
             rope_theta=float(theta),
             initializer_range=data.get("initializer_range", 0.02),
             bos_token_id=data.get("bos_token_id"),
@@ -283,6 +286,16 @@ class DFlashConfig:
             draft_vocab_size=_reduced(data.get("draft_vocab_size"), get("vocab_size"), where),
             extra=data.get("specauf", {}),
         )
+
+
+def _of_all_layers(target: Any, name: str) -> Any:
+    """A field of the target's configuration, None where it has none. Raises `ConfigError` when its layers differ in it."""
+    try:
+        return getattr(target, name, None)
+    except RuntimeError as error:  # transformers' own, of Gemma 4
+        raise ConfigError(
+            f"the target's layers differ in {name}, and a drafter takes one from all of them: {error}"
+        ) from None
 
 
 def _rope_theta(target: Any) -> float:

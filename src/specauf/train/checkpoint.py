@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from specauf.config import digest, dump
@@ -118,14 +119,20 @@ def resume(trainer: Trainer, out: Path) -> bool:
     """Continue from `out/checkpoint` if there is one; the main rank cuts the log back to the checkpoint's step.
 
     Raises `UserError` when the checkpoint was made with another target, data, drafter, objective, optimizer configuration
-    or horizon.
+    or horizon, is damaged, or is no checkpoint of a run.
     """
     directory = out / "checkpoint"
     recover_dir(directory)
     if not (directory / "state.json").is_file():
+        if directory.is_dir() and any(directory.iterdir()):
+            raise UserError(f"{directory} has no state.json to resume from, and training would replace it: use --fresh")
         return False
-    state = json.loads((directory / "state.json").read_text())
-    before, now = state["identity"], identity(trainer)
+    try:
+        state = json.loads((directory / "state.json").read_text())
+        before, moments = state["identity"], load_file(directory / "optimizer.safetensors")
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(f"{directory} is damaged ({error}): restore its files, or train with --fresh") from None
+    now = identity(trainer)
     if isinstance(before, str):
         raise UserError(
             f"{directory} is of an earlier version, which did not say what it was trained with: train it with --fresh"
@@ -143,7 +150,7 @@ def resume(trainer: Trainer, out: Path) -> bool:
         )
     trainer.drafter.load_state_dict(load_drafter(directory).state_dict())
     named = dict(trainer.drafter.named_parameters())
-    for key, value in load_file(directory / "optimizer.safetensors").items():
+    for key, value in moments.items():
         name, _, field = key.partition("::")
         trainer.optimizer.state[named[name]][field] = value.to(named[name].device)
     trainer.done, trainer.seconds = state["step"], state["seconds"]

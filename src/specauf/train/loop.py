@@ -29,7 +29,7 @@ from specauf.data.features import extras_of
 from specauf.drafter.dflash import DFlash, Pending
 from specauf.drafter.domino import Corrected, Domino
 from specauf.drafter.vocabulary import DraftHead, draft_head
-from specauf.files import FULL, Journal
+from specauf.files import FULL, Journal, set_aside
 from specauf.objective.blocks import (
     Blocks,
     before_labels,
@@ -301,7 +301,8 @@ class Trainer:
         Ctrl-C ends training after the current step, with the state saved; a second one ends it at once.
         """
         train = self.config.train
-        # A log without a checkpoint is of a process that died before its first one, or is not to be continued.
+        if self.out and not self.done:  # the log of a run whose checkpoint is gone, or which died before its first one
+            set_aside(self.out / "log.jsonl")
         journal = Journal(self.out / "log.jsonl", append=bool(self.done)) if self.out else None
         with contextlib.closing(journal) if journal else contextlib.nullcontext(), interrupts() as asked:
             try:

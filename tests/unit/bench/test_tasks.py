@@ -147,6 +147,13 @@ def test_a_directory_or_a_task_that_is_not_there_is_named(tmp_path: Path) -> Non
             of("gsm9k", tasks_dir=str(tmp_path))
 
 
+def test_damaged_held_out_prompts_are_named(tmp_path: Path) -> None:
+    for text in ('[{"id": "1"', '[{"id": "1"}]', "[3]"):
+        (tmp_path / "heldout.json").write_text(text)
+        with pytest.raises(UserError, match=r"heldout\.json is damaged"):
+            load_task("heldout", data_dir=tmp_path)
+
+
 def test_every_turn_is_kept_out_of_the_training_data(tmp_path: Path) -> None:
     records = [
         {"id": "1", "turns": ["first", "do\n```python\nx = 1\n```", "third"]},

@@ -210,6 +210,12 @@ def test_a_template_s_own_error_is_a_refusal_with_its_reason(make_tokenizer: Mak
     with pytest.raises(TemplateRefused, match="no system role here"):
         render(tokenizer, [Message("system", "s"), *talk("q", "a")], enable_thinking=False)
     assert TemplateRefused.reason != UnstableTemplate.reason
+    with pytest.raises(TemplateRefused):
+        prompt_ids(make_tokenizer("{{ messages[0].content + 1 }}"), talk("q"), False)
+
+
+def test_half_a_surrogate_pair_in_a_prompt_is_replaced(tokenizer: Any) -> None:
+    assert prompt_ids(tokenizer, talk("a \ud83d b"), False) == prompt_ids(tokenizer, talk("a \ufffd b"), False)
 
 
 def test_a_tokenizer_without_offsets_is_a_user_error(tokenizer: Any) -> None:

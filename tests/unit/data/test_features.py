@@ -96,8 +96,19 @@ def test_features_beyond_float16_are_refused(target: Target, dataset: TokenDatas
     assert not list(tmp_path.rglob("shard-*"))
 
 
+def test_a_damaged_shard_is_named(target: Target, dataset: TokenDataset, tmp_path: Path) -> None:
+    cache = build_features(target, dataset, tmp_path, (1, 2), FeaturesConfig(cache=True))
+    path, want = cache.directory / "shard-00000.safetensors", cache[0].clone()
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"shard-00000\.safetensors is damaged .* delete it"):
+        build_features(target, dataset, tmp_path, (1, 2), FeaturesConfig(cache=True))
+    path.unlink()
+    again = build_features(target, dataset, tmp_path, (1, 2), FeaturesConfig(cache=True))
+    assert torch.equal(again[0], want)
+
+
 def test_processes_that_do_not_share_a_cache_are_told(target: Target, dataset: TokenDataset, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="has no shard 1: the processes of a run share SPECAUF_CACHE"):
+    with pytest.raises(UserError, match="has no shard 1: all processes of a run share SPECAUF_CACHE"):
         build_features(target, dataset, tmp_path, (1, 2), FeaturesConfig(cache=True), share=(0, 2), wait=lambda: None)
 
 

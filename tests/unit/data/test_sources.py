@@ -250,6 +250,11 @@ def test_what_is_no_corpus_is_refused_by_what_it_is(tmp_path: Path) -> None:
     deep.write_text('{"id": "a", "conversations": ' + "[" * 200_000 + "]" * 200_000 + "}\n")
     ledger = Ledger()
     assert list(read_records(deep, ledger)) == [] and ledger.dropped == {"not JSON": 1}
+    for bad in ("[" * 200_000 + "]" * 200_000, "1" * 5000):
+        array, ledger = tmp_path / "array.json", Ledger()
+        array.write_text(f'[{{"id": "a"}}, {bad}, {{"id": "b"}}]')
+        assert list(read_records(array, ledger)) == [{"id": "a"}]
+        assert "is cut or broken in record 2" in ledger.warnings[0]
 
 
 def test_a_missing_id_becomes_a_hash_of_the_content() -> None:

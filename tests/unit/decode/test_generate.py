@@ -16,8 +16,12 @@ from transformers import (
     GPTNeoForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MptConfig,
+    MptForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
 )
 
 from specauf.bench.runner import check_live
@@ -184,6 +188,18 @@ def test_attention_to_the_last_columns_is_refused() -> None:
     )  # fmt: skip
     with pytest.raises(UserError, match="attends to the last columns of its cache"):
         generate(Target(GPTNeoForCausalLM(config), None, "local"), None, [[1, 2]])
+
+
+def test_alibi_over_columns_is_refused() -> None:
+    config = MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=61, max_seq_len=64)
+    with pytest.raises(UserError, match="attends to the last columns of its cache"):
+        generate(Target(MptForCausalLM(config), None, "mpt"), None, [[1, 2]])
+
+
+def test_a_target_that_fills_no_cache_is_refused() -> None:
+    config = RwkvConfig(vocab_size=61, hidden_size=32, attention_hidden_size=32, num_hidden_layers=2, context_length=64)
+    with pytest.raises(UserError, match="puts no keys and values into the cache"):
+        generate(Target(RwkvForCausalLM(config), None, "rwkv"), None, [[1, 2, 3]], max_new_tokens=4)
 
 
 def test_a_listener_costs_no_decoding_time(target: Target) -> None:

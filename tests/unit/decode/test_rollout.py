@@ -14,9 +14,9 @@ import pytest
 import torch
 from tests.conftest import CHATML, make_target
 
-from specauf.config import DataConfig, SamplingConfig, digest
+from specauf.config import DataConfig, SamplingConfig
 from specauf.data.chat import prompt_ids
-from specauf.data.dataset import HELDOUT, META, TOKENS, Prepared, TokenDataset, prepare, training_order
+from specauf.data.dataset import HELDOUT, META, TOKENS, Prompts, TokenDataset, prepare, read_prompts, training_order
 from specauf.data.rollouts import RolloutConfig, rollout_meta
 from specauf.data.sources import Ledger
 from specauf.decode.generate import generate
@@ -62,17 +62,13 @@ class World:
         mask = len(self.target.tokenizer) + 7  # type: ignore[arg-type]
         return Roller(self.target, data, plan, options.pop("mask_token_id", mask), **options)
 
-    def source(self, data: DataConfig = DATA) -> Prepared:
+    def source(self, data: DataConfig = DATA) -> Prompts:
         assert self.target.tokenizer is not None
-        return prepare(data, self.target.tokenizer, self.prepared(data), source=self.corpus)
-
-    def prepared(self, data: DataConfig) -> Path:
-        return self.root / f"prepared-{digest(data)}"
+        return read_prompts(data, self.target.tokenizer, source=self.corpus)
 
     def roll(self, plan: RolloutConfig, out: str = "out", on_progress: Any = None, **options: Any) -> TokenDataset:
-        roller, ledger = self.roller(plan, **options), Ledger()
-        train, _ = training_order(roller.data, self.corpus, ledger)
-        return rollout(roller, self.source(roller.data), train, ledger, self.out / out, on_progress=on_progress)
+        roller = self.roller(plan, **options)
+        return rollout(roller, self.source(roller.data), self.out / out, on_progress=on_progress)
 
 
 def told(directory: Path) -> list[dict[str, Any]]:
@@ -232,7 +228,9 @@ def test_held_out_conversations_never_appear_and_their_prompts_come_along(world:
     train, heldout = training_order(DATA, world.corpus, Ledger())
     names = greedy.meta["conversation_ids"]
     assert heldout and names == [c.id for _, c in train] and not set(names) & {c.id for _, c in heldout}
-    assert (world.root / "greedy" / HELDOUT).read_bytes() == (world.prepared(DATA) / HELDOUT).read_bytes()
+    prepared = prepare(DATA, world.target.tokenizer, world.out / "prepared", source=world.corpus)  # type: ignore[arg-type]
+    assert (world.root / "greedy" / HELDOUT).read_bytes() == (world.out / "prepared" / HELDOUT).read_bytes()
+    assert prepared.train.meta["key"] == greedy.meta["rollout"]["source"]
     assert greedy.meta["ledger"]["records_in"] == 20 == len(train) + len(heldout)
 
 
@@ -243,7 +241,22 @@ def test_other_settings_or_a_directory_of_something_else_are_refused(world: Worl
     with pytest.raises(UserError, match="source"):
         world.roll(GREEDY, "greedy", data=dataclasses.replace(DATA, seed=1))
     with pytest.raises(UserError, match="something else"):
-        world.roll(GREEDY, world.prepared(DATA).name)
+        world.roll(GREEDY, ".")
+
+
+def test_a_template_that_rewrites_answers_still_lets_them_be_given(world: World, make_tokenizer: Any) -> None:
+    """It opens <think> for the answer to come and drops it from the history: the corpus's answers have no stable place."""
+    target, tokenizer = copy.copy(world.target), make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]<think>{% endif %}"
+    )
+    target.tokenizer, world.target = tokenizer, target
+    with pytest.raises(UserError, match="no conversation is left"):
+        prepare(DATA, tokenizer, world.out / "prepared", source=world.corpus)
+    made = world.roll(dataclasses.replace(GREEDY, turns=1))
+    assert made.meta["ledger"]["kept"] == len(made) > 0
+    assert made.meta["ledger"]["dropped"].keys() <= {"held out", "no answer of two tokens"}
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 64])

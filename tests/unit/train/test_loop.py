@@ -297,6 +297,25 @@ def test_resuming_with_another_objective_is_refused(target: Target, dataset: Tok
         checkpoint.resume(make(target, dataset, tmp_path, objective="decay"), tmp_path)
 
 
+def test_what_is_no_checkpoint_is_neither_resumed_nor_replaced(
+    target: Target, dataset: TokenDataset, tmp_path: Path
+) -> None:
+    (tmp_path / "checkpoint").mkdir()
+    assert not checkpoint.resume(make(target, dataset, tmp_path, max_steps=1), tmp_path)
+    (tmp_path / "checkpoint" / "thesis.txt").write_text("all of it")
+    with pytest.raises(UserError, match=r"checkpoint has no state\.json to resume from"):
+        checkpoint.resume(make(target, dataset, tmp_path, max_steps=1), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["state.json", "optimizer.safetensors"])
+def test_a_damaged_checkpoint_is_named(target: Target, dataset: TokenDataset, tmp_path: Path, name: str) -> None:
+    make(target, dataset, tmp_path, max_steps=1).run()
+    path = tmp_path / "checkpoint" / name
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(UserError, match=r"checkpoint is damaged .* restore its files, or train with --fresh"):
+        checkpoint.resume(make(target, dataset, tmp_path, max_steps=1), tmp_path)
+
+
 def test_resuming_on_another_target_or_to_another_horizon_is_refused(
     target: Target, dataset: TokenDataset, tmp_path: Path
 ) -> None:
@@ -398,6 +417,7 @@ def test_the_log_of_a_run_that_left_no_checkpoint_begins_anew(
 ) -> None:
     (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"st')
     make(target, dataset, tmp_path, max_steps=2).run()
+    assert (tmp_path / "log.jsonl.before").read_text() == '{"step": 1}\n{"st'
     assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [1, 2]
 
 
