@@ -71,6 +71,9 @@ def export(
     found = [_results_of(path, config, weights) for path in results]
     with files.atomic_dir(out) as directory:
         save_drafter(drafter, directory)
+        read = load_drafter(directory).state_dict()  # what is shipped is what was trained, by the reader's own code
+        if changed := [n for n, t in drafter.state_dict().items() if not torch.equal(read[n].to(t.dtype), t)]:
+            raise UserError(f"{out}: {changed[0]} does not read back as it was written: is the disk all right?")
         if layout == "speculators":
             path = directory / "config.json"
             path.write_text(json.dumps(nested(json.loads(path.read_text()), base or ""), indent=2) + "\n")

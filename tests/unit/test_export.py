@@ -51,6 +51,20 @@ def test_the_layout_of_engines_in_bfloat16_with_commands_that_name_both_models(
     assert (tmp_path / "out" / "model.safetensors").stat().st_mode & 0o044, "for others to read"
 
 
+def test_what_does_not_read_back_is_not_shipped(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(drafter: torch.nn.Module, directory: Path) -> None:
+        save_drafter(drafter, directory)  # type: ignore[arg-type]
+        path = directory / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+
+    monkeypatch.setattr("specauf.export.save_drafter", damaged)
+    with pytest.raises(UserError, match="does not read back as it was written"):
+        export(checkpoint, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_speculators_counts_taps_from_the_embedding_and_names_its_target(checkpoint: Path, tmp_path: Path) -> None:
     assert export(checkpoint, tmp_path / "out", layout="speculators") == [f"vllm serve {tmp_path}/out"]
     config, ours = (json.loads((where / "config.json").read_text()) for where in (tmp_path / "out", checkpoint))
