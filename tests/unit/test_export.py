@@ -57,7 +57,7 @@ def test_what_does_not_read_back_is_not_shipped(
     def damaged(drafter: torch.nn.Module, directory: Path) -> None:
         save_drafter(drafter, directory)  # type: ignore[arg-type]
         path = directory / "model.safetensors"
-        path.write_bytes(path.read_bytes()[:-1] + b"?")
+        path.write_bytes(path.read_bytes()[:-1] + b"!")
 
     monkeypatch.setattr("specauf.export.save_drafter", damaged)
     with pytest.raises(UserError, match="does not read back as it was written"):
