@@ -27,18 +27,8 @@ if TYPE_CHECKING:
     from specauf.target import Target
     from specauf.train.distributed import Ranks
 
-MENDABLE = (
-    *(
-        errno.EACCES,
-        errno.EEXIST,
-        errno.ENOTDIR,
-        errno.EISDIR,
-        errno.ENAMETOOLONG,
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EROFS,
-    ),
-)
+_CODES = "EACCES EEXIST ENOTDIR EISDIR ENAMETOOLONG ENOSPC EDQUOT EROFS"
+MENDABLE = tuple(getattr(errno, code) for code in _CODES.split())
 """File system errors that the user's path or disk causes. Any other is a bug of ours and keeps its traceback."""
 Recipe = Annotated[Path, tyro.conf.Positional]
 Overrides = Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="SECTION.KEY=VALUE ...")]

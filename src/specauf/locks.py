@@ -53,7 +53,7 @@ def hold(directory: Path) -> Any:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        raise UserError(f"{directory}: another process trains there: wait for it, or choose another `out`") from None
+        raise UserError(f"{directory}: another process works there: wait for it, or choose another `out`") from None
     except OSError:  # a file system without locks: the user has to take care
         pass
     return file

@@ -87,7 +87,7 @@ class Apart(Ranks):
 
 def test_one_process_at_a_time_trains_in_a_directory(tmp_path: Path) -> None:
     held = hold(tmp_path)
-    with pytest.raises(UserError, match="another process trains there"):
+    with pytest.raises(UserError, match="another process works there"):
         hold(tmp_path)
     held.close()
     hold(tmp_path).close()

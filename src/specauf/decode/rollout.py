@@ -28,6 +28,7 @@ from specauf.data.sources import Conversation, Ledger, Message
 from specauf.decode.generate import generate
 from specauf.decode.propose import Proposer
 from specauf.files import atomic_file, atomic_write_text
+from specauf.locks import hold
 from specauf.objective.blocks import counter_hash
 from specauf.strict import UserError, to_dict
 from specauf.target import Target
@@ -175,7 +176,7 @@ def rollout(
         "drafter": drafter,
         **to_dict(plan),
     }
-    _claim(out, made_of)
+    lock = _claim(out, made_of)
     if (out / META).is_file():
         return TokenDataset.load(out)
     planned, queue = list[Planned](), _plan(roller, source.train)
@@ -207,16 +208,20 @@ def rollout(
     dataset = TokenDataset.from_rows([_row(s) for s in kept], meta)
     dataset.save(out)
     shutil.rmtree(out / PARTS)
+    lock.close()
     return dataset
 
 
-def _claim(out: Path, made_of: dict[str, Any]) -> None:
-    """Write the settings into a new directory, or make sure that an old one was begun with them.
+def _claim(out: Path, made_of: dict[str, Any]) -> Any:
+    """Write the settings into a new directory, or make sure that an old one was begun with them. Returns its lock.
 
     `max_tokens` may change until the rollouts are finished: each number takes a prefix of the same samples.
     """
     path = out / SETTINGS
     found: dict[str, Any] = {}
+    if not path.is_file() and out.exists() and any(p.name != "lock" for p in out.iterdir()):
+        raise UserError(f"{out} holds something else than rollouts: choose another --out")
+    lock = hold(out)
     if path.is_file():
         found = json.loads(path.read_text(encoding="utf-8"))
         free = () if (out / META).is_file() else ("max_tokens",)
@@ -225,10 +230,9 @@ def _claim(out: Path, made_of: dict[str, Any]) -> None:
         ]
         if changed:
             raise UserError(f"{out} was begun with {'; '.join(changed)}: repeat that command, or choose another --out")
-    elif out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} holds something else than rollouts: choose another --out")
     if found != made_of:
         atomic_write_text(path, json.dumps(made_of, indent=1) + "\n")
+    return lock
 
 
 def _question(messages: Sequence[Message]) -> list[Message]:

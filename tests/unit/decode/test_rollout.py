@@ -22,6 +22,7 @@ from specauf.data.sources import Ledger
 from specauf.decode.generate import generate
 from specauf.decode.propose import PromptLookup
 from specauf.decode.rollout import PARTS, SHORT, TEXT, Roller, Sample, rollout
+from specauf.locks import hold
 from specauf.strict import UserError
 from specauf.target import Target
 
@@ -242,6 +243,15 @@ def test_other_settings_or_a_directory_of_something_else_are_refused(world: Worl
         world.roll(GREEDY, "greedy", data=dataclasses.replace(DATA, seed=1))
     with pytest.raises(UserError, match="something else"):
         world.roll(GREEDY, ".")
+
+
+def test_two_processes_do_not_share_a_directory(world: World) -> None:
+    world.roll(dataclasses.replace(GREEDY, turns=1))
+    lock = hold(world.out / "out")
+    with pytest.raises(UserError, match="another process works there"):
+        world.roll(dataclasses.replace(GREEDY, turns=1))
+    lock.close()
+    world.roll(dataclasses.replace(GREEDY, turns=1))
 
 
 def test_a_template_that_rewrites_answers_still_lets_them_be_given(world: World, make_tokenizer: Any) -> None:
