@@ -27,8 +27,7 @@ if TYPE_CHECKING:
     from specauf.target import Target
     from specauf.train.distributed import Ranks
 
-_CODES = "EACCES EEXIST ENOTDIR EISDIR ENAMETOOLONG ENOSPC EDQUOT EROFS"
-MENDABLE = tuple(getattr(errno, code) for code in _CODES.split())
+MENDABLE = tuple(map(errno.__dict__.get, "EACCES EEXIST ENOTDIR EISDIR ENAMETOOLONG ENOSPC EDQUOT EROFS".split()))
 """File system errors that the user's path or disk causes. Any other is a bug of ours and keeps its traceback."""
 Recipe = Annotated[Path, tyro.conf.Positional]
 Overrides = Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="SECTION.KEY=VALUE ...")]
