@@ -2,8 +2,8 @@
 
 Exit codes: 0 done, 1 a check failed, 2 an error that the message says how to fix, 130 interrupted.
 """
-# tyro shows the text above. The verbs only parse, call one function and print; nothing is decided in this file.
 
+# tyro shows the text above. The verbs only parse, call one function and print; nothing is decided in this file.
 from __future__ import annotations
 
 import errno
@@ -21,13 +21,14 @@ from specauf.config import EvalConfig, SamplingConfig, TargetConfig, TargetOf
 from specauf.console import Terminal, exit_code, print_results, quiet_transformers
 from specauf.data.rollouts import RolloutConfig, rollout_meta
 from specauf.data.sources import Ledger
+from specauf.files import FULL
 from specauf.strict import ConfigError, UserError, choose, gathered, require
 
 if TYPE_CHECKING:
     from specauf.target import Target
     from specauf.train.distributed import Ranks
 
-MENDABLE = tuple(map(errno.__dict__.get, "EACCES EEXIST ENOTDIR EISDIR ENAMETOOLONG ENOSPC EDQUOT EROFS".split()))
+MENDABLE = (errno.EACCES, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EROFS, *FULL)
 """File system errors that the user's path or disk causes. Any other is a bug of ours and keeps its traceback."""
 Recipe = Annotated[Path, tyro.conf.Positional]
 Overrides = Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="SECTION.KEY=VALUE ...")]
@@ -212,8 +213,7 @@ class Generate:
     candidate_pool: int = 0
     """N > 0: a Domino drafter corrects only N candidate tokens, as SGLang does by default with N = 2048."""
     lookup_first: int = 0
-    """N > 0: where the last N tokens occurred before, prompt lookup proposes, in blocks of `block_size`.
-    Elsewhere the drafter does."""
+    """N > 0: prompt lookup proposes, in blocks of `block_size`, where the last N tokens occurred before; else the drafter."""
 
     def run(self, terminal: Terminal) -> int:
         from specauf.data.chat import prompt_ids

@@ -67,7 +67,9 @@ def test_a_checkpoint_keeps_the_vocabulary_and_is_read_strictly(target: Target, 
     assert fields["draft_vocab_size"] == 6 and fields["vocab_size"] == 61 and fields["dtype"] == "bfloat16"
     again = load_drafter(tmp_path)
     assert torch.equal(kept_tokens(again), KEPT) and DFlashConfig.from_json(again.config.to_json()) == again.config
-    tensors = load_file(tmp_path / "model.safetensors")
+    tensors = {
+        k: v.clone() for k, v in load_file(tmp_path / "model.safetensors").items()
+    }  # the file is written over below
     assert tensors["t2d"].dtype == torch.bool and tensors["d2t"].dtype == torch.int64
 
     def damaged(**changes: torch.Tensor | None) -> None:
