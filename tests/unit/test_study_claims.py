@@ -79,7 +79,7 @@ def test_all_of_them_reproduce_and_say_why() -> None:
     assert verdicts(results) == only()
     rows = claims(results)
     assert [row["claim"] for row in rows] == [name for name, *_ in CLAIMS]
-    assert rows[0]["because"] == "AUF against decay, macro average: 1 better (differences +0.100 tau)"
+    assert rows[0]["because"] == "AUF against decay, macro average: better (+0.100 tau, 95 % interval +0.050 to +0.150)"
     assert rows[1]["because"] == (
         "AUF against decay: 2 better (differences +0.100 to +0.100 tau); "
         "without Holm's correction 2 of the 95 % intervals are above zero"

@@ -238,8 +238,10 @@ def _decide(results: Results, indices: Iterable[int | None], good: set[str], bad
     )
     rows = [results["comparisons"][i] for i in known]
     low, high = (pick(row["difference"] for row in rows) for pick in (min, max))
-    spread = _tau(low) if len(rows) == 1 else f"{_tau(low)} to {_tau(high)}"
-    because = f"{what}: {told} (differences {spread} tau)"
+    because = f"{what}: {told} (differences {_tau(low)} to {_tau(high)} tau)"
+    if len(rows) == 1:
+        interval = " to ".join(map(_tau, rows[0]["interval"]))
+        because = f"{what}: {verdicts[0]} ({_tau(low)} tau, 95 % interval {interval})"
     if any(row["seeds"] == 1 and row["verdict"] != standing(row) for row in rows):
         because += "; single training runs within the noise floor decide nothing"
     if any(row["seeds"] == 2 for row in rows):
