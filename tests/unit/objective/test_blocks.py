@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specauf.objective import block_inputs, build_blocks, counter_hash, sample_anchors
+from specauf.objective import block_inputs, build_blocks, counter_hash, sample_anchors, slot_uniform
 
 
 @settings(max_examples=50, deadline=None)
@@ -42,6 +43,45 @@ def test_anchors_do_not_depend_on_batch_layout_or_padding() -> None:
         assert alone[kept_alone].tolist() == together[i][kept[i]].tolist()
     other, _ = sample_anchors(mask, uid, 8, seed=4, epoch=3)
     assert not torch.equal(other, together)
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 10**6), block_size=st.integers(2, 6))
+def test_the_targets_labels_end_where_the_target_departs_from_the_data(seed: int, block_size: int) -> None:
+    """Also where it does so at a token that nobody supervised: what follows was not said by the target either."""
+    g = torch.Generator().manual_seed(seed)
+    b, s = 2, 17
+    ids = torch.randint(1, 50, (b, s), generator=g)
+    mask = torch.rand(b, s, generator=g) < 0.6
+    said = torch.where(torch.rand(b, s, generator=g) < 0.7, ids.roll(-1, 1), 50)
+    anchors, keep = sample_anchors(mask, torch.tensor([5, 9]), 6, seed=seed, epoch=0)
+    blocks = build_blocks(ids, mask, anchors, keep, block_size, said)
+    for i in range(b):
+        for j in range(anchors.shape[1]):
+            a, so_far = int(anchors[i, j]), bool(keep[i, j])
+            for k in range(1, block_size):
+                valid = so_far and a + k < s and bool(mask[i, a + k])
+                assert bool(blocks.valid[i, j, k - 1]) == valid
+                assert int(blocks.labels[i, j, k - 1]) == (int(said[i, a + k - 1]) if valid else 0)
+                so_far = so_far and a + k < s and said[i, a + k - 1] == ids[i, a + k]
+
+
+@pytest.mark.parametrize(("uid", "seed", "epoch"), [(8, 4, 2), (7, 5, 2), (7, 4, 3)])
+def test_anchors_are_of_a_conversation_a_seed_and_an_epoch(uid: int, seed: int, epoch: int) -> None:
+    mask = torch.ones(1, 40).bool()
+    first, again = (sample_anchors(mask, torch.tensor([7]), 8, seed=4, epoch=2)[0] for _ in range(2))
+    other, _ = sample_anchors(mask, torch.tensor([uid]), 8, seed=seed, epoch=epoch)
+    assert torch.equal(first, again) and len(set(first[0].tolist()) & set(other[0].tolist())) < 6
+
+
+def test_a_draw_is_of_its_conversation_anchor_slot_seed_and_epoch() -> None:
+    """One number for each of them, whatever stands beside it in the batch."""
+    uid, anchors = torch.tensor([3, 4]), torch.tensor([[0, 5, 9], [5, 9, 30]])
+    drawn = torch.stack([slot_uniform(uid, anchors, 6, seed=seed, epoch=epoch) for seed in (0, 1) for epoch in (0, 1)])
+    assert drawn.shape == (4, 2, 3, 5) and drawn.dtype == torch.float64
+    assert len(drawn.unique()) == drawn.numel() and drawn.min() >= 0 and drawn.max() < 1
+    alone = slot_uniform(uid[1:], anchors[1:, 1:2], 4, seed=0, epoch=1)
+    assert torch.equal(alone, drawn[1, 1:, 1:2, :3])
 
 
 def test_every_candidate_is_equally_likely() -> None:
