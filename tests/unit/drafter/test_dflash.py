@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from tests.conftest import make_geometry
 
 from specauf.drafter.checkpoint import load_drafter, save_drafter
 from specauf.drafter.config import DFlashConfig, spread_layer_ids
-from specauf.drafter.dflash import DFlash
+from specauf.drafter.dflash import DFlash, RMSNorm, rotate
 from specauf.strict import ConfigError, UserError
 from specauf.target import Target
 
@@ -34,6 +35,77 @@ def test_the_anchors_own_feature_is_invisible_and_the_one_before_is_not(target: 
         poked[0, position] += 1
         same = torch.equal(outputs(drafter, target, poked, 6), base)
         assert same == (position >= 6), position
+
+
+def normed(x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
+    return x / (x.square().mean() + eps).sqrt() * gain
+
+
+def turned(x: torch.Tensor, position: int, theta: float) -> torch.Tensor:
+    """One head's vector: its first half against its second, as complex numbers."""
+    half = len(x) // 2
+    angle = position * theta ** (-torch.arange(half, dtype=torch.float64) / half)
+    z = torch.complex(x[:half], x[half:]) * torch.complex(angle.cos(), angle.sin())
+    return torch.cat([z.real, z.imag])
+
+
+def block_by_hand(drafter: DFlash, embeds: torch.Tensor, features: torch.Tensor, anchor: int) -> torch.Tensor:
+    """One block of one sequence, slot by slot and head by head, from the weights by their names."""
+    c, w = drafter.config, drafter.state_dict()
+    eps, heads, group = c.rms_norm_eps, c.num_attention_heads, c.num_attention_heads // c.num_key_value_heads
+    context = [normed(w["fc.weight"] @ f, w["hidden_norm.weight"], eps) for f in features[:anchor]]
+    slots = list(embeds)
+    for number in range(c.num_hidden_layers):
+        at = f"layers.{number}."
+
+        def project(side: str, x: torch.Tensor, head: int, at: str = at) -> torch.Tensor:
+            return (w[f"{at}self_attn.{side}_proj.weight"] @ x).view(-1, c.head_dim)[head]
+
+        def place(side: str, x: torch.Tensor, head: int, position: int, at: str = at) -> torch.Tensor:
+            gain = w[f"{at}self_attn.{side}_norm.weight"]
+            return turned(normed(project(side, x, head), gain, eps), position, c.rope_theta)
+
+        rows = [normed(x, w[f"{at}input_layernorm.weight"], eps) for x in slots]
+        seen = [*enumerate(context), *enumerate(rows, anchor)]
+        after = []
+        for i, x in enumerate(slots):
+            found = []
+            for head in range(heads):
+                query = place("q", rows[i], head, anchor + i)
+                scores = [query @ place("k", x, head // group, p) / c.head_dim**0.5 for p, x in seen]
+                values = torch.stack([project("v", x, head // group) for _, x in seen])
+                found.append(torch.stack(scores).softmax(0) @ values)
+            x = x + w[f"{at}self_attn.o_proj.weight"] @ torch.cat(found)
+            y = normed(x, w[f"{at}post_attention_layernorm.weight"], eps)
+            gate, up = (w[f"{at}mlp.{side}_proj.weight"] @ y for side in ("gate", "up"))
+            after.append(x + w[f"{at}mlp.down_proj.weight"] @ (gate * torch.sigmoid(gate) * up))
+        slots = after
+    return torch.stack([normed(x, w["norm.weight"], eps) for x in slots])
+
+
+@pytest.mark.parametrize("anchor", [0, 1, 6, 9])
+def test_a_block_is_the_one_worked_out_by_hand(target: Target, anchor: int) -> None:
+    """Weights large enough for attention to choose, gains apart from one, a norm's eps that shows, a base that turns."""
+    g = torch.Generator().manual_seed(anchor)
+    geometry = dataclasses.replace(make_geometry(target), rms_norm_eps=0.03, rope_theta=30.0, initializer_range=0.15)
+    drafter = DFlash(geometry, seed=1).double()
+    for parameter in drafter.parameters():
+        if parameter.ndim == 1:
+            parameter.data.uniform_(0.5, 1.5, generator=g)
+    features = torch.randn(1, 9, drafter.fc.in_features, generator=g, dtype=torch.float64)
+    embeds = torch.randn(1, 1, 5, 32, generator=g, dtype=torch.float64)
+    found = drafter(embeds, torch.tensor([[anchor]]), drafter.context(features, torch.arange(9)[None]))
+    want = block_by_hand(drafter, embeds[0, 0], features[0], anchor)
+    torch.testing.assert_close(found[0, 0], want, rtol=1e-4, atol=1e-5)  # the norms work in float32
+
+
+def test_norms_and_rotations_are_worked_out_in_float32_whatever_comes_in() -> None:
+    x = 300 * torch.randn(2, 3, 50, 16, generator=torch.Generator().manual_seed(0)).half()  # squares beyond float16
+    norm = RMSNorm(16, eps=1e-6).half()
+    torch.testing.assert_close(norm(x), norm.float()(x.float()).half())
+    far = torch.arange(1000, 1050).expand(2, -1)  # no number of bfloat16 lies between 1000 and 1004
+    unit = torch.nn.functional.normalize(x.float(), dim=-1)
+    torch.testing.assert_close(rotate(unit.bfloat16(), far, 1e4).float(), rotate(unit, far, 1e4), rtol=0.02, atol=0.02)
 
 
 def test_blocks_of_a_sequence_do_not_see_each_other(target: Target) -> None:
