@@ -19,6 +19,7 @@ from specauf.objective import Blocks, Objective
 from specauf.objective.branches import VARIANTS, Branch, Shared, TwoBranchTerms, lambda_base, two_branch_loss
 from specauf.objective.credit import position_decay
 from tests.conftest import make_geometry, make_target
+from tests.unit.objective import reference as slow
 
 VOCAB, WIDTH, N = 61, 32, 5
 HEAD = ("prefix_gru.weight_ih_l0", "prefix_gru.weight_hh_l0", "embed_proj.0.weight", "embed_proj.2.weight")
@@ -205,6 +206,73 @@ def test_any_pair_of_objectives_from_either_branch() -> None:
     torch.testing.assert_close(found.terms.loss, want, rtol=1e-12, atol=0)
     for a, b in zip(gradients(found.terms.loss, s).values(), gradients(want, s).values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
+
+
+def literally(
+    s: Scene, pair: tuple[Branch, Branch], lam: float, teacher: Tensor, uniform: Tensor, bias: Tensor, softcap: float
+) -> Tensor:
+    """Any pair of one-part objectives: credits of the branch that is named, losses of the branch itself, slot by slot."""
+    base, final = dense(s.drafter, s.z, s.said, s.weight)
+    capped = slow.head(s.z, s.weight, bias, softcap)  # the target's head ends here; the correction comes behind it
+    logits = {"base": capped, "final": capped + (final - base)}
+    total = torch.zeros((), dtype=torch.float64)
+    for share, side, branch in ((lam, "base", pair[0]), (1 - lam, "final", pair[1])):
+        o, num, den = branch.objective, torch.zeros((), dtype=torch.float64), 0.0
+        for j in range(s.z.shape[1]):
+            block = {
+                "labels": s.blocks.labels[0, j].tolist(),
+                "valid": s.blocks.valid[0, j].tolist(),
+                "target": slow.head(teacher[0, j], s.weight, bias, softcap),
+                "uniform": uniform[0, j].tolist(),
+            }
+            read, own = ({**block, "logits": logits[x][0, j]} for x in (branch.support, side))
+            for i, ((_, c),) in enumerate(slow.credits(o.name, read, o.gamma, dict(o.options))):
+                if block["valid"][i]:
+                    num = num + c * slow.row_loss(o.name.removesuffix("-decay"), own, i, dict(o.options))
+                    den += c
+        total = total + share * num / den
+    return total
+
+
+AUF = Objective("auf")
+SOFT = {"temperature": 2.0, "alpha": 0.2}
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        (Branch(AUF, "base"), Branch(Objective("auf-decay", 3.0), "final")),
+        (Branch(Objective("decay", 3.0), "base"), Branch(Objective("lk-alpha", 2.0), "final")),
+        (Branch(Objective("lk-lambda", 2.0), "base"), Branch(Objective("lk-lambda", 3.0), "final")),
+        (Branch(AUF, "base"), Branch(Objective("pard2"), "base")),
+        (Branch(Objective("soft-auf", options=SOFT), "base"), Branch(Objective("dpace", options=SOFT), "base")),
+        (Branch(Objective("sampled-auf"), "base"), Branch(Objective("sampled-auf"), "final")),
+        (Branch(Objective("griffin-exclusive", options={"k": 20}), "final"), Branch(AUF, "final")),
+        (Branch(AUF, "final"), Branch(AUF, "base")),
+        (Branch(Objective("griffin-windowed"), "base"), Branch(AUF, "base")),
+    ],
+    ids=lambda pair: ", ".join(f"{b.objective.name} off {b.support}" for b in pair),
+)
+def test_pairs_of_objectives_are_the_references_under_a_bias_and_a_soft_cap(pair: tuple[Branch, Branch]) -> None:
+    for seed in range(2):
+        s, g = scene(seed), torch.Generator().manual_seed(seed)
+        bias, softcap = torch.randn(VOCAB, generator=g, dtype=torch.float64), 8.0
+        base, final = dense(s.drafter, s.z, s.said, s.weight)
+        capped = slow.head(s.z, s.weight, bias, softcap)
+        side, right = (
+            torch.rand(1, 9, n, generator=g) for n in (1, N)
+        )  # a block that one branch reads further than the other
+        best = torch.where(side < 0.5, capped.argmax(-1), (capped + final - base).argmax(-1))
+        labels = torch.where(right < 0.7, best, torch.randint(VOCAB, best.shape, generator=g))
+        s = s._replace(blocks=s.blocks._replace(labels=labels.masked_fill(~s.blocks.valid, 0)))
+        teacher = torch.randn(s.z.shape, generator=g, dtype=torch.float64)
+        uniform = torch.rand(s.blocks.valid.shape, generator=g, dtype=torch.float64)
+        cuts = {"base": [1, 2, 3, 4, 5], "final": [1, 2, 3, 4, 5]}
+        given = {"teacher": teacher, "uniform": uniform, "bias": bias, "softcap": softcap}
+        found, want = ours(s, pair, 0.4, cuts=cuts, **given).terms.loss, literally(s, pair, 0.4, **given)
+        torch.testing.assert_close(found, want, rtol=1e-10, atol=0)
+        for (name, a), b in zip(gradients(found, s).items(), gradients(want, s).values(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_a_loss_of_the_targets_distribution_on_the_final_branch() -> None:

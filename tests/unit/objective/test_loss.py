@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from specauf import config
-from specauf.objective import RULES, Blocks, Objective, block_loss, block_metrics, read_head
+from specauf.objective import RULES, Blocks, Objective, Slots, block_loss, block_metrics, read_head
 from specauf.objective.loss import LossTerms, credit_of
+from specauf.objective.metrics import leading_run
 from specauf.objective.wavefront import default_cuts
 from tests.unit.objective import reference
 
@@ -225,6 +227,104 @@ def test_metrics_of_a_block_worked_by_hand() -> None:
     assert found["a_support"] == 4 / 5
     assert found["first_error_0"] == 0.5 and found["first_error_2"] == 0.5
     assert "common_accuracy" not in found or found["common_accuracy"] == 6 / 7
+
+
+def test_metrics_are_of_the_blocks_that_are_there_and_of_the_predictions_that_are_served() -> None:
+    """A padded block is in no mean, and what is trained but never served is not looked at."""
+    weight = torch.eye(5, dtype=torch.float64)
+    said = torch.tensor([[[0, 1, 2], [0, 1, 4], [0, 0, 0]]])
+    labels = torch.tensor([[[0, 1, 2], [0, 1, 2], [0, 0, 0]]])
+    valid = torch.tensor([[[True] * 3, [True] * 3, [False] * 3]])
+    blocks = Blocks(torch.zeros(1, 3).long(), valid.any(-1), labels, valid)
+    terms = block_loss(3 * F.one_hot(said, 5).double(), blocks, Objective("uniform"), weight)
+
+    def figures(served: int | None) -> dict[str, float]:
+        return {k: s / c for k, (s, c) in block_metrics(terms.readout, blocks, terms.credit, served).items()}
+
+    whole, part = figures(None), figures(2)
+    assert (whole["simulated_tau"], part["simulated_tau"]) == (1 + 5 / 2, 1 + 4 / 2)
+    assert (whole["first_error_3"], part["first_error_0"], whole["r_active"]) == (0.5, 1, 1)
+    assert (whole["common_accuracy"], part["common_accuracy"]) == (5 / 6, 1)
+    assert whole["head_rows"] == part["head_rows"] == 3 and "credit_3" not in part
+    assert whole["r_active_B"] == 3 / 4 and part["r_active_B"] == 2 / 3
+
+
+def test_accuracy_on_all_slots_needs_all_slots() -> None:
+    weight = torch.eye(4, dtype=torch.float64)
+    labels = torch.tensor([[[0, 1, 2, 3], [0, 1, 2, 3]]])
+    hidden = 3 * F.one_hot(torch.tensor([[[0, 0, 2, 3], [0, 1, 2, 3]]]), 4).double()
+    blocks = Blocks(torch.zeros(1, 2).long(), torch.ones(1, 2).bool(), labels, torch.ones(1, 2, 4).bool())
+    for name, known in (("auf", False), ("uniform", True)):
+        terms = block_loss(hidden, blocks, Objective(name), weight, cuts=[1, 2, 3, 4])
+        found = block_metrics(terms.readout, blocks, terms.credit)
+        assert ("common_accuracy" in found) == known, name
+        assert found["simulated_tau"] == (2 + 5, 2)
+
+
+def test_a_run_passes_over_holes_and_does_not_count_them() -> None:
+    hit = torch.tensor([[True, True, False, True], [True, False, True, True]])
+    valid = torch.tensor([[True, False, True, True], [True, False, True, True]])
+    assert leading_run(hit, valid).tolist() == [1, 3]
+    assert leading_run(hit, torch.ones_like(valid)).tolist() == [2, 1]
+
+
+def test_survival_is_the_share_of_real_blocks_that_go_on_past_each_slot() -> None:
+    """By hand: right, wrong at its second slot, right over a hole, and a block that is padding."""
+    weight = torch.eye(4, dtype=torch.float64)
+    hidden = 3 * F.one_hot(torch.tensor([[[0, 1, 2], [0, 3, 2], [0, 3, 2], [0, 0, 0]]]), 4).double()
+    labels, valid = torch.tensor([[[0, 1, 2], [0, 1, 2], [0, 0, 2], [0, 0, 0]]]), torch.ones(1, 4, 3).bool()
+    valid[0, 2, 1] = valid[0, 3, :] = False
+    blocks = Blocks(torch.zeros(1, 4).long(), valid.any(-1), labels, valid)
+    found = block_loss(hidden, blocks, Objective("auf"), weight).survival
+    assert found is not None and found.tolist() == pytest.approx([1, 2 / 3, 2 / 3])
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_the_first_slots_alone_are_read_for_the_first_slots_alone(k: int) -> None:
+    case = Case(3, slots=4)
+    blocks = case.blocks._replace(valid=torch.ones_like(case.blocks.valid))
+    terms = case.terms(Objective("first-k", options={"k": k}), blocks=blocks, cuts=[1, 2, 3, 4])
+    assert torch.equal(terms.readout.evaluated, terms.credit > 0) and int(terms.credit.sum()) == 2 * 4 * k
+
+
+def test_the_drafters_fields_are_read_from_its_logits_at_the_temperature_asked_for() -> None:
+    logits = torch.tensor([[1.0, 2.0, 2.0, 0.0]] * 5)
+    labels, valid = torch.tensor([1, 2, 0, 3, 99]), torch.tensor([True] * 4 + [False])
+    found = Slots.of(logits, labels, valid, temperature=0.5)
+    assert found.rank is not None and found.rank.tolist() == [0, 1, 2, 3, 2], "ties go to the lower index"
+    assert found.hit is not None and found.hit.tolist() == [True, False, False, False, False]
+    want = (logits[0] / 0.5).softmax(0)[[1, 2, 0, 3, 0]]
+    torch.testing.assert_close(found.prob, want)
+    assert Slots.of(logits, labels, valid).prob.tolist() == pytest.approx(
+        logits[0].softmax(0)[[1, 2, 0, 3, 0]].tolist()
+    )
+
+
+@pytest.mark.parametrize("per", ["token", "slot", "all"])
+@settings(max_examples=12, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_lambda_is_of_the_overlap_averaged_over_what_it_is_said_to_be(per: str, seed: int) -> None:
+    """Loss and gradient: the average is over valid slots alone, and a constant."""
+    case, eta = Case(seed), 0.7
+    if not case.blocks.valid.any():
+        return
+    leaf, ours = case.hidden.clone().requires_grad_(), case.hidden.clone().requires_grad_()
+    p, q = case.logits(case.teacher).softmax(-1), case.logits(leaf).softmax(-1)
+    overlap, valid = torch.minimum(p, q).sum(-1), case.blocks.valid.tolist()
+    b, n, k = overlap.shape
+    places = [(i, j, m) for i in range(b) for j in range(n) for m in range(k) if valid[i][j][m]]
+    total = torch.zeros((), dtype=torch.float64)
+    for i, j, m in places:
+        among = {"token": [(i, j, m)], "slot": [x for x in places if x[2] == m], "all": places}[per]
+        lam = math.exp(-eta * sum(float(overlap[x].detach()) for x in among) / len(among))
+        kl = (p[i, j, m] * (p[i, j, m].log() - q[i, j, m].log())).sum()
+        total = total + 0.8**m * (lam * kl + (1 - lam) * (1 - overlap[i, j, m]))
+    want = total / sum(0.8**m for _, _, m in places)
+    found = case.terms(Objective("lk-lambda", None, "global", {"per": per, "eta": eta}), ours).loss
+    torch.testing.assert_close(found, want, rtol=1e-10, atol=1e-10)
+    found.backward()
+    want.backward()
+    torch.testing.assert_close(ours.grad, leaf.grad, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize(
