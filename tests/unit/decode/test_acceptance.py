@@ -52,6 +52,35 @@ def test_answers_without_a_round_are_named() -> None:
         summarise([[], []], [1, 1], 3)
 
 
+def test_what_a_round_and_a_token_count_for() -> None:
+    """By hand: two prompts of three rounds and one; a share and an engine's tau are over rounds, tau over prompts."""
+    rounds = [[Round(0, 2), Round(3, 0), Round(4, 3, cut=True)], [Round(0, 1)]]
+    found = summarise(rounds, [8, 3], 3)
+    assert found.cut_share == 1 / 4 and found.engine_tau == 11 / 4
+    assert found.tau == pytest.approx(1 + (5 / 3 + 1) / 2)
+    assert found.survival == pytest.approx([(2 / 3 + 1) / 2, 1 / 3, 1 / 6])
+
+
+def test_only_prompts_that_both_have_a_round_of_are_compared() -> None:
+    a, b = ([as_rounds(x) for x in side] for side in ([[3], [1], [], [4]], [[1], [2], [9], []]))
+    found = compare(a, b)
+    assert found.difference == (2 - 1) / 2 and found.ratio == pytest.approx(2 / 1.5)
+    swapped = compare(b, a)
+    assert swapped.difference == -found.difference and swapped.ratio == pytest.approx(1.5 / 2)
+    assert swapped.interval == pytest.approx((-found.interval[1], -found.interval[0]))
+
+
+def test_intervals_know_which_prompts_are_turns_of_one_conversation() -> None:
+    lengths = np.random.default_rng(1).integers(0, 5, 30)
+    turns, owner = [as_rounds([int(x)]) for x in np.repeat(lengths, 2)], np.repeat(np.arange(30), 2).tolist()
+    nothing = [as_rounds([0])] * 60
+    alone = summarise([as_rounds([int(x)]) for x in lengths], [9] * 30, 4).interval
+    assert summarise(turns, [9] * 60, 4, owner).interval == pytest.approx(alone)
+    low, high = compare(turns, nothing, owner).interval
+    assert (1 + low, 1 + high) == pytest.approx(alone)
+    assert bootstrap(lengths.astype(float)) == bootstrap(lengths.astype(float)), "the same figures every time"
+
+
 def test_comparison_is_paired() -> None:
     rng = np.random.default_rng(0)
     hard = rng.integers(0, 3, 40)  # prompts differ far more than the drafters do
@@ -64,6 +93,8 @@ def test_a_loop_sets_in_where_eight_tokens_first_repeat() -> None:
     assert loop_onset(text) == 28  # nineteen 7s hold the first eight twice after nine of them
     assert loop_onset(list(range(50))) == 50
     assert before_loop([[Round(3, 0), Round(27, 1), Round(29, 7)]], [text]) == [[Round(3, 0), Round(27, 1)]]
+    assert before_loop([[Round(28, 1)]], [text]) == [[]], "the text repeats itself with its first token"
+    assert repeated_share([[1] * 16, list(range(25))]) == pytest.approx(8 / 27), "of all n-grams, not of all texts"
     assert repeated_share([list(range(50))]) == 0 and repeated_share([[1] * 16]) == pytest.approx(8 / 9)
 
 
