@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import random
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -24,12 +28,14 @@ from transformers import (
     RwkvForCausalLM,
 )
 
+from specauf.bench import runner
 from specauf.bench.runner import check_live
 from specauf.config import SamplingConfig
 from specauf.decode.generate import Round, generate
 from specauf.decode.propose import DrafterProposer, LookupFirst, PromptLookup, Proposer
 from specauf.decode.replay import (
     Trajectory,
+    acceptances,
     load_trajectories,
     record,
     replay,
@@ -37,7 +43,10 @@ from specauf.decode.replay import (
     trajectory_features,
     walk,
 )
+from specauf.drafter.checkpoint import build_drafter
+from specauf.drafter.config import DominoHead
 from specauf.drafter.dflash import DFlash
+from specauf.drafter.domino import Domino
 from specauf.strict import UserError
 from specauf.target import Target
 
@@ -113,6 +122,128 @@ def test_walk_counts_a_round_cut_by_eos_and_never_starts_one_at_it() -> None:
     trajectory = Trajectory("x", [1], [5, 6, 7, 8, 2], ended=True)
     assert walk([1, 0, 2, 1], trajectory) == [Round(0, 1), Round(2, 2, cut=True)]
     assert walk([0, 2, 2, 0], trajectory) == [Round(0, 0), Round(1, 2)]  # the token after the draft was EOS: not cut
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 128])
+@pytest.mark.parametrize("kind", ["drafter", "domino", "pooled domino"])
+def test_what_is_accepted_is_what_a_text_has_of_the_draft(kind: str, chunk: int) -> None:
+    """A text that is made of drafts: so many tokens of each, then another one. No target would have to say it."""
+    target = make_target()
+    target.head_bias, target.softcap = 0.1 * torch.arange(61.0).sin(), 0.5  # of the base logits alone
+    head = DominoHead(8, 4) if "domino" in kind else None
+    geometry = dataclasses.replace(make_geometry(target), domino=head, initializer_range=0.3)  # says this and that
+    drafter = build_drafter(geometry, seed=1)
+    how = DrafterProposer(drafter, target, candidate_pool=30 if kind == "pooled domino" else 0)
+    rng = random.Random(0)
+    text, rounds, said = [4, 8, 15, 16, 23], list[Round](), set[int]()
+    for _ in range(12):
+        ids = torch.tensor([text])
+        how.start(1, len(text))
+        how.observe(target.run(ids, how.layer_ids).features, torch.arange(len(text))[None])
+        draft = how.propose(ids, torch.tensor([len(text) - 1]))[0].tolist()
+        rounds.append(Round(len(text) - 5, rng.randint(0, 4)))
+        said |= set(draft)
+        text += draft[: rounds[-1].accepted]
+        text.append(next(t for t in rng.sample(range(58), 2) if t != (*draft, -1)[rounds[-1].accepted]))
+    assert len(said) > 9, "the case shows nothing"
+    made, limit = Trajectory("x", text[:4], text[4:], False), rounds[-1].start + 2
+    (features,) = trajectory_features(target, [made], how.layer_ids)
+    assert walk(acceptances(how, made, features, limit, chunk=chunk).tolist(), made) == rounds
+
+
+@pytest.mark.parametrize("pool", [61, 100])
+def test_a_pool_that_holds_the_whole_vocabulary_is_none(target: Target, pool: int) -> None:
+    drafter = build_drafter(dataclasses.replace(make_geometry(target), domino=DominoHead(8, 4)), seed=1)
+    assert DrafterProposer(drafter, target, candidate_pool=pool).candidate_pool == 0
+    assert DrafterProposer(drafter, target, candidate_pool=60).candidate_pool == 60
+
+
+def test_nothing_is_accepted_beyond_the_end_of_a_recording() -> None:
+    """Prompt lookup and a drafter that go on saying the last token, which ended the text."""
+    target = make_target()
+    made = Trajectory("x", [7, 7, 7, 7], [7, 7, 7], ended=True)
+    assert acceptances(PromptLookup(6), made, None, 9).tolist() == [2, 1]
+    target.head_weight, target.head_bias = target.head_weight * 0, (torch.arange(61) == 7).float()
+    drafter = DrafterProposer(DFlash(make_geometry(target)), target)
+    (features,) = trajectory_features(target, [made], drafter.layer_ids)
+    assert acceptances(drafter, made, features, 9).tolist() == [2, 1]
+
+
+def test_an_answer_is_ended_by_an_eos_within_the_limit_alone(target: Target, prompts: list[list[int]]) -> None:
+    """The target says EOS next to the last, last and first beyond the limit, which a whole draft may have reached."""
+    (plain,) = generate(target, None, [prompts[0]], max_new_tokens=20, eos_ids=frozenset())
+    text, at = plain.tokens, next(i for i in range(3, 9) if plain.tokens[i] not in plain.tokens[:i])
+
+    class Known(PromptLookup):
+        def propose(self, ids: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
+            done = int(anchors[0]) + 1 - len(prompts[0])
+            return torch.tensor([(text + [0] * 9)[done : done + self.block_size - 1]])
+
+    for limit, ended in ((at + 2, True), (at + 1, True), (at, False)):
+        (made,) = generate(target, Known(9), [prompts[0]], max_new_tokens=limit, eos_ids=frozenset({text[at]}))
+        assert made.tokens == text[: min(limit, at + 1)] and made.ended == ended
+        assert made.rounds == [Round(0, at, cut=True)], "what the draft says after it is not accepted"
+
+
+def test_margins_are_those_of_every_token(target: Target, prompts: list[list[int]]) -> None:
+    for how in (None, PromptLookup(4)):
+        (made,) = generate(target, how, [prompts[3]], max_new_tokens=15, eos_ids=frozenset(), record_margins=True)
+        logits = target.logits(target.run(torch.tensor([made.prompt + made.tokens])).final[0])
+        top = logits[len(made.prompt) - 1 : -1].topk(2).values
+        torch.testing.assert_close(torch.tensor(made.margins), top[:, 0] - top[:, 1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["drafter", "domino", "lookup", "lookup first"])
+def test_a_round_that_differs_is_told_with_the_margin_of_the_slot_that_decides_it(
+    target: Target, prompts: list[list[int]], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    geometry, how = make_geometry(target), PromptLookup(5)
+    if kind != "lookup":
+        head = DominoHead(8, 4) if kind == "domino" else None
+        drafter = build_drafter(dataclasses.replace(geometry, domino=head), seed=1)
+        if isinstance(drafter, Domino):
+            drafter.expansion.data.mul_(500)
+        how = DrafterProposer(drafter, target)
+        how = LookupFirst(how, 1) if kind == "lookup first" else how
+    made = record(
+        target, [(str(i), p) for i, p in enumerate(prompts[:2])], limit=20, block_size=5, sampling=SamplingConfig()
+    )
+    live = generate(target, how, [prompts[1]], max_new_tokens=20)[0].rounds
+
+    def telling(r: Round) -> bool:
+        """One that can be longer; of Domino's corrected slots; copied, where the drafter may be asked instead."""
+        text = made[1].ids[: len(prompts[1]) + r.start + 1]
+        copied = not isinstance(how, LookupFirst) or not how.asks_drafter(text)
+        return r.accepted < 4 and copied and (kind != "domino" or r.accepted > 0)
+
+    number = next(i for i, r in enumerate(live) if telling(r))
+
+    def lucky(*given: Any) -> list[list[Round]]:
+        rounds = replay(*given)
+        rounds[1][number] = dataclasses.replace(rounds[1][number], accepted=live[number].accepted + 1)
+        return rounds
+
+    monkeypatch.setattr(runner, "replay", lucky)
+    margin = math.inf
+    if isinstance(how, DrafterProposer):
+        ids, at = torch.tensor([made[1].ids]), len(prompts[1]) + live[number].start
+        how.start(1, ids.shape[1])
+        how.observe(target.run(ids, how.layer_ids).features, torch.arange(ids.shape[1])[None])
+        top = how._chosen(ids, torch.tensor([at]), None)[1][0, live[number].accepted].topk(2).values
+        margin = float(top[0] - top[1])
+    told = f"1: live and replayed round {number} differ, at token {live[number].start}, top-2 margin"
+    (problem,) = check_live(target, how, made, 20).problems
+    assert problem.startswith(told) and float(problem.split()[-1]) == pytest.approx(margin, rel=0.01)
+    monkeypatch.setitem(runner.NEAR_TIE, torch.float32, 1.01 * margin if margin < math.inf else 1e9)
+    found = check_live(target, how, made, 20)
+    assert (len(found.problems), len(found.near_ties)) == ((1, 0) if math.isinf(margin) else (0, 1))
+
+
+def test_a_near_tie_is_two_steps_of_a_logit_between_16_and_32() -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        assert runner.NEAR_TIE[dtype] == 2 * 16 * torch.finfo(dtype).eps
+        low = SimpleNamespace(embed_weight=torch.zeros(1, dtype=dtype))
+        assert runner.near_tie(low) == runner.NEAR_TIE[dtype]  # type: ignore[arg-type]
 
 
 def test_trajectories_survive_the_disk(tmp_path: Path) -> None:
@@ -231,6 +362,16 @@ def test_prompt_lookup_copies_what_followed_the_latest_longest_match() -> None:
     assert draft(text) == [9, 2, 3]  # the trigram 1 2 3 beats the later bigram 2 3
     lookup.start(1, 20)
     assert draft([4, 5, 6]) == [6, 6, 6]  # nothing to copy
+    lookup.start(1, 20)
+    text = [9, 1, 2, 3, 5, 8, 1, 2, 3, 6, 9, 1, 2, 3]
+    assert draft(text) == [6, 9, 1]  # of three tokens the latest: that four matched further back is not looked at
+
+
+def test_lookup_first_may_ask_for_more_tokens_than_lookup_looks_at_by_itself(target: Target) -> None:
+    drafter = DrafterProposer(DFlash(make_geometry(target, block_size=3)), target)
+    both = LookupFirst(drafter, 4)
+    assert not both.asks_drafter([5, 1, 2, 3, 7, 5, 1, 2, 3])
+    assert both.asks_drafter([4, 1, 2, 3, 7, 5, 1, 2, 3]), "three are not four"
 
 
 def test_lookup_first_copies_where_enough_tokens_match_and_asks_the_drafter_elsewhere(target: Target) -> None:
