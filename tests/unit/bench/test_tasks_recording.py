@@ -12,14 +12,14 @@ import pytest
 import torch
 from tests.conftest import CHATML, make_geometry, make_target
 
-from specauf.bench.runner import measure, recorded
+from specauf.bench.runner import Recorded, comparison, measure, recorded
 from specauf.bench.tasks import BenchPrompt, load_task, render_prompts
 from specauf.config import EvalConfig, SamplingConfig
 from specauf.data.chat import TemplateRefused, prompt_ids
 from specauf.decode import replay as replaying
 from specauf.decode.generate import generate
 from specauf.decode.propose import DrafterProposer, LookupFirst, PromptLookup
-from specauf.decode.replay import Dialogue, record, replay, trajectory_features
+from specauf.decode.replay import Dialogue, Trajectory, record, replay, trajectory_features
 from specauf.drafter.dflash import DFlash
 from specauf.strict import UserError
 from specauf.target import Target
@@ -131,6 +131,23 @@ def test_samples_do_not_depend_on_the_batch(talker: Target, dialogues: list[Dial
     assert sampled(3) != record(talker, dialogues, limit=LIMIT, block_size=BLOCK, sampling=SamplingConfig(1.0, seed=1))
 
 
+def test_every_answer_is_drawn_with_numbers_of_its_own(
+    talker: Target, dialogues: list[Dialogue], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A position is passed twice: by what is recorded beyond the limit, and by the next turn."""
+    drawn: list[list[int]] = []
+
+    def told(target: Target, proposer: Any, prompts: Any, *, uids: list[int], **options: Any) -> Any:
+        drawn.append(uids)
+        return generate(target, proposer, prompts, uids=uids, **options)
+
+    monkeypatch.setattr(replaying, "generate", told)
+    record(talker, dialogues, limit=LIMIT, block_size=BLOCK, sampling=SamplingConfig(1.0), batch_size=len(TURNS))
+    assert sorted(drawn[0]) == list(range(len(TURNS)))
+    everything = [uid for batch in drawn for uid in batch]
+    assert len(set(everything)) == len(everything) == sum(map(len, TURNS))
+
+
 def test_a_killed_recording_goes_on_at_the_first_missing_batch(
     talker: Target, dialogues: list[Dialogue], tmp_path: Path, answered: list[int]
 ) -> None:
@@ -184,6 +201,8 @@ def test_what_a_recording_is_keyed_by(
     eos = talker.eos_ids() | {7}
     monkeypatch.setattr(talker, "eos_ids", lambda: eos)
     assert fresh(alone), "what ends an answer may be changed beside the weights"
+    monkeypatch.setattr(talker, "fingerprint", lambda: "another")
+    assert fresh(alone) and not fresh(alone), "another target says something else"
 
 
 def test_a_prompt_that_the_template_refuses_is_named(talker: Target, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,6 +235,45 @@ def test_a_smaller_block_makes_the_same_rounds_over_a_larger_recording(
         ]
         live = generate(target, proposer, prompts, max_new_tokens=limit)
         assert rounds[0] == rounds[1] == [g.rounds for g in live]
+
+
+def loops(clusters: list[int]) -> dict[str, Recorded]:
+    """A text that begins anew after eight tokens, its sixteenth the first of a loop, and one that never repeats itself."""
+    texts = [[*range(1, 9), *range(1, 9), *range(1, 6)], [*range(20, 41)]]  # three beyond the limit
+    made = [Trajectory(str(i), [50], text, False) for i, text in enumerate(texts)]
+    return {"own": Recorded("own", made, 18, clusters)}
+
+
+def test_a_measurement_is_of_what_lies_within_the_limit(target: Target) -> None:
+    """Worked by hand: nothing is copied before the ninth token, and a whole block from then on."""
+    found, rounds = measure(target, {"lookup": PromptLookup(4), "short": PromptLookup(2)}, tasks := loops([0, 1]))
+    assert [[(r.start, r.accepted) for r in row if r.accepted] for row in rounds["own"]["lookup"]] == [
+        [(8, 3), (12, 3), (16, 3)],
+        [],
+    ]
+    assert found["own"]["repeated_share"] == pytest.approx(3 / 22) and found["own"]["prompts"] == 2
+    lookup, short = found["own"]["methods"]["lookup"], found["own"]["methods"]["short"]
+    assert lookup["survival"] == pytest.approx([3 / 22] * 3) and short["survival"] == pytest.approx([5 / 26])
+    assert lookup["engine_tau"] == 36 / (11 + 17) and short["engine_tau"] == 36 / (13 + 17)
+    assert lookup["tau_before_loop"] == pytest.approx(1 + 6 / 10 / 2)
+    assert short["tau_before_loop"] == pytest.approx(1 + 4 / 12 / 2)
+    for condition, told in (("", ""), ("blocks of four", "blocks of four and ")):
+        whole, early = comparison(tasks, rounds, "lookup", "short", condition)
+        assert (whole["task"], whole["a"], whole["b"]) == ("own", "lookup", "short")
+        assert (whole["condition"], early["condition"]) == (condition, f"{told}before the text loops")
+        assert whole["difference"] == pytest.approx((9 / 11 - 5 / 13) / 2)
+        assert early["difference"] == pytest.approx((6 / 10 - 4 / 12) / 2)
+        assert whole["ratio"] == pytest.approx((9 / 11) / (5 / 13)) and early["ratio"] == pytest.approx(1.8)
+
+
+def test_two_answers_of_one_conversation_give_no_interval(target: Target) -> None:
+    for clusters, known in (([0, 1], True), ([4, 4], False)):
+        proposers = {"lookup": PromptLookup(4), "short": PromptLookup(2)}
+        found, rounds = measure(target, proposers, tasks := loops(clusters))
+        intervals = [row["interval"] for row in comparison(tasks, rounds, "lookup", "short")]
+        for method in found["own"]["methods"].values():
+            intervals += [method["interval"], method["interval_before_loop"]]
+        assert all((low == low and high == high) == known for low, high in intervals)
 
 
 def test_a_measurement_does_not_depend_on_how_many_features_are_held(
