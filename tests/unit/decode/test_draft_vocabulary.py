@@ -14,6 +14,7 @@ from specauf.decode.generate import generate
 from specauf.decode.propose import DrafterProposer
 from specauf.decode.replay import record, replay, trajectory_features
 from specauf.decode.select import Selection
+from specauf.decode.verify import draw
 from specauf.drafter.dflash import DFlash
 from specauf.drafter.vocabulary import keep_tokens
 from specauf.target import Target
@@ -60,6 +61,12 @@ def test_nothing_but_the_vocabulary_is_proposed(target: Target, prompts: list[li
     drawn, chance = how.sample(ids, anchors, 1.0, torch.rand(2, 4, dtype=torch.float64))
     assert set(drawn.flatten().tolist()) <= set(kept)
     torch.testing.assert_close(chance, logits.softmax(-1))
+    numbers = torch.rand(2, 4, dtype=torch.float64)
+    drawn, chance = how.sample(ids, anchors, 0.01, numbers)
+    torch.testing.assert_close(chance, (logits / 0.01).softmax(-1))
+    assert torch.equal(drawn, draw(chance, numbers[..., None]).squeeze(-1)), (
+        "from the very law that verification is told"
+    )
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,19 @@ def expected_best_of(
     return (1 - missed).sum(-1)
 
 
+def test_candidates_are_of_their_seed_prompt_and_position() -> None:
+    logits = torch.zeros(1, 6, 50)
+
+    def drawn(seed: int, uid: int, anchor: int) -> list[list[int]]:
+        found = sample_candidates(logits, Selection(3, 1.5), seed, torch.tensor([uid]), torch.tensor([anchor]))
+        return found[0, 1:].tolist()  # type: ignore[no-any-return]
+
+    one = drawn(0, 0, 7)
+    assert one == drawn(0, 0, 7) and one[0] != one[1]
+    assert all(one != drawn(*other) for other in ((1, 0, 7), (0, 1, 7), (0, 0, 17)))
+    assert [row[1:] for row in one] == [row[:-1] for row in drawn(0, 0, 8)], "a position's numbers are its own"
+
+
 @pytest.mark.parametrize("greedy", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 8])
 def test_the_closed_form_is_the_mean_of_the_best_of_k(count: int, greedy: bool) -> None:
