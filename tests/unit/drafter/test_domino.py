@@ -126,6 +126,27 @@ def test_the_body_starts_as_the_dflash_drafter_of_the_same_seed(target: Target) 
     }
 
 
+def test_the_head_begins_as_its_seed_says_and_nothing_else(target: Target) -> None:
+    torch.manual_seed(5)
+    one = make_domino(target, seed=3).state_dict()
+    torch.manual_seed(6)
+    two, other = make_domino(target, seed=3).state_dict(), make_domino(target, seed=4).state_dict()
+    for name in set(one) - set(DFlash(make_geometry(target)).state_dict()):
+        assert torch.equal(one[name], two[name]) and not torch.equal(one[name], other[name]), name
+
+
+def test_a_pool_closes_the_other_tokens_to_what_is_corrected_alone(target: Target) -> None:
+    drafter = make_domino(target, pure=2)
+    drafter.expansion.data.mul_(200)
+    z = torch.randn(4, 4, 32, generator=torch.Generator().manual_seed(3))
+    base = z @ target.embed_weight.T
+    tokens, logits = drafter.unroll(z, base, target.embed(torch.arange(4)), target.embed, pool=3)
+    keep = pool_mask(base, 3)
+    assert keep is not None and keep.sum(-1).tolist() == [3] * 4
+    assert logits[:, :2].isfinite().all() and torch.equal(logits[:, 2:].isfinite(), keep[:, None].expand(-1, 2, -1))
+    assert torch.equal(tokens, logits.argmax(-1))
+
+
 def test_a_pool_holds_the_tokens_that_some_slot_prefers() -> None:
     base = torch.tensor([[0.0, 3.0, 1.0, 2.0], [5.0, 0.0, 0.0, 0.0]])
     assert pool_mask(base, 2).tolist() == [True, True, False, False]  # type: ignore[union-attr]

@@ -53,6 +53,8 @@ def test_the_head_is_the_targets_rows_of_the_kept_tokens(target: Target) -> None
     assert head.bias.tolist() == KEPT.tolist()
     assert head.rows_of is not None and head.rows_of[KEPT].tolist() == list(range(6)) and head.rows_of.max() == 5
     assert int((head.rows_of < 0).sum()) == 61 - 6
+    capped = draft_head(make(target), target.head_weight, None, 2.0)
+    assert capped.softcap == 2.0 and 0 < capped.read(9 * torch.randn(2, 3, 32)).abs().max() <= 2
     logits = head.read(torch.randn(2, 3, 32))
     wide = head.spread(logits)
     assert torch.equal(wide[..., KEPT], logits) and int(wide.isinf().sum()) == 2 * 3 * 55

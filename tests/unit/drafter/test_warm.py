@@ -58,19 +58,24 @@ def test_where_the_target_normalises_queries_and_keys_a_copy_writes_its_very_cac
     positions = torch.arange(9).expand(2, -1)
     for own, number in zip(drafter.layers, (1, 4), strict=True):
         assert isinstance(own, Layer)
-        theirs, before = out.past_key_values.layers[number], out.hidden_states[number]
+        written, before = out.past_key_values.layers[number], out.hidden_states[number]
         found = own.self_attn.context(own.input_layernorm(before), positions)
-        torch.testing.assert_close(found.key, theirs.keys)
-        torch.testing.assert_close(found.value, theirs.values)
+        torch.testing.assert_close(found.key, written.keys)
+        torch.testing.assert_close(found.value, written.values)
         torch.testing.assert_close(own.mlp(before), target.layers[number].mlp(before))
+        for name in ("self_attn.q_norm", "self_attn.k_norm", "input_layernorm", "post_attention_layernorm"):
+            gain, theirs = (layer.get_submodule(name).weight for layer in (own, target.layers[number]))
+            torch.testing.assert_close(gain, theirs)
     torch.testing.assert_close(drafter.norm(before), target.final_norm(before))
+    last = target.layers[4].get_submodule("input_layernorm").weight
+    torch.testing.assert_close(drafter.hidden_norm.weight, last, msg="context enters as the last copied layer reads it")
     assert drafter.config.extra == {"init_layers": [1, 4]}
 
 
 def test_context_begins_as_the_last_tap(target: Target) -> None:
     drafter = new_drafter(config(), target)
     square = drafter.fc.weight[:, -32:]
-    assert square.diagonal().mean() > 0.9 and (square - torch.eye(32)).abs().max() < 0.1
+    assert square.diagonal().mean() > 0.9 and 0 < (square - torch.eye(32)).abs().max() < 0.1
     assert 0 < drafter.fc.weight[:, :-32].abs().max() < 0.1, "the other taps begin small, not dead"
 
 
