@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import re
 import signal
@@ -104,6 +105,66 @@ def test_an_epoch_visits_every_conversation_once(target: Target, dataset: TokenD
         seen = [i for part in batches.order(epoch) for i in part]
         assert len(seen) == 10 and len(set(seen)) == 10
     assert batches.order(0) != batches.order(1)
+
+
+def test_every_epoch_and_seed_leaves_out_another_conversation(target: Target, dataset: TokenDataset) -> None:
+    """Eleven in batches of two: a shuffle of the batches alone would leave out the same one for good."""
+
+    def left_out(seed: int, epoch: int) -> int:
+        (found,) = set(range(11)).difference(*make(target, dataset, seed=seed).batches.order(epoch))
+        return found
+
+    one, other = ([left_out(seed, epoch) for epoch in range(6)] for seed in (0, 1))
+    assert len(set(one)) > 1 and len(set(other)) > 1 and one != other
+    assert one == [left_out(0, epoch) for epoch in range(6)], "a function of seed and epoch"
+
+
+def test_batches_are_of_like_lengths_in_no_order_and_padded_with_nothing(target: Target, dataset: TokenDataset) -> None:
+    batches = make(target, dataset).batches
+    lengths, ascending = [len(dataset[i].input_ids) for i in range(11)], 0
+    for index in range(2 * batches.per_epoch):
+        chosen = batches.order(index // batches.per_epoch)[index % batches.per_epoch]
+        batch = batches[index]
+        assert batch.input_ids.shape == batch.loss_mask.shape == (2, max(lengths[i] for i in chosen))
+        for row, i in enumerate(chosen):
+            example, n = dataset[i], lengths[i]
+            assert int(batch.uid[row]) == example.uid
+            assert torch.equal(batch.input_ids[row, :n], example.input_ids)
+            assert torch.equal(batch.loss_mask[row, :n], example.loss_mask)
+            assert not batch.loss_mask[row, n:].any() and not batch.input_ids[row, n:].any()
+    for epoch in range(4):
+        spans = [sorted(lengths[i] for i in part) for part in batches.order(epoch)]
+        for one, other in itertools.pairwise(sorted(spans)):  # all of an epoch lies in one window here
+            assert one[-1] <= other[0], "little of a batch is padding"
+        ascending += spans == sorted(spans)
+    assert ascending < 4, "the short ones do not always come first"
+
+
+@pytest.mark.parametrize(
+    ("section", "wanted"),
+    [
+        ({"name": "decay"}, [("decay", 4.0, {})]),
+        ({"name": "decay", "gamma": 2.5}, [("decay", 2.5, {})]),
+        ({"name": "l2r-focal", "gamma": 3.0, "options": {"focal": 1}}, [("l2r-focal", 3.0, {"focal": 1})]),
+        ({"name": "l2r-focal"}, [("l2r-focal", 10.0, {"focal": 2.4})]),
+    ],
+)
+def test_an_objective_has_the_decay_and_the_options_of_its_recipe(section: dict[str, Any], wanted: Any) -> None:
+    config = from_dict(RunConfig, {"drafter": {"block_size": 8}, "objective": {**section, "reduction": "block"}})
+    found = [b.objective for b in objectives_of(config)]
+    assert [(o.name, o.gamma, o.options) for o in found] == wanted and found[0].reduction == "block"
+
+
+def test_branches_share_their_options_unless_each_has_its_own() -> None:
+    def found(**section: Any) -> list[tuple[str, dict[str, Any], str]]:
+        config = from_dict(RunConfig, {"drafter": {"kind": "domino"}, "objective": section})
+        return [(b.objective.name, dict(b.objective.options), b.support) for b in objectives_of(config)]
+
+    three = {"name": "griffin-exclusive", "options": {"k": 3}}
+    two = {"final": "griffin-exclusive", "final_options": {"k": 2}}
+    assert found(**three) == [("griffin-exclusive", {"k": 3}, "base"), ("griffin-exclusive", {"k": 3}, "final")]
+    assert [options["k"] for _, options, _ in found(**three, **two, support="base")] == [3, 2]
+    assert found(**three, **two, support="base")[1][2] == "base"
 
 
 @pytest.mark.parametrize("objective", ["auf", "l2r-focal-separate", "lk-lambda", "sampled-auf"])
@@ -485,6 +546,19 @@ def test_a_full_disk_ends_neither_the_log_nor_the_training(
     make(target, dataset, tmp_path, max_steps=5).run()
     steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5] and calls == 5
+
+
+def test_two_branches_add_up_over_micro_batches_under_the_share_of_each(target: Target, dataset: TokenDataset) -> None:
+    mixed = {"variant": "f-auf-d", "lambda_base_start": 0.3}
+    large = make(target, dataset, kind="domino", objective=mixed, batch_size=4)
+    small = make(target, dataset, kind="domino", objective=mixed, batch_size=2, accumulation=2)
+    chosen = large.batches.order(0)[0]
+    small.batches._epoch = (0, [chosen[:2], chosen[2:]] + [[0, 1]] * 3)
+    one, other = large.step(), small.step()
+    for key in ("loss", "base_loss", "final_loss", "lambda_base"):
+        assert one[key] == pytest.approx(other[key], rel=1e-5), key
+    assert one["loss"] == pytest.approx(0.3 * one["base_loss"] + 0.7 * one["final_loss"], rel=1e-5)
+    assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
 
 
 def test_a_branch_that_is_out_costs_no_backward_pass(
