@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 
 from specauf.files import read_rows
-from specauf.study.claims import CLAIMS, DOMINO, PRIORS, claims, find, standing
+from specauf.study.claims import CLAIMS, DOMINO, PRIORS, _half_width, claims, find, standing
 from specauf.study.training_log import summary, thinned
 
 TASKS = ("gsm8k", "alpaca")
@@ -103,6 +104,7 @@ def test_all_of_them_reproduce_and_say_why() -> None:
         ("s_auf_d__decay_only__0__macro", "equivalent", {"transfer": "not reproduced"}),
         ("b_auf__f_auf__0__macro", "worse", {"base": "not reproduced"}),
         ("b_auf__f_auf__0__macro", "undecided", {"base": "undecided"}),
+        ("b_auf_d__s_auf_d__0__macro", "better", {}),  # nothing is added there, and something lost
         ("auf__first_1__0__macro", "worse", {"priors": "not reproduced"}),
         ("auf__decay_g2__0__macro", "undecided", {"priors": "undecided"}),
         ("auf_time__decay__0__macro", "equivalent", {"time": "not reproduced"}),
@@ -154,6 +156,15 @@ def test_a_part_that_asks_for_one_temperature_is_judged_by_it() -> None:
     for part in results["parts"]:
         part["temperatures"] = ["0"]
     assert verdicts(results) == only(**{"T=1": "not run"})
+
+
+def test_temperatures_are_those_of_any_part_that_has_both_methods() -> None:
+    results = study(auf_decay__auf__1__macro="undecided")
+    one, *others = results["parts"]
+    results["parts"] = [one | {"temperatures": ["0"]}, one | {"methods": ["auf-decay", "decay"]}, *others]
+    assert verdicts(results)["inert"] == "reproduced", "at T=1 no part has both"
+    results["parts"] = [one | {"temperatures": ["0"]}, one, *others]
+    assert verdicts(results)["inert"] == "undecided", "one part is enough"
 
 
 def test_decay_cannot_be_called_inert_on_a_short_support() -> None:
@@ -235,6 +246,34 @@ def test_the_part_with_most_seeds_speaks() -> None:
     index = find(results, "auf", "decay", "0", "gsm8k")
     assert index is not None and results["comparisons"][index]["part"] == "a"
     assert find(results, "auf", "nothing", "0", "gsm8k") is None
+
+
+def test_rounds_before_the_loop_and_later_parts_do_not_speak() -> None:
+    results = study()
+    row = next(r for r in results["comparisons"] if (r["a"], r["b"], r["task"]) == ("auf", "decay", "gsm8k"))
+    results["comparisons"].insert(0, {**row, "before_loop": True, "seeds": 9})
+    results["comparisons"].append({**row, "part": "z"})
+    assert find(results, "auf", "decay", "0", "gsm8k") == results["comparisons"].index(row) == 1
+
+
+def test_the_spread_of_few_seeds_is_students() -> None:
+    """Of three differences: t with two degrees of freedom, 4.303, times sd / sqrt(3)."""
+    assert _half_width([1.0, 2.0, 4.0]) == pytest.approx(4.302653 * math.sqrt(7 / 3) / math.sqrt(3), rel=1e-6)
+    assert _half_width([2.0, 2.0]) == 0 and _half_width([1.0]) == math.inf
+
+
+def test_a_lower_accuracy_of_decay_counts_when_its_seeds_agree_alone() -> None:
+    for values, told in (((0.1, 0.1, 0.1), "not reproduced"), ((0.05, 0.35, 0.05), "undecided")):
+        results = study()
+        for value, rows in zip(values, results["training"]["decay"].values(), strict=True):
+            for row in rows:
+                row["common_accuracy"] = value
+        assert verdicts(results) == only(inversion=told)
+    for row in results["training"]["decay"].values():
+        for at in row:
+            at["common_accuracy"] = 0.3
+    del results["training"]["auf"]["2"]  # not logged: the others are compared
+    assert "(2 seeds)" in claims(results)[3]["because"]
 
 
 def log_row(step: int, **more: Any) -> dict[str, Any]:
