@@ -70,6 +70,9 @@ def test_speculators_counts_taps_from_the_embedding_and_names_its_target(checkpo
     config, ours = (json.loads((where / "config.json").read_text()) for where in (tmp_path / "out", checkpoint))
     assert config["aux_hidden_state_layer_ids"] == [i + 1 for i in ours["dflash_config"]["target_layer_ids"]]
     assert config["speculators_config"]["verifier"]["name_or_path"] == "a/b"
+    assert config["mask_token_id"] == ours["dflash_config"]["mask_token_id"] and config["block_size"] == 5
+    (proposal,) = config["speculators_config"]["proposal_methods"]
+    assert proposal["speculative_tokens"] == 4 and config["dtype"] == "bfloat16"
     assert config["draft_vocab_size"] == config["transformer_layer_config"]["vocab_size"] == ours["vocab_size"]
 
 
@@ -116,6 +119,24 @@ def test_the_card_has_the_competitors_figures_beside_the_drafters(
     export(checkpoint, tmp_path / "out", results=[tmp_path / "results.json"])
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"| Birds (3) | {tau:.3f} [{tau - 0.1:.3f}, {tau + 0.1:.3f}] | 1.100 | 1.500" in card and told in card
+
+
+def test_the_card_averages_tasks_method_by_method_and_counts_those_that_are_won(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    """A tie is no win, and what lookup first with the drafter reaches is told apart from the drafter alone."""
+    found = results("0123456789ab", 1.4)
+    found["methods"].append({"name": "both", "label": "both", "kind": "both", "of": "mine"})
+    birds = found["evaluation"]["birds"]
+    birds["methods"]["both"] = {"tau": 1.8, "interval": [1.7, 1.9], "tau_before_loop": 1.3}
+    taken = {"mine": (1.7, 1.5), "prompt-lookup": (1.6, 1.2), "both": (1.6, 1.1)}
+    cells = {name: {"tau": tau, "interval": [1, 2], "tau_before_loop": early} for name, (tau, early) in taken.items()}
+    found["evaluation"]["dogs"] = {"label": "Dogs", "prompts": 5, "methods": cells}
+    (tmp_path / "results.json").write_text(json.dumps(found))
+    export(checkpoint, tmp_path / "out", results=[tmp_path / "results.json"])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| average | 1.550 | 1.300 | 1.550 | 1.150 | 1.700 | 1.200 |" in card
+    assert "a drafter has the higher mean on 1 of 2 tasks, and lookup first with the drafter elsewhere on 1." in card
 
 
 def test_results_are_of_this_drafter_in_whatever_dtype_it_was_measured(checkpoint: Path, tmp_path: Path) -> None:
@@ -194,6 +215,8 @@ def test_what_cannot_be_exported_is_said_and_nothing_is_written(
     assert export(domino, tmp_path / "kept", dtype="float32") == []
     assert "No engine serves this drafter" in (tmp_path / "kept" / "README.md").read_text()
     (sglang,) = export(domino, tmp_path / "served")
+    two = dataclasses.replace(make_geometry(target), domino=DominoHead(8, 4, pure_draft_prefix_len=2))
+    assert export(save_drafter(build_drafter(two), tmp_path / "two"), tmp_path / "unserved") == []
     assert "--model-path TARGET" in sglang and sglang.endswith("--speculative-domino-candidate-pool-size 0")
     with pytest.raises(UserError, match="names its target"):
         export(
