@@ -273,7 +273,7 @@ def test_a_lower_accuracy_of_decay_counts_when_its_seeds_agree_alone() -> None:
         for at in row:
             at["common_accuracy"] = 0.3
     del results["training"]["auf"]["2"]  # not logged: the others are compared
-    assert "(2 seeds)" in claims(results)[3]["because"]
+    assert "(2 seeds, " in claims(results)[4]["because"]
 
 
 def log_row(step: int, **more: Any) -> dict[str, Any]:

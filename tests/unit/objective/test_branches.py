@@ -209,7 +209,13 @@ def test_any_pair_of_objectives_from_either_branch() -> None:
 
 
 def literally(
-    s: Scene, pair: tuple[Branch, Branch], lam: float, teacher: Tensor, uniform: Tensor, bias: Tensor, softcap: float
+    s: Scene,
+    pair: tuple[Branch, Branch],
+    lam: float,
+    target_hidden: Tensor,
+    uniform: Tensor,
+    bias: Tensor,
+    softcap: float,
 ) -> Tensor:
     """Any pair of one-part objectives: credits of the branch that is named, losses of the branch itself, slot by slot."""
     base, final = dense(s.drafter, s.z, s.said, s.weight)
@@ -222,7 +228,7 @@ def literally(
             block = {
                 "labels": s.blocks.labels[0, j].tolist(),
                 "valid": s.blocks.valid[0, j].tolist(),
-                "target": slow.head(teacher[0, j], s.weight, bias, softcap),
+                "target": slow.head(target_hidden[0, j], s.weight, bias, softcap),
                 "uniform": uniform[0, j].tolist(),
             }
             read, own = ({**block, "logits": logits[x][0, j]} for x in (branch.support, side))
@@ -265,10 +271,10 @@ def test_pairs_of_objectives_are_the_references_under_a_bias_and_a_soft_cap(pair
         best = torch.where(side < 0.5, capped.argmax(-1), (capped + final - base).argmax(-1))
         labels = torch.where(right < 0.7, best, torch.randint(VOCAB, best.shape, generator=g))
         s = s._replace(blocks=s.blocks._replace(labels=labels.masked_fill(~s.blocks.valid, 0)))
-        teacher = torch.randn(s.z.shape, generator=g, dtype=torch.float64)
+        target_hidden = torch.randn(s.z.shape, generator=g, dtype=torch.float64)
         uniform = torch.rand(s.blocks.valid.shape, generator=g, dtype=torch.float64)
         cuts = {"base": [1, 2, 3, 4, 5], "final": [1, 2, 3, 4, 5]}
-        given = {"teacher": teacher, "uniform": uniform, "bias": bias, "softcap": softcap}
+        given = {"target_hidden": target_hidden, "uniform": uniform, "bias": bias, "softcap": softcap}
         found, want = ours(s, pair, 0.4, cuts=cuts, **given).terms.loss, literally(s, pair, 0.4, **given)
         torch.testing.assert_close(found, want, rtol=1e-10, atol=0)
         for (name, a), b in zip(gradients(found, s).items(), gradients(want, s).values(), strict=True):

@@ -309,7 +309,7 @@ def test_lambda_is_of_the_overlap_averaged_over_what_it_is_said_to_be(per: str, 
     if not case.blocks.valid.any():
         return
     leaf, ours = case.hidden.clone().requires_grad_(), case.hidden.clone().requires_grad_()
-    p, q = case.logits(case.teacher).softmax(-1), case.logits(leaf).softmax(-1)
+    p, q = case.logits(case.target_hidden).softmax(-1), case.logits(leaf).softmax(-1)
     overlap, valid = torch.minimum(p, q).sum(-1), case.blocks.valid.tolist()
     b, n, k = overlap.shape
     places = [(i, j, m) for i in range(b) for j in range(n) for m in range(k) if valid[i][j][m]]
