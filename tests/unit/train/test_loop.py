@@ -564,7 +564,7 @@ def test_two_branches_add_up_over_micro_batches_under_the_share_of_each(target: 
 def test_a_branch_that_is_out_costs_no_backward_pass(
     target: Target, dataset: TokenDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = {"variant": "f-auf-d", "lambda_base_decay_ratio": 0.0}  # of the base branch, from the first step
+    out = {"variant": "f-auf-d", "lambda_base_decay_ratio": 0.0}  # lambda is 1 at the first step: the final branch is out
     mixed = make(target, dataset, kind="domino", objective=out, batch_size=4)
     apart = make(target, dataset, kind="domino", objective=out, batch_size=2, accumulation=2)
     chosen = mixed.batches.order(0)[0]
