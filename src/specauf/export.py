@@ -72,7 +72,11 @@ def export(
     with files.atomic_dir(out) as directory:
         save_drafter(drafter, directory)
         read = load_drafter(directory).state_dict()  # what is shipped is what was trained, by the reader's own code
-        if changed := [n for n, t in drafter.state_dict().items() if not torch.equal(read[n].to(t.dtype), t)]:
+        if changed := [
+            n
+            for n, t in drafter.state_dict().items()
+            if not torch.allclose(read[n].to(t.dtype), t, 0, 0, equal_nan=True)
+        ]:
             raise UserError(f"{out}: {changed[0]} does not read back as it was written: is the disk all right?")
         if layout == "speculators":
             path = directory / "config.json"

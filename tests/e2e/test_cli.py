@@ -44,7 +44,9 @@ def test_prepare_train_eval_generate_and_report(world: Path, capsys: pytest.Capt
     told = capsys.readouterr().out
     assert "prompt lookup" in told and "ok: run, birds, batch 1" in told and "FAILED" not in told
     assert "ok: run, lookup first, birds, batch 1" in told
-    kept = json.loads((world / "eval" / "results.json").read_text())
+    kept, behind = json.loads((world / "eval" / "results.json").read_text()), "run, lookup first"
+    compared = {(c["a"], c["b"]) for c in kept["comparisons"]}
+    assert compared == {(behind, "run"), ("run", "prompt-lookup"), (behind, "prompt-lookup")}
     assert kept["command"].startswith("specauf") and kept["settings"]["lookup first where so many tokens repeat"] == 2
 
     ship = ["export", str(world / "run" / "checkpoint"), str(world / "shipped"), "--results", str(world / "eval")]

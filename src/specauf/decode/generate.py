@@ -179,8 +179,9 @@ def generate(
 
 
 def undecodable(target: Target) -> str | None:
-    """Why no draft can be taken back from the target's cache, if so."""
+    """Why the target cannot be decoded here, as far as its configuration says; None if it can."""
     try:
+        _require_columns(target)
         _narrowest_window(DynamicCache(config=target.config), target.name)
     except UserError as error:
         return str(error)
@@ -211,11 +212,15 @@ def _forget(cache: DynamicCache, columns: int) -> None:
         cache.crop(-columns)
 
 
-def _check(target: Target, proposer: Proposer | None, sampling: SamplingConfig, selection: Selection | None) -> None:
+def _require_columns(target: Target) -> None:
     if "local" in getattr(target.config, "attention_layers", ()) or getattr(target.config, "model_type", "") == "mpt":
         raise UserError(
             f"{target.name} attends to the last columns of its cache, which in a batch are not the last tokens"
         )
+
+
+def _check(target: Target, proposer: Proposer | None, sampling: SamplingConfig, selection: Selection | None) -> None:
+    _require_columns(target)
     if target.device.type == "mps" and (sampling.temperature > 0 or selection):
         raise UserError("draws are made in float64, which mps does not have: use target.device=cpu, or temperature 0")
     drawn = sampling.proposal == "sampled"
@@ -224,7 +229,7 @@ def _check(target: Target, proposer: Proposer | None, sampling: SamplingConfig, 
     if (selection or (drawn and proposer)) and not isinstance(proposer, DrafterProposer):
         what = "self-selection" if selection else "the proposal 'sampled'"
         raise UserError(f"{what} draws from a drafter's probabilities, and there is no drafter here")
-    if selection and getattr(target.config, "alibi", False):
+    if selection and (getattr(target.config, "alibi", False) or getattr(target.config, "model_type", "") == "bloom"):
         raise UserError("self-selection verifies a tree, and this target's ALiBi knows the distances of a chain alone")
     if selection and isinstance(proposer, DrafterProposer) and isinstance(proposer.drafter, Domino):
         raise UserError("self-selection draws the slots of a block one by one: Domino's depend on one another")

@@ -208,12 +208,14 @@ def rollout(
     dataset = TokenDataset.from_rows([_row(s) for s in kept], meta)
     dataset.save(out)
     shutil.rmtree(out / PARTS)
-    lock.close()
+    if lock:
+        lock.close()
     return dataset
 
 
 def _claim(out: Path, made_of: dict[str, Any]) -> Any:
-    """Write the settings into a new directory, or make sure that an old one was begun with them. Returns its lock.
+    """Write the settings into a new directory, or make sure that an old one was begun with them. Returns its lock, None when it
+    is finished.
 
     `max_tokens` may change until the rollouts are finished: each number takes a prefix of the same samples.
     """
@@ -221,7 +223,7 @@ def _claim(out: Path, made_of: dict[str, Any]) -> Any:
     found: dict[str, Any] = {}
     if not path.is_file() and out.exists() and any(p.name != "lock" for p in out.iterdir()):
         raise UserError(f"{out} holds something else than rollouts: choose another --out")
-    lock = hold(out)
+    lock = None if (out / META).is_file() else hold(out)
     if path.is_file():
         found = json.loads(path.read_text(encoding="utf-8"))
         free = () if (out / META).is_file() else ("max_tokens",)

@@ -230,7 +230,7 @@ class DFlashConfig:
             value = nested.get(name, data.get(name))
             if value is None:
                 raise ConfigError(f"{where}: the field {name!r} is missing; it is never guessed")
-            if data.get(name, value) != value:
+            if data.get(name) not in (None, value):
                 raise ConfigError(f"{where}: {name} is {value!r} in dflash_config and {data[name]!r} at the top level")
             return value
 
@@ -248,7 +248,7 @@ class DFlashConfig:
         rope = data.get("rope_parameters") or {}
         scaling = data.get("rope_scaling") or {}
         kinds = {kind.get("rope_type", kind.get("type", "default")) for kind in (rope, scaling)}
-        if kinds != {"default"} or rope.get("partial_rotary_factor", 1) != 1:
+        if kinds != {"default"} or rope.get("partial_rotary_factor") not in (None, 1):
             raise ConfigError(f"{where}: only the default rotary embedding is supported")
         theta = rope.get("rope_theta", data.get("rope_theta"))
         if theta is None:

@@ -68,7 +68,10 @@ def everywhere(results: Results, temperature: str) -> Found:
     """
     indices = [find(results, "auf", "decay", temperature, task) for task in results["tasks"]]
     found = _decide(results, indices, {"better"}, {"worse", "equivalent"}, "AUF against decay")
-    above = sum(results["comparisons"][i]["interval"][0] > 0 for i in found.evidence)
+    rows = [results["comparisons"][i] for i in found.evidence]
+    if found.verdict == "not run" or any(row["seeds"] < 2 for row in rows):
+        return found
+    above = sum(row["interval"][0] > 0 for row in rows)
     return found._replace(
         because=f"{found.because}; without Holm's correction {above} of the 95 % intervals are above zero"
     )

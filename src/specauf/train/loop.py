@@ -301,7 +301,8 @@ class Trainer:
         Ctrl-C ends training after the current step, with the state saved; a second one ends it at once.
         """
         train = self.config.train
-        if self.out and not self.done:  # the log of a run whose checkpoint is gone, or which died before its first one
+        # The log of a run whose checkpoint is gone, or which died before its first one; what --fresh set aside stays.
+        if self.out and not self.done and not (self.out / "log.jsonl.before").exists():
             set_aside(self.out / "log.jsonl")
         journal = Journal(self.out / "log.jsonl", append=bool(self.done)) if self.out else None
         with contextlib.closing(journal) if journal else contextlib.nullcontext(), interrupts() as asked:

@@ -11,7 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specauf.bench import statistics as made
-from specauf.bench.statistics import hierarchical_bootstrap, holm, macro, noise_floor, task_mean, verdict
+from specauf.bench.statistics import (
+    NEAR,
+    REFINED,
+    Distribution,
+    hierarchical_bootstrap,
+    holm,
+    macro,
+    noise_floor,
+    task_mean,
+    verdict,
+)
 
 NAN = math.nan
 
@@ -319,6 +329,19 @@ def test_an_interval_that_contains_zero_and_leaves_the_margin_is_undecided(
     interval = (min(low, 0.0), max(low + reach, 0.0))
     if interval[0] <= -margin or interval[1] >= margin:
         assert verdict(interval, margin=margin) == "undecided"
+
+
+def test_a_p_near_a_hurdle_is_drawn_finely_and_no_other() -> None:
+    rng = np.random.default_rng(3)
+    noise = rng.normal(size=(3, 60))
+    zeros, groups = {"t": np.zeros((3, 60))}, {"t": np.arange(60)}
+
+    def found(shift: float, **options: Any) -> Distribution:
+        return hierarchical_bootstrap({"t": 0.1 * noise + shift}, zeros, groups, **options)
+
+    near, far = found(0.03), found(0.3)
+    assert NEAR[0] < near.p < NEAR[1] and near == found(0.03, resamples=REFINED)
+    assert far.p < NEAR[0] and far == found(0.3, resamples=10_000) and far != found(0.3, resamples=REFINED)
 
 
 # --- the noise floor ---

@@ -14,6 +14,8 @@ import pytest
 import torch
 from tests.conftest import make_geometry, make_target
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoConfig,
@@ -31,7 +33,7 @@ from transformers import (
 from specauf.bench import runner
 from specauf.bench.runner import check_live
 from specauf.config import SamplingConfig
-from specauf.decode.generate import Round, generate
+from specauf.decode.generate import Round, generate, undecodable
 from specauf.decode.propose import DrafterProposer, LookupFirst, PromptLookup, Proposer
 from specauf.decode.replay import (
     Trajectory,
@@ -43,6 +45,7 @@ from specauf.decode.replay import (
     trajectory_features,
     walk,
 )
+from specauf.decode.select import Selection
 from specauf.drafter.checkpoint import build_drafter
 from specauf.drafter.config import DominoHead
 from specauf.drafter.dflash import DFlash
@@ -325,6 +328,20 @@ def test_alibi_over_columns_is_refused() -> None:
     config = MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=61, max_seq_len=64)
     with pytest.raises(UserError, match="attends to the last columns of its cache"):
         generate(Target(MptForCausalLM(config), None, "mpt"), None, [[1, 2]])
+
+
+def test_self_selection_over_alibi_is_refused(target: Target) -> None:
+    config = BloomConfig(hidden_size=32, n_head=4, n_layer=6, vocab_size=61)
+    bloom = Target(BloomForCausalLM(config), None, "bloom")
+    proposer = DrafterProposer(build_drafter(make_geometry(target), seed=0), target)
+    with pytest.raises(UserError, match="ALiBi"):
+        generate(bloom, proposer, [[1, 2]], selection=Selection(3, 1.0))
+
+
+def test_what_cannot_be_decoded_is_known_beforehand(target: Target) -> None:
+    assert undecodable(target) is None
+    mpt = Target(MptForCausalLM(MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=61)), None, "mpt")
+    assert "last columns of its cache" in (undecodable(mpt) or "")
 
 
 def test_a_target_that_fills_no_cache_is_refused() -> None:

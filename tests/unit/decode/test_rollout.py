@@ -246,7 +246,6 @@ def test_other_settings_or_a_directory_of_something_else_are_refused(world: Worl
 
 
 def test_two_processes_do_not_share_a_directory(world: World) -> None:
-    world.roll(dataclasses.replace(GREEDY, turns=1))
     lock = hold(world.out / "out")
     with pytest.raises(UserError, match="another process works there"):
         world.roll(dataclasses.replace(GREEDY, turns=1))

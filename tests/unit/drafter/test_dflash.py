@@ -176,6 +176,13 @@ def test_a_configuration_that_would_run_wrong_is_refused(target: Target, change:
         DFlashConfig.from_json({**shipped, **change, "dflash_config": nested})
 
 
+def test_a_field_that_is_null_counts_as_absent(target: Target) -> None:
+    shipped = make_geometry(target).to_json()
+    nested = shipped["dflash_config"]
+    empty = {"mask_token_id": None, "rope_parameters": {**shipped["rope_parameters"], "partial_rotary_factor": None}}
+    assert DFlashConfig.from_json({**shipped, **empty}).mask_token_id == nested["mask_token_id"]
+
+
 def test_missing_and_unexpected_tensors_are_errors_that_name_them(target: Target, tmp_path: Path) -> None:
     save_drafter(DFlash(make_geometry(target)), tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")

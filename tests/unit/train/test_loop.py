@@ -480,6 +480,8 @@ def test_the_log_of_a_run_that_left_no_checkpoint_begins_anew(
     make(target, dataset, tmp_path, max_steps=2).run()
     assert (tmp_path / "log.jsonl.before").read_text() == '{"step": 1}\n{"st'
     assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [1, 2]
+    make(target, dataset, tmp_path, max_steps=1).run()
+    assert (tmp_path / "log.jsonl.before").read_text() == '{"step": 1}\n{"st', "what was set aside first stays"
 
 
 PLUGIN = """
@@ -564,7 +566,10 @@ def test_two_branches_add_up_over_micro_batches_under_the_share_of_each(target: 
 def test_a_branch_that_is_out_costs_no_backward_pass(
     target: Target, dataset: TokenDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = {"variant": "f-auf-d", "lambda_base_decay_ratio": 0.0}  # lambda is 1 at the first step: the final branch is out
+    out = {
+        "variant": "f-auf-d",
+        "lambda_base_decay_ratio": 0.0,
+    }  # lambda is 1 at the first step: the final branch is out
     mixed = make(target, dataset, kind="domino", objective=out, batch_size=4)
     apart = make(target, dataset, kind="domino", objective=out, batch_size=2, accumulation=2)
     chosen = mixed.batches.order(0)[0]
