@@ -359,3 +359,32 @@ def test_what_an_objective_needs_is_asked_for_by_name(name: str, missing: str) -
     case = Case(2)
     with pytest.raises(ValueError, match=f"needs '{missing}'"):
         block_loss(case.hidden, case.blocks, Objective(name), case.weight)
+
+
+def test_inputs_that_are_laid_out_otherwise_are_refused() -> None:
+    case = Case(1, slots=4)
+    with pytest.raises(ValueError, match=r"cuts are stage ends, the last of them 4, .* got \[1, 2\]"):
+        case.terms(Objective("auf"), cuts=[1, 2])
+    with pytest.raises(ValueError, match=r"target_hidden has one row per prediction, \(2, 4, 4\)"):
+        case.terms(Objective("pard2"), target_hidden=case.target_hidden[:, :, 0])
+    with pytest.raises(ValueError, match="uniform has one row per prediction"):
+        case.uniform = case.uniform[:1]
+        case.terms(Objective("sampled-auf"))
+
+
+def test_a_credit_that_is_nan_where_nothing_is_valid_stays_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(1, slots=4)
+    assert not case.blocks.valid.all()
+    nan = RULES["uniform"]._replace(credit=lambda slots: torch.where(slots.valid, 1.0, torch.nan))
+    want = case.terms(Objective("uniform"))
+    monkeypatch.setitem(RULES, "uniform", nan)
+    found = case.terms(Objective("uniform"))
+    assert torch.equal(found.loss, want.loss) and torch.equal(found.credit, want.credit)
+
+
+def test_a_second_derivative_is_refused_and_not_zero() -> None:
+    case = Case(1, slots=4)
+    leaf = case.hidden.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(case.terms(Objective("uniform"), leaf).loss ** 2, leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
