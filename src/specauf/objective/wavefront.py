@@ -294,6 +294,8 @@ def head_logits(
     softcap: float | None,
 ) -> Float[Tensor, "... v"]:
     """Logits of an LM head in its own dtype, as float32 (float64 stays); soft-capped ones are cap tanh(z / cap)."""
-    logits = F.linear(hidden.to(weight.dtype), weight, bias)
+    # As a matrix: for a batch that is a slice of another, matmul would copy the whole weight once per row of the batch.
+    rows = hidden.to(weight.dtype).reshape(-1, hidden.shape[-1])
+    logits = F.linear(rows, weight, bias).view(*hidden.shape[:-1], weight.shape[0])
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits if softcap is None else (logits / softcap).tanh() * softcap

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from specauf.objective import RULES, Blocks, Objective, block_loss
-from specauf.objective.wavefront import default_cuts, plan_cuts
+from specauf.objective.wavefront import default_cuts, head_logits, plan_cuts
 from tests.unit.objective.test_loss import Case
 
 
@@ -96,6 +96,16 @@ def test_no_tensor_is_larger_than_the_budget_of_logits_rows(name: str) -> None:
         )
         terms.loss.backward()
     assert vocab <= seen.numel <= budget * vocab  # the weight's views count too: it is no larger
+
+
+def test_the_weight_is_not_copied_for_every_row_of_a_batch_that_is_a_slice() -> None:
+    vocab, width = 3000, 64
+    weight, blocks = torch.randn(vocab, width), torch.randn(8, 1, 5, width)
+    predictions = blocks[:, 0, 1:]  # as decoding slices them: not contiguous
+    with Largest() as seen:
+        logits = head_logits(predictions, weight, None, None)
+    assert seen.numel == vocab * width, "that is the weight itself"
+    torch.testing.assert_close(logits, predictions.contiguous() @ weight.T)
 
 
 def test_bfloat16_supports_differ_from_float32s_only_at_near_ties() -> None:
