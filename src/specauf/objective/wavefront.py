@@ -12,13 +12,14 @@ The head is most of a block drafter's training step. Two observations make it ch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch.nn import functional as F
 
-from specauf.objective.credit import Slots
+from specauf.objective.credit import Slots, is_right
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -139,8 +140,9 @@ def read_head(
     `before_labels`).
     """
     shape, device, k = valid.shape, valid.device, valid.shape[-1]
-    if cuts is not None and list(cuts)[-1:] != [k]:
-        raise ValueError(f"cuts are stage ends, the last of them {k}, the number of predictions; got {list(cuts)}")
+    cuts = [k] if cuts is None else list(cuts)
+    if cuts[-1:] != [k]:
+        raise ValueError(f"cuts are stage ends, the last of them {k}, the number of predictions; got {cuts}")
     for name, given in (("target_hidden", target_hidden), ("uniform", uniform)):
         if given is not None and given.shape[:3] != shape:
             raise ValueError(f"{name} has one row per prediction, {tuple(shape)} in front; got {tuple(given.shape)}")
@@ -160,7 +162,6 @@ def read_head(
         expansion_grad = expansion.new_zeros(
             weigh.shape[1], *expansion.shape, dtype=torch.promote_types(expansion.dtype, torch.float32)
         )
-    start = 0
 
     def readout() -> Readout:
         fields: dict[str, Any] = {name: values.view(shape) for name, values in found.items()}
@@ -168,7 +169,7 @@ def read_head(
             fields["rank"] = fields["rank"].masked_fill(outside, len(weight))
         return Readout(**fields, evaluated=evaluated.view(shape), outside=outside)
 
-    for stop in [k] if cuts is None else cuts:
+    for start, stop in pairwise([0, *cuts]):
         asked = torch.zeros_like(valid)
         asked[..., start:stop] = valid[..., start:stop] & alive[..., None]
         todo = asked if outside is None else asked & ~outside
@@ -178,7 +179,7 @@ def read_head(
         size = max(1, logits_rows // (1 if target_hidden is None else 5))
         for at, part in zip(index.split(size), rows.split(size), strict=True):
             theirs = flat_target[at] if flat_target is not None else None
-            factors = weigh.flatten(2)[..., at] if weigh is not None else None
+            factors = dict(zip(wants, weigh.flatten(2)[..., at], strict=True)) if weigh is not None else {}
             head = (weight, bias, softcap, expansion)
             values, row_grads = _rows(
                 part, flat_labels[at], *head, theirs, temperature, wants, ranks, factors, expansion_grad
@@ -191,13 +192,11 @@ def read_head(
                 grads[name].append(value)
         read.append(index)
         evaluated[index] = True
-        start = stop
-        if cuts is None or stop == cuts[-1]:
+        if stop == k:
             break
-        slots = readout().slots(valid, uniform)
-        goes_on = slots.hit if survives is None else survives(slots)
+        goes_on = (survives or is_right)(readout().slots(valid, uniform))
         # A label outside the head's vocabulary was asked for and not read: it is no hit, and ends its block.
-        alive &= (goes_on | ~asked).all(-1)  # type: ignore[operator]
+        alive &= (goes_on | ~asked).all(-1)
         if not alive.any():
             break
     formed = {name: torch.cat(parts) for name, parts in grads.items()}
@@ -215,12 +214,12 @@ def _rows(
     temperature: float,
     wants: Collection[str],
     ranks: bool,
-    weigh: Tensor | None,
+    factors: Mapping[str, Tensor],
     expansion_grad: Tensor | None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(Values, gradients) of a few rows: one product to the vocabulary, and one back for each kind of gradient.
 
-    The expansion's gradient, its rows weighted by `weigh` [kinds, parts, rows], is added to `expansion_grad` [parts, v, e].
+    `factors[kind]` [parts, rows] weighs the rows of the expansion's gradient, which is added to `expansion_grad` [parts, v, e].
     """
     hidden, code = hidden.split([weight.shape[1], hidden.shape[1] - weight.shape[1]], 1)
     logits = head_logits(hidden, weight, bias, softcap)
@@ -233,11 +232,14 @@ def _rows(
         to_hidden = (gradient if slope is None else gradient * slope).to(weight.dtype) @ weight
         return to_hidden if expansion is None else torch.cat([to_hidden, gradient.to(expansion.dtype) @ expansion], 1)
 
+    def parts(kind: str) -> Iterable[tuple[Tensor, Tensor]]:
+        """For each part of the loss, its plane of the expansion's gradient and the rows' weights [rows, 1]."""
+        return () if expansion_grad is None else zip(expansion_grad, factors[kind][..., None], strict=True)
+
     def widen(kind: str, gradient: Tensor, factor: Tensor | float = 1.0) -> None:
         """Add to the expansion's gradient the share of `factor` x `gradient`, a term of d kind / d logits."""
-        if expansion_grad is not None and weigh is not None:
-            for into, weights in zip(expansion_grad, weigh[list(wants).index(kind)], strict=True):
-                into.addmm_(gradient.t(), (weights[:, None] * factor * code).to(gradient.dtype))
+        for into, weights in parts(kind):
+            into.addmm_(gradient.t(), (weights * factor * code).to(gradient.dtype))
 
     index = labels[:, None]
     top, best = logits.max(-1, keepdim=True)
@@ -248,9 +250,8 @@ def _rows(
         values["rank"] = ((logits > gold) | tied).sum(1)
     if temperature != 1:
         values["prob"] = (1 / ((logits - gold) / temperature).exp_().sum(1)).to(logits.dtype)
-    soft = (
-        logits.sub_(top).exp_() if target_hidden is None else (logits - top).exp_()
-    )  # in place if possible: a row is a training step's largest tensor
+    # In place if possible: a row is a training step's largest tensor.
+    soft = logits.sub_(top).exp_() if target_hidden is None else (logits - top).exp_()
     total = soft.sum(-1, keepdim=True)
     values["ce"] = (total.log() + top - gold).squeeze(1)
     values.setdefault("prob", torch.exp(-values["ce"]))
@@ -265,9 +266,8 @@ def _rows(
                 said = torch.cat([said, expansion[labels]], 1)
             grads["ce"] = back(soft) / total.to(weight.dtype) - said
         widen("ce", soft, 1 / total)
-        if expansion_grad is not None and weigh is not None:
-            for into, weights in zip(expansion_grad, weigh[list(wants).index("ce")], strict=True):
-                into.index_add_(0, labels, (-weights[:, None] * code).to(into.dtype))
+        for into, weights in parts("ce"):
+            into.index_add_(0, labels, (-weights * code).to(into.dtype))
     if target_hidden is not None:
         log_p = head_logits(target_hidden, weight, bias, softcap).log_softmax(-1)
         p, q = log_p.exp(), soft.div_(total)
