@@ -142,11 +142,8 @@ def _read_array(path: Path, ledger: Ledger) -> Iterator[Any]:
                 size *= 2  # so that a record longer than a chunk is scanned a logarithmic number of times
                 if not chunk:
                     break
-            except (
-                RecursionError,
-                ValueError,
-            ):  # nested too deeply, or a number of thousands of digits: no way past it
-                break
+            except (RecursionError, ValueError):
+                break  # nested too deeply, or a number of thousands of digits: no way past it
             else:
                 yield record
                 whole, size = whole + 1, CHUNK

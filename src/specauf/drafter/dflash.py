@@ -154,9 +154,8 @@ class Pending:
         first, last = int(slots[0]), int(slots[-1]) + 1
         x, normed, anchors, block = self.x, self.normed, self.anchors, self.block
         width = int(asked.sum(1).max())
-        if (
-            width < asked.shape[1]
-        ):  # only the blocks with a requested slot, left-aligned in their row; their padding is dropped below
+        if width < asked.shape[1]:
+            # Only the blocks with a requested slot, left-aligned in their row. Their padding is dropped below.
             chosen = (~asked).int().argsort(dim=1, stable=True)[:, :width]
             row = torch.arange(len(chosen), device=chosen.device)[:, None]
             x, normed, anchors, todo = x[row, chosen], normed[row, chosen], anchors[row, chosen], todo[row, chosen]

@@ -95,9 +95,8 @@ def continuation(r: Float[Tensor, "... k"], valid: Bool[Tensor, "... k"]) -> Flo
     value, out = torch.ones_like(r[..., 0]), []
     for i in reversed(range(r.shape[-1])):
         out.append(value)
-        value = torch.where(
-            valid[..., i], 1 + r[..., i] * value, value
-        )  # an invalid slot passes on the value behind it
+        # An invalid slot passes on the value behind it.
+        value = torch.where(valid[..., i], 1 + r[..., i] * value, value)
     return torch.stack(out[::-1], -1)
 
 
