@@ -22,33 +22,6 @@ SLOT_UNIFORM = 31
 """Stream of the counter hash from which `slot_uniform` draws."""
 
 
-def counter_hash(*parts: Tensor | int) -> Int[Tensor, ...]:
-    """Hash the arguments to well-mixed integers in [0, 2^63): chained splitmix64, broadcast over tensors.
-
-    Randomness is a function of counters, not of a generator's state: the same (seed, epoch, conversation, position) gives
-    the same number whatever the batch layout, the world size or the point at which a run was resumed.
-    """
-    state = torch.zeros((), dtype=torch.int64)
-    for part in parts:
-        part = torch.as_tensor(part, dtype=torch.int64)
-        state = state.to(part.device) if part.ndim else state
-        x = (state ^ part) - 7046029254386353131  # 0x9E3779B97F4A7C15 as a signed integer; int64 wraps
-        x = (x ^ _shift(x, 30)) * -4658895280553007687
-        x = (x ^ _shift(x, 27)) * -7723592293110705685
-        state = x ^ _shift(x, 31)
-    return state & _MASK63
-
-
-def counter_uniform(*parts: Tensor | int) -> Float[Tensor, ...]:
-    """`counter_hash` as a float64 in [0, 1)."""
-    return (counter_hash(*parts) >> 10).double() * 2.0**-53
-
-
-def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift of a signed 64-bit integer."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
 class Blocks(NamedTuple):
     """n blocks in each of b sequences, N predictions each. Integers are int64, masks are bool."""
 
@@ -117,12 +90,13 @@ def before_labels(values: Tensor, anchors: Int[Tensor, "b n"], block_size: int) 
     return values[row, position.clamp(max=values.shape[1] - 1)]
 
 
-def slot_uniform(
-    uid: Int[Tensor, " b"], anchors: Int[Tensor, "b n"], block_size: int, *, seed: int, epoch: int
-) -> Float[Tensor, "b n k"]:
-    """One float64 in [0, 1) per prediction: a function of its counters, like the anchors."""
-    slot = torch.arange(1, block_size, device=anchors.device)
-    return counter_uniform(seed, SLOT_UNIFORM, epoch, uid[:, None, None], anchors[..., None], slot)
+def block_inputs(
+    input_ids: Int[Tensor, "b s"], anchors: Int[Tensor, "b n"], block_size: int, mask_token_id: int
+) -> Int[Tensor, "b n slots"]:
+    """Token ids that enter the drafter: the anchor's token in slot 0, MASK in the other `block_size` - 1."""
+    ids = anchors.new_full((*anchors.shape, block_size), mask_token_id)
+    ids[..., 0] = input_ids.gather(1, anchors)
+    return ids
 
 
 def prefix_tokens(
@@ -134,10 +108,36 @@ def prefix_tokens(
     return input_ids.gather(1, flat).view_as(position)
 
 
-def block_inputs(
-    input_ids: Int[Tensor, "b s"], anchors: Int[Tensor, "b n"], block_size: int, mask_token_id: int
-) -> Int[Tensor, "b n slots"]:
-    """Token ids that enter the drafter: the anchor's token in slot 0, MASK in the other `block_size` - 1."""
-    ids = anchors.new_full((*anchors.shape, block_size), mask_token_id)
-    ids[..., 0] = input_ids.gather(1, anchors)
-    return ids
+def slot_uniform(
+    uid: Int[Tensor, " b"], anchors: Int[Tensor, "b n"], block_size: int, *, seed: int, epoch: int
+) -> Float[Tensor, "b n k"]:
+    """One float64 in [0, 1) per prediction: a function of its counters, like the anchors."""
+    slot = torch.arange(1, block_size, device=anchors.device)
+    return counter_uniform(seed, SLOT_UNIFORM, epoch, uid[:, None, None], anchors[..., None], slot)
+
+
+def counter_uniform(*parts: Tensor | int) -> Float[Tensor, ...]:
+    """`counter_hash` as a float64 in [0, 1)."""
+    return (counter_hash(*parts) >> 10).double() * 2.0**-53
+
+
+def counter_hash(*parts: Tensor | int) -> Int[Tensor, ...]:
+    """Hash the arguments to well-mixed integers in [0, 2^63): chained splitmix64, broadcast over tensors.
+
+    Randomness is a function of counters, not of a generator's state: the same (seed, epoch, conversation, position) gives
+    the same number whatever the batch layout, the world size or the point at which a run was resumed.
+    """
+    state = torch.zeros((), dtype=torch.int64)
+    for part in parts:
+        part = torch.as_tensor(part, dtype=torch.int64)
+        state = state.to(part.device) if part.ndim else state
+        x = (state ^ part) - 7046029254386353131  # 0x9E3779B97F4A7C15 as a signed integer; int64 wraps
+        x = (x ^ _shift(x, 30)) * -4658895280553007687
+        x = (x ^ _shift(x, 27)) * -7723592293110705685
+        state = x ^ _shift(x, 31)
+    return state & _MASK63
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift of a signed 64-bit integer."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

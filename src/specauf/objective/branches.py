@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 Side = Literal["base", "final"]
 SIDES: tuple[Side, Side] = ("base", "final")
+PRIORS = ("uniform", "decay", "first-k")
 
 
 class Branch(NamedTuple):
@@ -50,8 +51,6 @@ class Branch(NamedTuple):
         return self.objective.name.removesuffix("-decay") in PRIORS
 
 
-PRIORS = ("uniform", "decay", "first-k")
-
 VARIANTS: dict[str, tuple[str, str, Side]] = {
     "decay-only": ("decay", "decay", "final"),
     "b-auf": ("auf", "uniform", "final"),
@@ -66,33 +65,6 @@ VARIANTS: dict[str, tuple[str, str, Side]] = {
 The base branch always uses its own support. Without decay, B-AUF's final branch is uniform, so it differs from decay-only
 in decay as well as in support.
 """
-
-
-def lambda_base(step: int, max_steps: int, start: float = 1.0, ratio: float = 1.0) -> float:
-    """The base branch's share after `step` completed steps: linear from `start` to 0 over `ratio` of the steps.
-
-    At ratio 0.5 the second half of a run trains the final branch alone, and the base branch's objective has no effect
-    there.
-    """
-    return min(max(start * (1 - min(step / max(1, int(max_steps * ratio)), 1.0)), 0.0), 1.0)
-
-
-class Shared:
-    """Caches the rows of another source: each is computed once, however often it is requested."""
-
-    def __init__(self, source: RowSource, like: Bool[Tensor, "b n k"]) -> None:
-        self.source, self.at = source, torch.full(like.shape, -1, device=like.device)
-        self.found: list[Tensor] = []
-        self.count = 0
-
-    def rows(self, todo: Bool[Tensor, "b n k"]) -> Float[Tensor, "rows h"]:
-        new = todo & (self.at < 0)
-        size = int(new.sum())
-        if size or not self.found:
-            self.at[new] = torch.arange(self.count, self.count + size, device=new.device)
-            self.found.append(self.source.rows(new))
-            self.count += size
-        return torch.cat(self.found)[self.at[todo]]
 
 
 class TwoBranchTerms(NamedTuple):
@@ -183,14 +155,6 @@ def two_branch_loss(
     return TwoBranchTerms(mixed, found["base"], found["final"])
 
 
-def temperature_of(objectives: Sequence[Objective]) -> float:
-    """The temperature at which to read a branch for `objectives`, 1 if none names one. Raises `ValueError` on two."""
-    found = {float(o.options["temperature"]) for o in objectives if "temperature" in o.options}
-    if len(found) > 1:
-        raise ValueError(f"two objectives read one branch at different temperatures, {sorted(found)}")
-    return found.pop() if found else 1.0
-
-
 def _reading(
     objectives: Sequence[Objective], blocks: Blocks, cuts: Sequence[int] | None, uniform: Tensor | None
 ) -> dict[str, Any]:
@@ -209,6 +173,14 @@ def _reading(
     }
 
 
+def temperature_of(objectives: Sequence[Objective]) -> float:
+    """The temperature at which to read a branch for `objectives`, 1 if none names one. Raises `ValueError` on two."""
+    found = {float(o.options["temperature"]) for o in objectives if "temperature" in o.options}
+    if len(found) > 1:
+        raise ValueError(f"two objectives read one branch at different temperatures, {sorted(found)}")
+    return found.pop() if found else 1.0
+
+
 def _gate(gates: Mapping[Side, tuple[Readout, Tensor]], branch: Branch, blocks: Blocks, weight: Tensor) -> Readout:
     return _unread(blocks, weight) if branch.prior else gates[branch.support][0]
 
@@ -217,3 +189,30 @@ def _unread(blocks: Blocks, weight: Tensor) -> Readout:
     nothing = torch.zeros_like(blocks.valid)
     zeros = nothing.to(torch.promote_types(weight.dtype, torch.float32))
     return Readout(zeros, nothing, nothing, zeros)
+
+
+class Shared:
+    """Caches the rows of another source: each is computed once, however often it is requested."""
+
+    def __init__(self, source: RowSource, like: Bool[Tensor, "b n k"]) -> None:
+        self.source, self.at = source, torch.full(like.shape, -1, device=like.device)
+        self.found: list[Tensor] = []
+        self.count = 0
+
+    def rows(self, todo: Bool[Tensor, "b n k"]) -> Float[Tensor, "rows h"]:
+        new = todo & (self.at < 0)
+        size = int(new.sum())
+        if size or not self.found:
+            self.at[new] = torch.arange(self.count, self.count + size, device=new.device)
+            self.found.append(self.source.rows(new))
+            self.count += size
+        return torch.cat(self.found)[self.at[todo]]
+
+
+def lambda_base(step: int, max_steps: int, start: float = 1.0, ratio: float = 1.0) -> float:
+    """The base branch's share after `step` completed steps: linear from `start` to 0 over `ratio` of the steps.
+
+    At ratio 0.5 the second half of a run trains the final branch alone, and the base branch's objective has no effect
+    there.
+    """
+    return min(max(start * (1 - min(step / max(1, int(max_steps * ratio)), 1.0)), 0.0), 1.0)

@@ -106,84 +106,6 @@ class LossTerms(NamedTuple):
         return self._replace(num=self.loss[None], den=one, scale=one)
 
 
-class Recorded:
-    """Passes rows to the head as constants, and keeps them for the gradient."""
-
-    def __init__(self, hidden: Tensor | RowSource) -> None:
-        self.hidden = hidden
-        self.given: list[Tensor] = []
-
-    def rows(self, todo: Tensor) -> Tensor:
-        with torch.enable_grad():
-            self.given.append(self.hidden[todo] if isinstance(self.hidden, torch.Tensor) else self.hidden.rows(todo))
-        return self.given[-1].detach()
-
-
-class _WithGradient(torch.autograd.Function):
-    """The parts' sums, whose gradients were formed when the head read the rows.
-
-    With respect to the rows: the sum over kinds (`ce`, `kl`, `overlap`) of weight x row gradient. With respect to an
-    expansion of the head, if there is one: `expansion_grad`, which has the weights in it already.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        rows: Tensor,
-        expansion: Tensor | None,
-        value: Tensor,
-        weights: Tensor,
-        expansion_grad: Tensor | None,
-        *grads: Tensor,
-    ) -> Tensor:
-        ctx.save_for_backward(weights, expansion_grad, *grads)
-        return value
-
-    @staticmethod
-    @once_differentiable  # a second derivative would be silently zero
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        weights, expansion_grad, *grads = ctx.saved_tensors  # kinds parts rows; parts v e; rows h each
-        total = torch.zeros_like(grads[0])
-        for weight, grad in zip(weights, grads, strict=True):
-            row = (outputs[0].to(weight.dtype) @ weight)[:, None]
-            # A row of weight 0 stays 0 even where its gradient overflowed.
-            total = torch.where(row != 0, total + grad * row.to(grad.dtype), total)
-        wide = (
-            None
-            if expansion_grad is None
-            else torch.einsum("p,pve->ve", outputs[0].to(expansion_grad.dtype), expansion_grad)
-        )
-        return total, wide, None, None, None, *(None for _ in grads)
-
-
-def credit_of(
-    readout: Readout, blocks: Blocks, objective: Objective, uniform: Float[Tensor, "b n k"] | None = None
-) -> list[tuple[float, Float[Tensor, "b n k"]]]:
-    """(scale, m c) of every part, detached; m is also 0 where the head has no row for the label."""
-    decay = position_decay(blocks.valid.shape[-1], objective.gamma).to(readout.ce)
-    with torch.no_grad():
-        found = call(objective.rule.credit, readout.slots(blocks.valid, uniform, decay), objective.options)
-        parts = found if isinstance(found, tuple) else ((1.0, found),)
-        return [(scale, torch.where(learnable(readout, blocks), c.to(readout.ce), 0.0)) for scale, c in parts]
-
-
-def learnable(readout: Readout, blocks: Blocks) -> Bool[Tensor, "b n k"]:
-    """The slots that have a loss: valid ones whose label the head has a row for."""
-    return blocks.valid if readout.outside is None else blocks.valid & ~readout.outside
-
-
-def reduce(
-    loss: Float[Tensor, "b n k"], credit: Float[Tensor, "b n k"], reduction: Reduction
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """(num, den) of one part."""
-    if reduction == "global":
-        return (credit * loss).sum(), credit.sum()
-    if reduction == "block":
-        total = credit.sum(-1, keepdim=True)
-        return (credit / torch.where(total > 0, total, 1) * loss).sum(), (total > 0).sum().to(credit)
-    return (credit * loss).sum(), credit.new_tensor(float(credit.shape[0]))
-
-
 def block_loss(
     hidden: Float[Tensor, "b n k h"] | RowSource,
     blocks: Blocks,
@@ -230,6 +152,17 @@ def block_loss(
     parts = credit_of(readout, blocks, objective, uniform)
     terms = finish(readout, torch.cat(source.given), blocks, objective, parts)
     return terms._replace(survival=survival(readout, blocks, objective, uniform)) if objective.truncates else terms
+
+
+def credit_of(
+    readout: Readout, blocks: Blocks, objective: Objective, uniform: Float[Tensor, "b n k"] | None = None
+) -> list[tuple[float, Float[Tensor, "b n k"]]]:
+    """(scale, m c) of every part, detached; m is also 0 where the head has no row for the label."""
+    decay = position_decay(blocks.valid.shape[-1], objective.gamma).to(readout.ce)
+    with torch.no_grad():
+        found = call(objective.rule.credit, readout.slots(blocks.valid, uniform, decay), objective.options)
+        parts = found if isinstance(found, tuple) else ((1.0, found),)
+        return [(scale, torch.where(learnable(readout, blocks), c.to(readout.ce), 0.0)) for scale, c in parts]
 
 
 def finish(
@@ -285,7 +218,74 @@ def weigh(
     )
 
 
+def reduce(
+    loss: Float[Tensor, "b n k"], credit: Float[Tensor, "b n k"], reduction: Reduction
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """(num, den) of one part."""
+    if reduction == "global":
+        return (credit * loss).sum(), credit.sum()
+    if reduction == "block":
+        total = credit.sum(-1, keepdim=True)
+        return (credit / torch.where(total > 0, total, 1) * loss).sum(), (total > 0).sum().to(credit)
+    return (credit * loss).sum(), credit.new_tensor(float(credit.shape[0]))
+
+
+def learnable(readout: Readout, blocks: Blocks) -> Bool[Tensor, "b n k"]:
+    """The slots that have a loss: valid ones whose label the head has a row for."""
+    return blocks.valid if readout.outside is None else blocks.valid & ~readout.outside
+
+
 def survival(readout: Readout, blocks: Blocks, objective: Objective, uniform: Tensor | None) -> Float[Tensor, " k"]:
     goes_on = (objective.survives(readout.slots(blocks.valid, uniform)) | ~blocks.valid).cumprod(-1)
     real = blocks.valid.any(-1, keepdim=True)
     return (goes_on * real).sum((0, 1)) / real.sum().clamp(min=1)
+
+
+class Recorded:
+    """Passes rows to the head as constants, and keeps them for the gradient."""
+
+    def __init__(self, hidden: Tensor | RowSource) -> None:
+        self.hidden = hidden
+        self.given: list[Tensor] = []
+
+    def rows(self, todo: Tensor) -> Tensor:
+        with torch.enable_grad():
+            self.given.append(self.hidden[todo] if isinstance(self.hidden, torch.Tensor) else self.hidden.rows(todo))
+        return self.given[-1].detach()
+
+
+class _WithGradient(torch.autograd.Function):
+    """The parts' sums, whose gradients were formed when the head read the rows.
+
+    With respect to the rows: the sum over kinds (`ce`, `kl`, `overlap`) of weight x row gradient. With respect to an
+    expansion of the head, if there is one: `expansion_grad`, which has the weights in it already.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        expansion: Tensor | None,
+        value: Tensor,
+        weights: Tensor,
+        expansion_grad: Tensor | None,
+        *grads: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(weights, expansion_grad, *grads)
+        return value
+
+    @staticmethod
+    @once_differentiable  # a second derivative would be silently zero
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        weights, expansion_grad, *grads = ctx.saved_tensors  # kinds parts rows; parts v e; rows h each
+        total = torch.zeros_like(grads[0])
+        for weight, grad in zip(weights, grads, strict=True):
+            row = (outputs[0].to(weight.dtype) @ weight)[:, None]
+            # A row of weight 0 stays 0 even where its gradient overflowed.
+            total = torch.where(row != 0, total + grad * row.to(grad.dtype), total)
+        wide = (
+            None
+            if expansion_grad is None
+            else torch.einsum("p,pve->ve", outputs[0].to(expansion_grad.dtype), expansion_grad)
+        )
+        return total, wide, None, None, None, *(None for _ in grads)

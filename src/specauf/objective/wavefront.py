@@ -64,39 +64,6 @@ class Readout(NamedTuple):
         return Slots(valid, self.hit, self.prob, self.rank, uniform, self.target_prob, decay)
 
 
-def default_cuts(num_predictions: int) -> list[int]:
-    """Stage ends 1, 2, 4, 8, ..., N: few launches, and few rows beyond the supports."""
-    cuts = [1]
-    while cuts[-1] < num_predictions:
-        cuts.append(min(2 * cuts[-1], num_predictions))
-    return cuts
-
-
-LAUNCH_ROWS = 8.0
-"""What starting a stage costs, in head rows: reading the head's weight once (measured by benchmarks/objective.py)."""
-
-
-def plan_cuts(survival: Sequence[float], blocks: int, launch_rows: float = LAUNCH_ROWS) -> list[int]:
-    """The cheapest stage ends, in head rows, for `blocks` blocks of which a share S_k survives slot k.
-
-    A stage from slot i to j evaluates (j - i) S_i rows per block, and costs `launch_rows` if any block reaches it. Solved
-    by dynamic programming over the last cut.
-    """
-    alive = [1.0, *survival]
-    best, last = [0.0], [0]
-    for stop in range(1, len(alive)):
-        costs = [
-            best[start] + (stop - start) * s + launch_rows / blocks * (1 - (1 - min(s, 1.0)) ** blocks)
-            for start, s in enumerate(alive[:stop])
-        ]
-        best.append(min(costs))
-        last.append(costs.index(best[-1]))
-    cuts = [len(alive) - 1]
-    while last[cuts[0]]:
-        cuts.insert(0, last[cuts[0]])
-    return cuts
-
-
 @torch.no_grad()
 def read_head(
     hidden: Float[Tensor, "b n k h"] | RowSource,
@@ -299,3 +266,36 @@ def head_logits(
     logits = F.linear(rows, weight, bias).view(*hidden.shape[:-1], weight.shape[0])
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits if softcap is None else (logits / softcap).tanh() * softcap
+
+
+def default_cuts(num_predictions: int) -> list[int]:
+    """Stage ends 1, 2, 4, 8, ..., N: few launches, and few rows beyond the supports."""
+    cuts = [1]
+    while cuts[-1] < num_predictions:
+        cuts.append(min(2 * cuts[-1], num_predictions))
+    return cuts
+
+
+LAUNCH_ROWS = 8.0
+"""What starting a stage costs, in head rows: reading the head's weight once (measured by benchmarks/objective.py)."""
+
+
+def plan_cuts(survival: Sequence[float], blocks: int, launch_rows: float = LAUNCH_ROWS) -> list[int]:
+    """The cheapest stage ends, in head rows, for `blocks` blocks of which a share S_k survives slot k.
+
+    A stage from slot i to j evaluates (j - i) S_i rows per block, and costs `launch_rows` if any block reaches it. Solved
+    by dynamic programming over the last cut.
+    """
+    alive = [1.0, *survival]
+    best, last = [0.0], [0]
+    for stop in range(1, len(alive)):
+        costs = [
+            best[start] + (stop - start) * s + launch_rows / blocks * (1 - (1 - min(s, 1.0)) ** blocks)
+            for start, s in enumerate(alive[:stop])
+        ]
+        best.append(min(costs))
+        last.append(costs.index(best[-1]))
+    cuts = [len(alive) - 1]
+    while last[cuts[0]]:
+        cuts.insert(0, last[cuts[0]])
+    return cuts
