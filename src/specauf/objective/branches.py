@@ -6,7 +6,7 @@ Each branch has its own objective, support and denominator. The base branch is t
 z. The final branch adds a low-rank correction: its rows are [z ; e], its head is [W ; W2], and W2 is trained. A branch's
 credit is read off its own predictions or off the other's (Table 3).
 
-The final branch's support is read left to right. It is exact: up to its first mismatch the branch predicts under target_hidden
+The final branch's support is read left to right. It is exact: up to its first mismatch the branch predicts under teacher
 forcing what it would predict in decoding, because the prefix so far is the data's. Behind a hole in the labels, though, the
 prefix holds tokens that nobody supervised.
 
@@ -100,51 +100,55 @@ def two_branch_loss(
     branches: dict[Side, Branch] = {"base": base, "final": final}
     sources: dict[Side, RowSource] = {"base": hidden, "final": corrected}
 
-    def read(side: Side, valid: Tensor, target_hidden: Tensor | None, **how: Any) -> tuple[Readout, Tensor]:
+    def read(side: Side, valid: Tensor, needs_target: bool, **how: Any) -> tuple[Readout, Tensor]:
         source = Recorded(sources[side])
         readout = read_head(
             *(source, blocks.labels, valid, weight, bias),
             expansion=expansion if side == "final" else None,
-            target_hidden=target_hidden,
+            target_hidden=target_hidden if needs_target else None,
             softcap=softcap,
             logits_rows=logits_rows,
             **how,
         )
         return readout, torch.cat(source.given)
 
+    # The passes that credits are read off.
     gates: dict[Side, tuple[Readout, Tensor]] = {}
     for side in SIDES:
         readers = [b for b in branches.values() if b.support == side and not b.prior]
         if readers:
             how = _reading([b.objective for b in readers], blocks, (cuts or {}).get(side), uniform)
-            needed = target_hidden if any(b.objective.needs_target for b in readers) else None
+            needs_target = any(b.objective.needs_target for b in readers)
             own = side == "base" and base in readers  # its head is frozen, so this pass can form its gradient
-            gates[side] = read(side, blocks.valid, needed, wants=base.objective.rule.rows if own else (), **how)
+            gates[side] = read(side, blocks.valid, needs_target, wants=base.objective.rule.rows if own else (), **how)
 
+    # The losses, over the slots that count.
+    nothing = torch.zeros_like(blocks.valid)
+    zeros = nothing.to(torch.promote_types(weight.dtype, torch.float32))
+    unread = Readout(zeros, nothing, nothing, zeros)
     found: dict[Side, LossTerms] = {}
     for side in SIDES:
-        branch = branches[side]
-        branch.objective.require(target_hidden, uniform)
-        needed = target_hidden if branch.objective.needs_target else None
-        parts = credit_of(_gate(gates, branch, blocks, weight), blocks, branch.objective, uniform)
-        plain = branch.objective.rule.loss is cross_entropy
+        branch, objective = branches[side], branches[side].objective
+        objective.require(target_hidden, uniform)
+        parts = credit_of(unread if branch.prior else gates[branch.support][0], blocks, objective, uniform)
+        plain = objective.rule.loss is cross_entropy
+        # A cross entropy counts the slots with credit alone; any other loss may look along the block.
         counted = blocks.valid & torch.stack([c != 0 for _, c in parts]).any(0) if plain else blocks.valid
-        kinds = branch.objective.rule.rows
         if side in gates and gates[side][0].grad:
             readout, rows = gates[side]
         elif side == "base":
-            readout, rows = read(side, counted, needed, wants=kinds)
+            readout, rows = read(side, counted, objective.needs_target, wants=objective.rule.rows)
         else:
             if not plain and side not in gates:
-                gates[side] = read(side, blocks.valid, needed, wants=())
-            figures = gates[side][0] if side in gates else _unread(blocks, weight)
-            weights = weigh(figures, blocks, branch.objective, parts)[2]
-            readout, rows = read(side, counted, needed, wants=kinds, weigh=weights)
-        terms = finish(readout, rows, blocks, branch.objective, parts, expansion if side == "final" else None)
+                gates[side] = read(side, blocks.valid, objective.needs_target, wants=())
+            figures = gates[side][0] if side in gates else unread
+            weights = weigh(figures, blocks, objective, parts)[2]
+            readout, rows = read(side, counted, objective.needs_target, wants=objective.rule.rows, weigh=weights)
+        terms = finish(readout, rows, blocks, objective, parts, expansion if side == "final" else None)
         if side in gates:  # report what it read: more than the counted rows, or left to right
             terms = terms._replace(readout=gates[side][0]._replace(grad=None, order=None))
-            if branch.support == side and branch.objective.truncates:
-                terms = terms._replace(survival=survival(terms.readout, blocks, branch.objective, uniform))
+            if branch.support == side and objective.truncates:
+                terms = terms._replace(survival=survival(terms.readout, blocks, objective, uniform))
         found[side] = terms
     share: dict[Side, float] = {"base": lam, "final": 1 - lam}
     mixed = found["final"]._replace(
@@ -166,7 +170,7 @@ def _reading(
 
     return {
         "cuts": (cuts or default_cuts(blocks.valid.shape[-1])) if truncates else None,
-        "survives": survives if truncates else None,
+        "survives": survives,
         "uniform": uniform,
         "temperature": temperature_of(objectives),
         "ranks": any("rank" in o.rule.needs for o in objectives),
@@ -179,16 +183,6 @@ def temperature_of(objectives: Sequence[Objective]) -> float:
     if len(found) > 1:
         raise ValueError(f"two objectives read one branch at different temperatures, {sorted(found)}")
     return found.pop() if found else 1.0
-
-
-def _gate(gates: Mapping[Side, tuple[Readout, Tensor]], branch: Branch, blocks: Blocks, weight: Tensor) -> Readout:
-    return _unread(blocks, weight) if branch.prior else gates[branch.support][0]
-
-
-def _unread(blocks: Blocks, weight: Tensor) -> Readout:
-    nothing = torch.zeros_like(blocks.valid)
-    zeros = nothing.to(torch.promote_types(weight.dtype, torch.float32))
-    return Readout(zeros, nothing, nothing, zeros)
 
 
 class Shared:
