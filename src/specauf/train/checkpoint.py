@@ -25,7 +25,7 @@ def identity(trainer: Trainer) -> dict[str, str]:
     micro-batches of a step are divided between accumulation and processes.
     """
     config, drafter = trainer.config, trainer.drafter.config
-    meta = getattr(trainer.batches.dataset, "meta", {})
+    meta = trainer.batches.dataset.meta
     free = ("max_steps", "minutes", "save_every", "eval_every", "shard_target", "accumulation")
     parts = {
         "target": trainer.target.fingerprint(),
@@ -58,7 +58,7 @@ def provenance_of(trainer: Trainer) -> dict[str, Any]:
         "target": trainer.target.name,
         "target_dtype": config.target.dtype,
         "target_fingerprint": trainer.target.fingerprint(),
-        "template_hash": getattr(trainer.batches.dataset, "meta", {}).get("template_hash"),
+        "template_hash": trainer.batches.dataset.meta.get("template_hash"),
         "enable_thinking": config.data.enable_thinking,
         "data": _data_of(trainer),
         "steps": trainer.done,
@@ -73,8 +73,7 @@ def _data_of(trainer: Trainer) -> dict[str, Any]:
     `rollouts` says how answers were drawn, and by which target (fingerprint); None when they are a corpus's own.
     """
     dataset, config, used = trainer.batches.dataset, trainer.config, trainer.batches.examples
-    meta: dict[str, Any] = getattr(dataset, "meta", {})
-    rollouts = meta.get("rollout")
+    meta, rollouts = dataset.meta, dataset.meta.get("rollout")
     return {
         "path": config.data.path,
         "conversations": len(set(meta.get("conversation_ids", range(used))[:used])),
@@ -93,11 +92,8 @@ def _data_of(trainer: Trainer) -> dict[str, Any]:
 
 def save(trainer: Trainer, out: Path) -> None:
     """Replace `out/checkpoint` as a whole: a kill at any moment leaves the old or the new one, where `resume` finds it."""
-    if not hasattr(trainer, "_provenance"):
-        trainer._provenance = provenance_of(trainer)  # type: ignore[attr-defined]  # the fingerprint takes a second
-    extra = trainer._provenance | {"steps": trainer.done, "max_steps": trainer.max_steps}  # type: ignore[attr-defined]
     with atomic_dir(out / "checkpoint") as directory:
-        save_drafter(trainer.drafter, directory, extra)
+        save_drafter(trainer.drafter, directory, provenance_of(trainer))
         names = {id(p): name for name, p in trainer.drafter.named_parameters()}
         moments = {
             f"{names[id(p)]}::{key}": value
