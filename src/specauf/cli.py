@@ -234,8 +234,7 @@ class Generate:
             proposer = DrafterProposer(drafter.to(target.embed_weight), target, self.candidate_pool)
             if self.lookup_first:
                 proposer = LookupFirst(proposer, self.lookup_first, self.block_size)
-        assert target.tokenizer is not None
-        ids = prompt_ids(target.tokenizer, [{"role": "user", "content": self.prompt}], self.enable_thinking)
+        ids = prompt_ids(target.require_tokenizer(), [{"role": "user", "content": self.prompt}], self.enable_thinking)
         passed = show(terminal, target, proposer, ids, self.sampling, self.max_new_tokens, selection)
         return 0 if passed else 1
 

@@ -277,8 +277,7 @@ def segments(target: Target, generation: Generation) -> list[dict[str, str]]:
         if not parts or parts[-1][0] != drafted:
             parts.append((drafted, []))
         parts[-1][1].append(token)
-    assert target.tokenizer is not None
-    decode = target.tokenizer.decode
+    decode = target.require_tokenizer().decode
     return [{"text": str(decode(tokens)), "kind": "draft" if drafted else "target"} for drafted, tokens in parts]
 
 
@@ -296,7 +295,7 @@ def _live_section(target: Target, checks: dict[str, LiveCheck], tasks: dict[str,
                 {
                     "task": name,
                     "id": trajectory.id,
-                    "prompt": target.tokenizer.decode(trajectory.prompt, skip_special_tokens=True),  # type: ignore[union-attr]
+                    "prompt": target.require_tokenizer().decode(trajectory.prompt, skip_special_tokens=True),
                     "segments": segments(target, generation),
                     "tau": 1 + sum(r.accepted for r in generation.rounds) / rounds,
                     "rounds": len(generation.rounds),

@@ -87,9 +87,7 @@ def data_dir(config: RunConfig) -> Path:
 def prepare_data(config: RunConfig, target: Target) -> Prepared:
     """Tokens, held-out prompts and the ledger, reused when nothing changed. Rollouts are read as they are."""
     if not rollout_meta(config.data.path):
-        if target.tokenizer is None:
-            raise UserError(f"{target.name} has no tokenizer")
-        return prepare_corpus(config, target.tokenizer)
+        return prepare_corpus(config, target.require_tokenizer())
     prepared = open_rollouts(config.data, target)
     kept_out = prepared.train.meta.get("kept_out")
     if exposed := [label for label in _kept_out(config) if kept_out is not None and label not in kept_out]:
@@ -133,9 +131,7 @@ def require_heldout(config: RunConfig, prepared: Prepared) -> None:
 
 def rollout_prompts(config: RunConfig, target: Target) -> Prompts:
     """The corpus as far as `make_rollouts` reads it. Raises `UserError` when data.path is no corpus."""
-    if target.tokenizer is None:
-        raise UserError(f"{target.name} has no tokenizer")
-    return read_prompts(config.data, target.tokenizer, **_corpus(config))
+    return read_prompts(config.data, target.require_tokenizer(), **_corpus(config))
 
 
 def make_rollouts(

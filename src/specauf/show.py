@@ -82,10 +82,10 @@ class Stream:
         self.shown = 0
 
     def commit(self, row: int, tokens: list[int], drafted: list[bool]) -> None:
-        assert self.target.tokenizer is not None
+        tokenizer = self.target.require_tokenizer()
         for token, was_draft in zip(tokens, drafted, strict=True):
             self.tokens.append(token)
-            text = str(self.target.tokenizer.decode(self.tokens))
+            text = str(tokenizer.decode(self.tokens))
             if not text.endswith("\ufffd"):
                 self.terminal.rich.print(Text(text[self.shown :], style="green" if was_draft else ""), end="")
                 self.shown = len(text)
@@ -96,9 +96,8 @@ def mismatches(target: Target, trained: Mapping[str, Any], enable_thinking: bool
 
     `enable_thinking` None is not compared.
     """
-    assert target.tokenizer is not None
     found = []
-    if trained.get("template_hash") not in (None, template_hash(target.tokenizer)):
+    if trained.get("template_hash") not in (None, template_hash(target.require_tokenizer())):
         found.append("this drafter was trained under another chat template than this target's")
     if enable_thinking is not None and trained.get("enable_thinking") not in (None, enable_thinking):
         found.append(f"this drafter was trained with enable_thinking={trained['enable_thinking']}")

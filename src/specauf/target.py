@@ -165,6 +165,12 @@ class Target:
     def config(self) -> Any:
         return self.model.config
 
+    def require_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer. Raises `UserError` when there is none."""
+        if self.tokenizer is None:
+            raise UserError(f"{self.name} has no tokenizer")
+        return self.tokenizer
+
     def embed(self, ids: Int[Tensor, ...]) -> Float[Tensor, "... h"]:
         return F.embedding(ids, self.embed_weight)
 

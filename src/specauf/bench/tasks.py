@@ -228,10 +228,7 @@ def render_prompts(target: Target, prompts: Sequence[BenchPrompt], enable_thinki
     Later turns stay text: their prompts contain the target's answers, so they are rendered while those are recorded.
     Raises `UserError` when the template refuses a prompt.
     """
-    tokenizer = target.tokenizer
-    if tokenizer is None:
-        raise UserError(f"{target.name} has no tokenizer")
-    found = []
+    tokenizer, found = target.require_tokenizer(), []
     for p in prompts:
         try:
             ids = prompt_ids(tokenizer, p.messages, enable_thinking)

@@ -78,10 +78,8 @@ def open_rollouts(config: DataConfig, target: Target) -> Prepared:
     from specauf.data.sources import Ledger
 
     directory = Path(config.path).expanduser()
-    dataset, tokenizer = TokenDataset.load(directory), target.tokenizer
+    dataset, tokenizer = TokenDataset.load(directory), target.require_tokenizer()
     meta = dataset.meta
-    if tokenizer is None:
-        raise UserError(f"{target.name} has no tokenizer")
     for what, hashed in (("tokenizer", tokenizer_hash), ("chat template", template_hash)):
         if meta[f"{what.split()[-1]}_hash"] != hashed(tokenizer):
             raise UserError(

@@ -43,7 +43,7 @@ def directory(tokenizer: Any, tmp_path: Path) -> Path:
 
 
 def target(tokenizer: Any, fingerprint: str = "mine") -> Any:
-    return SimpleNamespace(name="tiny", tokenizer=tokenizer, fingerprint=lambda: fingerprint)
+    return SimpleNamespace(name="tiny", require_tokenizer=lambda: tokenizer, fingerprint=lambda: fingerprint)
 
 
 def config(directory: Path, **options: Any) -> DataConfig:
