@@ -134,13 +134,13 @@ class Train:
         terminal.say("data: prepared before" if prepared.reused else "\n".join(prepared.ledger.lines()))
         with terminal.progress("features", float(len(prepared.train.ids)) if config.features.cache else 0) as advance:
             features = run.feature_cache(config, target, prepared, on_progress=lambda n: advance(n, ""), ranks=ranks)
-        trainer = run.open_run(config, target, prepared, features, resume=not self.fresh, ranks=ranks).trainer
+        trainer = run.open_run(config, target, prepared, features, resume=not self.fresh, ranks=ranks)
         if sharded := config.train.shard_target and ranks.world > 1:
             target.shard()  # not before the drafter has its copies of the target's layers
         terminal.say(run.set_horizon(trainer))
         evaluate = None
         if config.train.eval_every and (ranks.main or sharded):  # a sharded target needs every rank
-            evaluate = run.heldout_evaluator(config, target, prepared, alone=not sharded)
+            evaluate = run.heldout_evaluator(config, target, alone=not sharded)
         with terminal.progress(f"training {config.objective.name}", trainer.max_steps or 0, trainer.done) as advance:
             trainer.run(on_step=lambda row: advance(1, run.step_note(row)), evaluate=evaluate)
         del lock  # held until here

@@ -29,7 +29,6 @@ from specauf.drafter.dflash import DFlash
 from specauf.files import atomic_write_text, read_rows
 from specauf.report import page
 from specauf.run import (
-    Run,
     data_dir,
     feature_cache,
     new_drafter,
@@ -41,7 +40,7 @@ from specauf.run import (
 )
 from specauf.strict import UserError, from_dict, require, to_dict
 from specauf.target import Target
-from specauf.train.loop import calibrate
+from specauf.train.loop import Trainer, calibrate
 
 SHARE_FEATURES, SHARE_TRAINING = 0.26, 0.45
 """Shares of the budget for writing the target's features and for both trainings. The rest records, replays and decodes."""
@@ -118,15 +117,15 @@ def run_demo(base: RunConfig, minutes: float, console: Console) -> Path:
     with console.progress(f"features of {plan.examples} conversations", sum(lengths)) as advance:
         features = feature_cache(base, target, prepared, plan.examples, lambda n: advance(n, ""))
 
-    runs = {name: open_run(_variant(base, name), target, prepared, features) for name in ("decay", "auf")}
-    for name, run in runs.items():
+    trainers = {name: open_run(_variant(base, name), target, prepared, features) for name in ("decay", "auf")}
+    for name, trainer in trainers.items():
         if name not in plan.steps:
-            _plan_steps(plan, name, runs, console)
+            _plan_steps(plan, name, trainers, console)
             _write(plan, plan_path)
-        run.trainer.max_steps = run.trainer.max_steps or plan.steps[name]
-        _train(run, name, plan.steps["decay"], console)
+        trainer.max_steps = trainer.max_steps or plan.steps[name]
+        _train(trainer, name, plan.steps["decay"], console)
 
-    drafters = {name: run.trainer.drafter for name, run in runs.items()}
+    drafters = {name: trainer.drafter for name, trainer in trainers.items()}
     drafters[EQUAL_STEPS] = load_drafter(out / "auf" / "equal-steps", target.device)
     block = base.drafter.block_size
     proposers: dict[str, Replayable] = {name: DrafterProposer(drafter, target) for name, drafter in drafters.items()}
@@ -145,10 +144,10 @@ def run_demo(base: RunConfig, minutes: float, console: Console) -> Path:
         "provenance": box,
         "settings": {**settings_of(base), "conversations": plan.examples, "minutes": plan.minutes},
         "ledger": prepared.ledger.to_dict(),
-        "methods": _methods(base, plan, runs, drafters),
+        "methods": _methods(base, plan, trainers, drafters),
         "evaluation": evaluation,
         "comparisons": compared,
-        "training": {name: read_rows(out / name / "log.jsonl") for name in runs},
+        "training": {name: read_rows(out / name / "log.jsonl") for name in trainers},
         **_live_section(target, live, tasks),
     }
     index = page.write(results, out / "report")
@@ -196,13 +195,13 @@ def _affordable(base: RunConfig, target: Target, prepared: Any, minutes: float) 
     return max(count, base.train.batch_size), rate
 
 
-def _plan_steps(plan: Plan, name: str, runs: Mapping[str, Run], console: Console) -> None:
+def _plan_steps(plan: Plan, name: str, trainers: Mapping[str, Trainer], console: Console) -> None:
     """Set decay's steps from the budget, and AUF's from decay's, so that both take the same time.
 
     The cost of an AUF step grows with tau, and at initial weights it is too low, so the two are timed at decay's final
     weights. The page shows the training seconds that both really took.
     """
-    decay, auf = runs["decay"].trainer, runs["auf"].trainer
+    decay, auf = trainers["decay"], trainers["auf"]
     console.say("calibrating: a few steps, undone afterwards")
     if name == "decay":
         plan.seconds_per_step["decay"] = calibrate([decay], steps=10)[0]
@@ -213,9 +212,8 @@ def _plan_steps(plan: Plan, name: str, runs: Mapping[str, Run], console: Console
     plan.steps["auf"] = max(20, round(plan.steps["decay"] * theirs / mine))
 
 
-def _train(run: Run, name: str, equal_steps: int, console: Console) -> None:
-    trainer = run.trainer
-    snapshot = Path(run.config.out) / "equal-steps"
+def _train(trainer: Trainer, name: str, equal_steps: int, console: Console) -> None:
+    snapshot = Path(trainer.config.out) / "equal-steps"
     total = trainer.max_steps or 0
     with console.progress(f"training {name}, {total} steps", total, trainer.done) as advance:
 
@@ -229,8 +227,10 @@ def _train(run: Run, name: str, equal_steps: int, console: Console) -> None:
         save_drafter(trainer.drafter, snapshot)
 
 
-def _methods(base: RunConfig, plan: Plan, runs: dict[str, Run], drafters: Mapping[str, DFlash]) -> list[dict[str, Any]]:
-    gamma = runs["decay"].trainer.branches[0].objective.gamma
+def _methods(
+    base: RunConfig, plan: Plan, trainers: dict[str, Trainer], drafters: Mapping[str, DFlash]
+) -> list[dict[str, Any]]:
+    gamma = trainers["decay"].branches[0].objective.gamma
     labels = {"decay": f"decay (γ={gamma:g})", "auf": "AUF", EQUAL_STEPS: "AUF at decay's steps"}
     if base.drafter.kind == "domino":
         labels = {name: label.replace("AUF", "B-AUF+D") for name, label in labels.items()}

@@ -8,7 +8,6 @@ import hashlib
 import logging
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -228,17 +227,6 @@ def require_trainable(config: RunConfig, target: Target, prepared: Prepared) -> 
         log.warning("%s: a drafter can be trained, and is neither measured nor run here", why)
 
 
-@dataclass
-class Run:
-    """One training run, ready to start or to resume."""
-
-    config: RunConfig
-    target: Target
-    prepared: Prepared
-    features: FeatureCache | None
-    trainer: Trainer
-
-
 def open_run(
     config: RunConfig,
     target: Target,
@@ -248,7 +236,7 @@ def open_run(
     resume: bool = True,
     ranks: Ranks | None = None,
     horizon: int | None = None,
-) -> Run:
+) -> Trainer:
     """Build the trainer and continue from `config.out` if a checkpoint is there. Writes config.yaml and run.json.
 
     `horizon` overrides `train.max_steps`. Without `resume`, an existing checkpoint is set aside as `checkpoint.before`.
@@ -269,20 +257,12 @@ def open_run(
     if len(set(ranks.gather(trainer.done))) > 1:
         raise UserError(f"the processes see different checkpoints in {out}: `out` has to be on a disk that they share")
     known = draft_vocabulary(drafter, target, prepared.train)
-    if not ranks.main:
-        return Run(config, target, prepared, features, trainer)
-    atomic_write_text(out / "config.yaml", dump(config))
-    provenance.write(
-        out / "run.json",
-        {
-            "config_hash": digest(config),
-            "target": target.fingerprint(),
-            "data": prepared.train.meta["key"],
-            **({"processes": ranks.world} if ranks.world > 1 else {}),
-            **known,
-        },
-    )
-    return Run(config, target, prepared, features, trainer)
+    if ranks.main:
+        atomic_write_text(out / "config.yaml", dump(config))
+        made_from = {"config_hash": digest(config), "target": target.fingerprint(), "data": prepared.train.meta["key"]}
+        processes = {"processes": ranks.world} if ranks.world > 1 else {}
+        provenance.write(out / "run.json", {**made_from, **processes, **known})
+    return trainer
 
 
 def draft_vocabulary(drafter: DFlash, target: Target, data: TokenDataset) -> dict[str, Any]:
@@ -343,9 +323,7 @@ def set_horizon(trainer: Trainer) -> str:
     )
 
 
-def heldout_evaluator(
-    config: RunConfig, target: Target, prepared: Prepared, alone: bool = True
-) -> Callable[[DFlash], dict[str, float]]:
+def heldout_evaluator(config: RunConfig, target: Target, alone: bool = True) -> Callable[[DFlash], dict[str, float]]:
     """A function that replays a drafter over held-out prompts and returns tau, for the training log.
 
     The ranks of a sharded target are not `alone`: each records for itself and keeps no file, since they have to run the

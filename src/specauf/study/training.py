@@ -159,19 +159,16 @@ def _train(study: Study, target: Target, corpus: Corpus, cell: Cell, console: Co
     horizon = progress(cell.out)[1] or steps_of(study, target, corpus, cell, console)
     prepared = corpus.prepared(config)
     require_trainable(config, target, prepared)
-    run = open_run(config, target, prepared, corpus.features(config), horizon=horizon)
+    trainer = open_run(config, target, prepared, corpus.features(config), horizon=horizon)
     evaluate = None
     if config.train.eval_every:  # the held-out recordings are the study's: every cell replays the same
         with turn(
             study.out / "heldout", lambda: console.say("another process records the held-out prompts: waiting for it")
         ):
-            evaluate = heldout_evaluator(dataclasses.replace(config, out=str(study.out)), target, prepared)
-    steps = run.trainer.max_steps or 0
-    with console.progress(f"training {cell.name}, {steps} steps", steps, run.trainer.done) as advance:
-        run.trainer.run(
-            on_step=lambda row: advance(1, step_note(row)),
-            evaluate=evaluate,
-        )
+            evaluate = heldout_evaluator(dataclasses.replace(config, out=str(study.out)), target)
+    steps = trainer.max_steps or 0
+    with console.progress(f"training {cell.name}, {steps} steps", steps, trainer.done) as advance:
+        trainer.run(on_step=lambda row: advance(1, step_note(row)), evaluate=evaluate)
 
 
 def steps_of(study: Study, target: Target, corpus: Corpus, cell: Cell, console: Console) -> int:
