@@ -20,7 +20,7 @@ from specauf.files import atomic_write_text
 from specauf.locks import claim
 from specauf.study.recipe import Recording, Study
 from specauf.study.recordings import chosen, describe, open_recorded
-from specauf.study.records import Place, Subject, add_records, cell_subject, load_records, lookup_subjects, records
+from specauf.study.records import Place, Subject, add_records, load_records, records, subjects
 from specauf.target import Target
 
 CHUNK = 16
@@ -71,10 +71,8 @@ def _wants(study: Study, parts: Iterable[str], temperature: float) -> list[Want]
         part = study.parts[key]
         if temperature not in part.temperatures:
             continue
-        cells = [cell_subject(study, method, seed) for seed in part.seeds for method in part.methods]
-        for subject in (*cells, *lookup_subjects(study, key)):
-            if subject is not None:
-                found[Want(subject, part.max_new_tokens, part.prompts)] = None
+        for subject in subjects(study, key, part.seeds):
+            found[Want(subject, part.max_new_tokens, part.prompts)] = None
     return list(found)
 
 
@@ -126,11 +124,8 @@ def check_live_all(study: Study, target: Target, part: str, console: Console) ->
     Returns what is left to other processes.
     """
     left: list[str] = []
-    seed = study.parts[part].seeds[0]
-    cells = [cell_subject(study, method, seed) for method in study.parts[part].methods]
-    for subject in (*cells, *lookup_subjects(study, part)):
-        for task in study.base.eval.tasks if study.live.prompts and subject else ():
-            assert subject is not None
+    for subject in subjects(study, part, study.parts[part].seeds[:1]):
+        for task in study.base.eval.tasks if study.live.prompts else ():
             about = describe(study, task, study.live_recording(), target)
             if about is None or read_live(study, subject, task, about):
                 continue

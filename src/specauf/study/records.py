@@ -61,6 +61,12 @@ def cell_subject(study: Study, method: str, seed: int) -> Subject | None:
     return Subject(where.name, study.block_size(method), _weights(checkpoint, stamp), checkpoint)
 
 
+def subjects(study: Study, part: str, seeds: Sequence[int]) -> list[Subject]:
+    """What there is of a part to measure: its finished cells of these seeds, then prompt lookup."""
+    cells = [cell_subject(study, method, seed) for seed in seeds for method in study.parts[part].methods]
+    return [*filter(None, cells), *lookup_subjects(study, part)]
+
+
 def lookup_subjects(study: Study, part: str) -> list[Subject]:
     return [Subject(study.lookup(size), size, f"lookup-{size}") for size in study.block_sizes(part)]
 

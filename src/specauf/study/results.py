@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-from pathlib import Path
 from typing import Any
 
 from specauf import provenance
@@ -21,7 +20,7 @@ from specauf.study.claims import claims
 from specauf.study.measuring import read_live
 from specauf.study.recipe import LOOKUP, Study
 from specauf.study.recordings import describe
-from specauf.study.records import cell_subject, lookup_subjects
+from specauf.study.records import subjects
 from specauf.study.scores import Measured, comparisons, methods_of, scores
 from specauf.study.training_log import summary, thinned
 from specauf.target import Target
@@ -209,16 +208,12 @@ def _checks(study: Study, target: Target) -> list[dict[str, Any]]:
     """For the primary part's methods: live decoding of a sample against replay, task by task."""
     key, part = next(iter(study.parts.items()))
     found = []
-    cells = [cell_subject(study, method, part.seeds[0]) for method in part.methods]
-    for subject in (*cells, *lookup_subjects(study, key)):
-        for task in study.base.eval.tasks if subject else ():
-            assert subject is not None
+    for subject in subjects(study, key, part.seeds[:1]):
+        for task in study.base.eval.tasks:
             about = describe(study, task, study.live_recording(), target, any_day=True)
-            check = read_live(study, subject, task, about) if about else None
-            if check is None:
+            if about is None or (check := read_live(study, subject, task, about)) is None:
                 continue
             told = f"{check['prompts']} prompts, {check['rounds']} rounds, {len(check['near_ties'])} near ties"
-            assert about is not None
             found.append(
                 {
                     "name": f"{subject.name}, {about['label']}: {what_agrees(bool(check['near_ties']))}",
@@ -227,11 +222,3 @@ def _checks(study: Study, target: Target) -> list[dict[str, Any]]:
                 }
             )
     return found
-
-
-def write(study: Study, results: dict[str, Any]) -> Path:
-    """The report's page, with results.json beside it. Returns the page's path."""
-    from specauf.report import study_page
-
-    index: Path = study_page.write(results, study.out / "report")
-    return index

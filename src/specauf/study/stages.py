@@ -7,11 +7,11 @@ from pathlib import Path
 
 from specauf.console import Console
 from specauf.files import atomic_write_text, json_text
-from specauf.study import results
 from specauf.study.cells import check_same_data, check_unchanged
 from specauf.study.measuring import check_live_all, measure_all
 from specauf.study.recipe import Study, known_parts
 from specauf.study.recordings import check_tasks, record_all
+from specauf.study.results import collect
 from specauf.study.training import Corpus, check_source, train_cells
 from specauf.target import Target
 
@@ -55,9 +55,11 @@ def run_study(
             console.say(f"not recorded yet, so not measured: {', '.join(unrecorded)}")
     if "report" not in wanted:
         return None
-    found = results.collect(study, target, corpus.prepared(study.base))
+    found = collect(study, target, corpus.prepared(study.base))
     atomic_write_text(study.out / "results.json", json_text(found))
-    return results.write(study, found)
+    from specauf.report import study_page  # here, since it loads matplotlib
+
+    return study_page.write(found, study.out / "report")
 
 
 def _left(what: str, names: Sequence[str]) -> str:
