@@ -83,9 +83,9 @@ class Journal:
         self._file.close()
 
 
-def json_text(value: Any, indent: int | None = 1) -> str:
+def json_text(value: Any) -> str:
     """`value` as JSON, ending in a newline, with null for infinities and NaN, which JSON does not have."""
-    return json.dumps(_finite(value), indent=indent, allow_nan=False) + "\n"
+    return json.dumps(_finite(value), indent=1, allow_nan=False) + "\n"
 
 
 def _finite(value: Any) -> Any:

@@ -212,10 +212,6 @@ def _message(item: Any) -> Message:
     return Message(ROLES[role], content)
 
 
-def _repair(message: Message) -> Message:
-    return Message(message.role, decodable(message.content))
-
-
 def decodable(text: str) -> str:
     """`text` without lone surrogates, which cannot be hashed or tokenised."""
     if text.isascii() or not _SURROGATE.search(text):
@@ -290,7 +286,7 @@ def normalise(record: Any, ledger: Ledger) -> Conversation | None:
         if (system := record.get("system")) and not (raw and raw[0].role == "system"):
             raw.insert(0, _message({"role": "system", "content": system}))
         repairs += _left_out(record, items)
-        messages = [_repair(m) for m in raw]
+        messages = [Message(m.role, decodable(m.content)) for m in raw]
         if messages != raw:
             repairs.append("undecodable characters replaced")
         filled = [m for m in messages if m.content.strip()]

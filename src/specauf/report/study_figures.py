@@ -107,12 +107,10 @@ def _greedy(results: Results, part: dict[str, Any]) -> str:
     return "0" if "0" in known or not known else known[0]
 
 
-def _panels(
-    results: Results, part: dict[str, Any], title: str = ""
-) -> list[tuple[str, dict[str, Any], str, list[str]]]:
+def _panels(results: Results, part: dict[str, Any]) -> list[tuple[str, dict[str, Any], str, list[str]]]:
     temperature = _greedy(results, part)
     groups = study_plots.together(index.rows(results, part), part.get("baseline"))
-    return [(title, part, temperature, group) for group in groups]
+    return [("", part, temperature, group) for group in groups]
 
 
 def _five(results: Results) -> list[tuple[str, dict[str, Any], str, list[str]]]:
