@@ -299,6 +299,11 @@ def check_live(
     return check
 
 
+def parting(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """Index in `b` of the first entry that `a` does not share; the last index of `b` where `a` has all of it."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b) - 1))
+
+
 def _clock(target: Target) -> float:
     """Seconds, read when the device has finished its queued work."""
     if target.device.type == "cuda":
@@ -313,8 +318,7 @@ def _note(check: LiveCheck, text: str, margin: float) -> None:
 
 def _compare_tokens(check: LiveCheck, names: str, tokens: list[int], plain: Generation) -> None:
     if tokens != plain.tokens:
-        pairs = enumerate(zip(tokens, plain.tokens, strict=False))
-        at = next((i for i, (a, b) in pairs if a != b), min(len(tokens), len(plain.tokens) - 1))
+        at = parting(tokens, plain.tokens)
         _note(check, f"{names} part at token {at}", plain.margins[at])
 
 
@@ -329,10 +333,7 @@ def _compare_rounds(
 ) -> None:
     if live.rounds == replayed:
         return
-    number = next(
-        (i for i, (a, b) in enumerate(zip(live.rounds, replayed, strict=False)) if a != b),
-        min(len(live.rounds), len(replayed)) - 1,
-    )
+    number = min(parting(live.rounds, replayed), len(live.rounds) - 1)
     at = live.rounds[number]
     margin = float("inf")
     committed = trajectory.ids[: len(trajectory.prompt) + at.start + 1]
