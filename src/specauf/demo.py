@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from specauf import provenance
-from specauf.bench.runner import LiveCheck, Recorded, check_live, comparison, measure, recorded
-from specauf.bench.tasks import describe_task, load_task, render_prompts
+from specauf.bench.compare import record_tasks
+from specauf.bench.runner import LiveCheck, Recorded, check_live, comparison, measure
 from specauf.config import RunConfig, SamplingConfig, digest, override
 from specauf.console import Console
 from specauf.data.features import estimate_gb, extract
@@ -98,7 +98,8 @@ def run_demo(base: RunConfig, minutes: float, console: Console) -> Path:
     for line in prepared.ledger.lines():
         console.say("  " + line)
     require_trainable(base, target, prepared)
-    tasks = _record(base, target, out, console)
+    block, thinking = base.drafter.block_size, base.data.enable_thinking
+    tasks = record_tasks(target, base.eval, block, thinking, data_dir(base), out, console)
 
     plan_path = out / "plan.json"
     plan = Plan(**json.loads(plan_path.read_text())) if plan_path.is_file() else None
@@ -127,7 +128,6 @@ def run_demo(base: RunConfig, minutes: float, console: Console) -> Path:
 
     drafters = {name: trainer.drafter for name, trainer in trainers.items()}
     drafters[EQUAL_STEPS] = load_drafter(out / "auf" / "equal-steps", target.device)
-    block = base.drafter.block_size
     proposers: dict[str, Replayable] = {name: DrafterProposer(drafter, target) for name, drafter in drafters.items()}
     proposers["prompt-lookup"] = PromptLookup(block)
     trajectories = sum(len(task.trajectories) for task in tasks.values())
@@ -159,24 +159,6 @@ def _variant(base: RunConfig, name: str) -> RunConfig:
     domino = base.drafter.kind == "domino"
     objective = f"objective.variant={VARIANTS[name]}" if domino else f"objective.name={name}"
     return dataclasses.replace(override(base, [objective]), out=str(Path(base.out) / name))
-
-
-def _record(base: RunConfig, target: Target, out: Path, console: Console) -> dict[str, Recorded]:
-    tasks = {}
-    for name in base.eval.tasks:
-        prompts = load_task(name, tasks_dir=base.eval.tasks_dir, data_dir=data_dir(base))[: base.eval.prompts]
-        label = describe_task(name, tasks_dir=base.eval.tasks_dir).label
-        with console.progress(f"recording the target on {label}", len(prompts)) as advance:
-            tasks[name] = recorded(
-                target,
-                label,
-                render_prompts(target, prompts, base.data.enable_thinking),
-                base.eval,
-                base.drafter.block_size,
-                out / "trajectories",
-                lambda n, advance=advance: advance(n, ""),  # type: ignore[misc]
-            )
-    return tasks
 
 
 def _affordable(base: RunConfig, target: Target, prepared: Any, minutes: float) -> tuple[int, float]:

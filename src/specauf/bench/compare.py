@@ -101,23 +101,7 @@ def evaluate(
     behind = {f"{n}, lookup first": n for n in names} if lookup_first else {}
     proposers |= {label: LookupFirst(alone[n], lookup_first, lookup) for label, n in behind.items()}
     proposers[LOOKUP] = PromptLookup(lookup)
-    everything = {
-        task: load_task(task, tasks_dir=config.tasks_dir, data_dir=data_dir)[: config.prompts] for task in config.tasks
-    }
-    tasks = {}
-    for task, prompts in everything.items():
-        label = describe_task(task, tasks_dir=config.tasks_dir).label
-        with console.progress(f"recording the target on {label}", len(prompts)) as advance:
-            rendered = render_prompts(target, prompts, flag)
-            tasks[task] = recorded(
-                target,
-                label,
-                rendered,
-                config,
-                max(block, lookup),
-                out / "trajectories",
-                lambda n, advance=advance: advance(n, ""),  # type: ignore[misc]
-            )
+    tasks = record_tasks(target, config, max(block, lookup), flag, data_dir, out, console)
     trajectories = sum(len(task.trajectories) for task in tasks.values())
     with console.progress("replaying", trajectories * len(proposers)) as advance:
         evaluation, rounds = measure(target, proposers, tasks, advance)
@@ -176,6 +160,35 @@ def evaluate(
                 passed &= _live(target, name, proposer, recording, live, config.sampling, results, console)
     atomic_write_text(out / "results.json", json_text(results))
     return results, passed
+
+
+def record_tasks(
+    target: Target,
+    config: EvalConfig,
+    block_size: int,
+    enable_thinking: bool,
+    data_dir: Path | None,
+    out: Path,
+    console: Progress,
+) -> dict[str, Recorded]:
+    """The target's trajectories on every task, kept in `out/trajectories`. No task is recorded before all are read."""
+    everything = {
+        task: load_task(task, tasks_dir=config.tasks_dir, data_dir=data_dir)[: config.prompts] for task in config.tasks
+    }
+    tasks = {}
+    for task, prompts in everything.items():
+        label = describe_task(task, tasks_dir=config.tasks_dir).label
+        with console.progress(f"recording the target on {label}", len(prompts)) as advance:
+            tasks[task] = recorded(
+                target,
+                label,
+                render_prompts(target, prompts, enable_thinking),
+                config,
+                block_size,
+                out / "trajectories",
+                lambda n, advance=advance: advance(n, ""),  # type: ignore[misc]
+            )
+    return tasks
 
 
 def _sampling(sampling: SamplingConfig) -> dict[str, Any]:
