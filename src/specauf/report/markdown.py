@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from specauf.report.tables import (
     Results,
@@ -27,29 +27,13 @@ from specauf.report.tables import (
 from specauf.report.words import CAPTIONS, GLOSSARY, LEGEND, PROSE, SELECTION, clean, escape
 
 
-def markdown_table(rows: Rows) -> str:
-    """A pipe table, aligned right except for the first column and those of words."""
-    lines = ["| " + " | ".join(map(escape, row)) + " |" for row in rows]
-    lines.insert(1, "|" + "|".join("---" if not i or h in PROSE else "--:" for i, h in enumerate(rows[0])) + "|")
-    return "\n".join(lines)
-
-
 def markdown(results: Results, figures: Sequence[str] = ()) -> str:
     """The whole report as Markdown. `figures` are the names, keys of `CAPTIONS`, of the files in figures/ to show."""
-
-    def section(title: str, *blocks: str) -> str:
-        return "\n\n".join([f"## {title}", *filter(None, blocks)]) if any(blocks) else ""
 
     def figure(name: str) -> str:
         return (
             f"![{escape(CAPTIONS[name])}](figures/{name}.png)\n\n*{escape(CAPTIONS[name])}*" if name in figures else ""
         )
-
-    def table(rows: Rows) -> str:
-        return markdown_table(rows) if len(rows) > 1 else ""
-
-    def bullets(lines: Iterable[str]) -> str:
-        return "\n".join(f"- {escape(line)}" for line in lines)
 
     tasks, ledger = results["evaluation"], results.get("ledger") or {}
     per_task = [
@@ -100,3 +84,24 @@ def shorten(text: object, limit: int = 600) -> str:
     """The first `limit` characters, with a count of the rest."""
     whole = clean(text)
     return whole if len(whole) <= limit else f"{whole[:limit].rstrip()} … ({len(whole) - limit:,} more characters)"
+
+
+def section(title: str, *blocks: str) -> str:
+    return "\n\n".join([f"## {escape(title)}", *filter(None, blocks)]) if any(blocks) else ""
+
+
+def table(rows: Rows, prose: Collection[str] = PROSE) -> str:
+    """A pipe table, aligned right except for the first column and those in `prose`; empty when there is no row."""
+    if len(rows) < 2:
+        return ""
+    lines = [table_line(map(escape, row)) for row in rows]
+    lines.insert(1, "|" + "|".join("---" if not i or h in prose else "--:" for i, h in enumerate(rows[0])) + "|")
+    return "\n".join(lines)
+
+
+def table_line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def bullets(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {escape(line)}" for line in lines)

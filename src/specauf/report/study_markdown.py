@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 from specauf.report import study_findings, study_tables, tables
 from specauf.report import study_index as index
+from specauf.report.markdown import bullets, section, table, table_line
 from specauf.report.study_figures import Drawing
 from specauf.report.study_tables import BEST, BEST_DRAFTER, Cell, Grid
 from specauf.report.study_words import BUDGETS, MEASURED, PROSE, TERMS
-from specauf.report.tables import Results, Rows
+from specauf.report.tables import Results
 from specauf.report.words import clean, escape
 
 ITALIC = "in italics"
+rows = partial(table, prose=PROSE)
 
 
 def markdown(results: Results, shown: Sequence[Drawing]) -> str:
@@ -67,43 +70,22 @@ def findings(results: Results) -> str:
     return "\n".join(lines)
 
 
-def grid(table: Grid) -> str:
+def grid(found: Grid) -> str:
     """A pipe table with the families in its head and the benchmarks in its first row, as the paper's tables read."""
     families = ["Temperature", "Method"]
-    for title, width in table.groups:
+    for title, width in found.groups:
         families += [title, *[""] * (width - 1)]
-    lines = [_line(map(escape, families)), "|---|---|" + "--:|" * len(table.heads)]
-    lines.append(_line(["", "", *(f"**{escape(head)}**" for head in table.heads)]))
-    for block in table.blocks:
+    lines = [table_line(map(escape, families)), "|---|---|" + "--:|" * len(found.heads)]
+    lines.append(table_line(["", "", *(f"**{escape(head)}**" for head in found.heads)]))
+    for block in found.blocks:
         for i, row in enumerate(block.rows):
             name = escape(row.label) + (f" <sub>{escape(row.small)}</sub>" if row.small else "")
-            lines.append(_line([escape(block.label) if i == 0 else "", name, *map(_cell, row.cells)]))
+            lines.append(table_line([escape(block.label) if i == 0 else "", name, *map(_cell, row.cells)]))
     return "\n".join(lines)
 
 
-def notes(table: Grid) -> str:
-    return "\n\n".join(escape(note.replace("{mark}", ITALIC)) for note in table.notes)
-
-
-def section(title: str, *blocks: str) -> str:
-    return "\n\n".join([f"## {escape(title)}", *filter(None, blocks)]) if any(blocks) else ""
-
-
-def rows(table: Rows) -> str:
-    """A pipe table, aligned right except for the first column and those of words; empty when there is no row."""
-    if len(table) < 2:
-        return ""
-    lines = [_line(map(escape, row)) for row in table]
-    lines.insert(1, "|" + "|".join("---" if not i or h in PROSE else "--:" for i, h in enumerate(table[0])) + "|")
-    return "\n".join(lines)
-
-
-def bullets(lines: Iterable[str]) -> str:
-    return "\n".join(f"- {escape(line)}" for line in lines)
-
-
-def _line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+def notes(found: Grid) -> str:
+    return "\n\n".join(escape(note.replace("{mark}", ITALIC)) for note in found.notes)
 
 
 def _cell(cell: Cell) -> str:
