@@ -145,7 +145,8 @@ def credit(results: Results, names: Sequence[str], narrow: bool) -> Figure | Non
         return None
     look, slots = looks(results), max(map(len, maps.values()))
     width = 3.6 if narrow else 7.4 if slots > 8 else 5.2
-    figure = _canvas(width, 0.75 + 0.27 * len(maps))
+    size = width, 0.75 + 0.27 * len(maps)
+    figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(**plots.GAPS))
     ax = figure.subplots()
     for y, (name, values) in enumerate(maps.items()):
         top = max((v for v in values if v is not None), default=0.0)
@@ -247,10 +248,6 @@ def _binned(found: Sequence[Log]) -> tuple[np.ndarray, np.ndarray] | None:
         mean = _mean_credit([row for s, row in held if low < s <= high or (low == 0 and s <= 0)])
         grid.append([np.nan if v is None else v for v in [*mean, *[None] * depth][:depth]])
     return edges, np.array(grid)
-
-
-def _canvas(width: float, height: float) -> Figure:
-    return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(**plots.GAPS))
 
 
 def _tile(ax: Axes, x: float, y: float, width: float, strength: float, colour: str) -> None:

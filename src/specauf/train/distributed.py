@@ -15,7 +15,7 @@ from __future__ import annotations
 import gc
 import importlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 PATIENCE = timedelta(hours=2)
 """How long ranks wait for one that prepares data or measures on held-out prompts."""
-Sums = Mapping[str, Sequence[float]]
 
 
 @dataclass(frozen=True)
