@@ -45,6 +45,18 @@ def make_target(vocab: int = 61, hidden: int = 32, layers: int = 6, seed: int = 
     return Target(model, None, "tiny")
 
 
+def make_talker(tokenizer: PreTrainedTokenizerFast, layers: int = 6, seed: int = 0) -> Target:
+    """Ends some answers soon, others not within a dozen tokens, and never says what the tokenizer cannot."""
+    target = make_target(vocab=len(tokenizer) + 8, layers=layers, seed=seed)
+    target.tokenizer = tokenizer
+    bias = torch.zeros(len(tokenizer) + 8)
+    bias[len(tokenizer) :] = bias[0] = -1e4
+    bias[tokenizer.eos_token_id] = 2.5
+    target.head_bias = bias
+    target.model.config.eos_token_id = target.model.generation_config.eos_token_id = tokenizer.eos_token_id
+    return target
+
+
 def make_geometry(
     target: Target, block_size: int = 5, layers: int = 2, taps: int = 2, draft_vocab_size: int | None = None
 ) -> DFlashConfig:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.conftest import CHATML, make_geometry, make_target
+from tests.conftest import CHATML, make_geometry, make_talker
 
 from specauf.bench.runner import Recorded, comparison, measure, recorded
 from specauf.bench.tasks import BenchPrompt, load_task, render_prompts
@@ -31,16 +31,7 @@ PLAN = EvalConfig(max_new_tokens=LIMIT, batch_size=2)
 
 @pytest.fixture(scope="module")
 def talker(make_tokenizer: Any) -> Target:
-    """Ends some answers soon, others not within the limit, and never says what the tokenizer cannot."""
-    tokenizer = make_tokenizer()
-    target = make_target(vocab=len(tokenizer) + 8, layers=4, seed=2)
-    target.tokenizer = tokenizer
-    bias = torch.zeros(len(tokenizer) + 8)
-    bias[len(tokenizer) :] = bias[0] = -1e4
-    bias[tokenizer.eos_token_id] = 2.5
-    target.head_bias = bias
-    target.model.config.eos_token_id = target.model.generation_config.eos_token_id = tokenizer.eos_token_id
-    return target
+    return make_talker(make_tokenizer(), layers=4, seed=2)
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from tests.conftest import CHATML, make_target
+from tests.conftest import CHATML, make_talker
 
 from specauf.config import DataConfig, SamplingConfig
 from specauf.data.chat import prompt_ids
@@ -35,16 +34,7 @@ QUESTIONS = ("the quick fox?", "question", "user 17", "why lazy dog", "0123", "b
 
 @pytest.fixture(scope="module")
 def talker(make_tokenizer: Any) -> Target:
-    """Ends some of its turns soon, others not within a dozen tokens, and never says what the tokenizer cannot."""
-    tokenizer = make_tokenizer()
-    target = make_target(vocab=len(tokenizer) + 8)
-    target.tokenizer = tokenizer
-    bias = torch.zeros(len(tokenizer) + 8)
-    bias[len(tokenizer) :] = bias[0] = -1e4
-    bias[tokenizer.eos_token_id] = 2.5
-    target.head_bias = bias
-    target.model.config.eos_token_id = target.model.generation_config.eos_token_id = tokenizer.eos_token_id
-    return target
+    return make_talker(make_tokenizer())
 
 
 class World:
