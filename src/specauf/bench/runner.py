@@ -40,13 +40,6 @@ log = logging.getLogger(__name__)
 NEAR_TIE = {torch.float32: 1e-4, torch.bfloat16: 2**-2, torch.float16: 2**-5}
 """A divergence between two computations in this dtype is due to rounding up to this top-2 margin, and a bug above it. In 16
 bits the margin is two steps of a logit between 16 and 32. Exactness, token for token, is claimed in float32."""
-
-
-def near_tie(target: Target) -> float:
-    """The margin in `NEAR_TIE` for the target's dtype."""
-    return NEAR_TIE.get(target.embed_weight.dtype, NEAR_TIE[torch.float32])
-
-
 CHUNK = 64
 """Trajectories whose features are in memory at once."""
 
@@ -250,6 +243,11 @@ class LiveCheck:
     near_ties: list[str]
     """Divergences with a margin up to `near_tie`."""
     near_tie: float
+
+
+def near_tie(target: Target) -> float:
+    """The margin in `NEAR_TIE` for the target's dtype."""
+    return NEAR_TIE.get(target.embed_weight.dtype, NEAR_TIE[torch.float32])
 
 
 def check_live(
