@@ -224,8 +224,8 @@ def check_options(name: str, rule: Rule, given: Mapping[str, Any]) -> dict[str, 
                 )
         elif isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError(f"objective {name!r}: {option} must be a number, got {value!r}")
-        low, high = LIMITS.get(option, (-math.inf, math.inf))
-        if option in LIMITS and not low <= value <= high:
+        if option in LIMITS and not LIMITS[option][0] <= value <= LIMITS[option][1]:
+            low, high = LIMITS[option]
             end = "1)" if high == BELOW_ONE else f"{high:g}]"
             bound = f"in [{low:g}, {end}" if high < math.inf else f"at least {low:g}"
             raise ValueError(f"objective {name!r}: {option} must be {bound}, got {value!r}")

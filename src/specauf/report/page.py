@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,7 @@ def write(results: dict[str, Any], out: Path) -> Path:
     def page(figures: dict[str, dict[str, str]]) -> tuple[str, str]:
         return markdown.markdown(results, tuple(figures)), render(results, figures)
 
-    drawings = {name: (lambda narrow, draw=draw: draw(results, narrow)) for name, draw in plots.FIGURES.items()}
+    drawings = {name: partial(draw, results) for name, draw in plots.FIGURES.items()}
     return write_files(results, Path(out), drawings, page)
 
 
