@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from specauf import config as configuration
-from specauf.config import EvalConfig, SamplingConfig, TargetConfig, TargetOf
+from specauf.config import EMBEDDED, LOOKUP, EvalConfig, SamplingConfig, TargetConfig, TargetOf
 from specauf.console import Terminal, exit_code, print_results, quiet_transformers
 from specauf.data.rollouts import RolloutConfig, rollout_meta
 from specauf.data.sources import Ledger
@@ -223,10 +223,10 @@ class Generate:
         from specauf.show import mismatches, show
 
         selection = Selection.of(self.candidates, self.candidate_temperature)
-        drafter = None if str(self.checkpoint) == "prompt-lookup" else load_drafter(self.checkpoint)
+        drafter = None if str(self.checkpoint) == LOOKUP else load_drafter(self.checkpoint)
         if drafter is None and (self.lookup_first or self.candidate_pool):
             raise ConfigError("--lookup-first and --candidate-pool need a drafter; prompt-lookup is not one")
-        target = _target(self.target.of(drafter.config.extra if drafter else {"target": "smollm2-135m"}))
+        target = _target(self.target.of(drafter.config.extra if drafter else {"target": EMBEDDED}))
         proposer: DrafterProposer | PromptLookup | LookupFirst = PromptLookup(self.block_size)
         if drafter is not None:
             for warning in mismatches(target, drafter.config.extra, self.enable_thinking):

@@ -18,6 +18,10 @@ import yaml
 
 from specauf.strict import ConfigError, UserError, choose, from_dict, nearest, read_yaml, require, to_dict
 
+EMBEDDED = "smollm2-135m"
+"""The name of the embedded target."""
+LOOKUP = "prompt-lookup"
+"""The name of prompt lookup among the methods of every table."""
 OBJECTIVES = (
     *("uniform", "decay", "first-k", "auf", "soft-auf", "sampled-auf", "first-error"),
     *("griffin-exclusive", "griffin-inclusive", "griffin-windowed", "l2r-focal", "l2r-focal-separate"),
@@ -36,7 +40,7 @@ follow their trend."""
 
 @dataclass(frozen=True)
 class TargetConfig:
-    path: str = "smollm2-135m"
+    path: str = EMBEDDED
     """A directory or hub id of a Hugging Face causal LM, or `smollm2-135m`, the embedded default."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the target's weights. On a CPU, bfloat16 is faster if the processor can multiply in it (AVX512-BF16 or

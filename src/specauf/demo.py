@@ -18,7 +18,7 @@ from typing import Any
 from specauf import provenance
 from specauf.bench.compare import record_tasks
 from specauf.bench.runner import LiveCheck, Recorded, check_live, comparison, measure
-from specauf.config import RunConfig, SamplingConfig, digest, override
+from specauf.config import LOOKUP, RunConfig, SamplingConfig, digest, override
 from specauf.console import Console
 from specauf.data.features import estimate_gb, extract
 from specauf.decode.generate import Generation
@@ -129,7 +129,7 @@ def run_demo(base: RunConfig, minutes: float, console: Console) -> Path:
     drafters = {name: trainer.drafter for name, trainer in trainers.items()}
     drafters[EQUAL_STEPS] = load_drafter(out / "auf" / "equal-steps", target.device)
     proposers: dict[str, Replayable] = {name: DrafterProposer(drafter, target) for name, drafter in drafters.items()}
-    proposers["prompt-lookup"] = PromptLookup(block)
+    proposers[LOOKUP] = PromptLookup(block)
     trajectories = sum(len(task.trajectories) for task in tasks.values())
     with console.progress("replaying every drafter", trajectories * len(proposers)) as advance:
         evaluation, rounds = measure(target, proposers, tasks, advance)
@@ -236,7 +236,7 @@ def _methods(
                 "note": "taken mid-schedule, where the other run ended" if name == EQUAL_STEPS else "",
             }
         )
-    return [*methods, {"name": "prompt-lookup", "label": "prompt lookup", "kind": "lookup", "note": "no parameters"}]
+    return [*methods, {"name": LOOKUP, "label": "prompt lookup", "kind": "lookup", "note": "no parameters"}]
 
 
 def _decode_live(

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from specauf import assets, files
+from specauf.config import EMBEDDED, LOOKUP
 from specauf.drafter.checkpoint import fingerprint, load_drafter, save_drafter
 from specauf.drafter.config import DFlashConfig
 from specauf.report.words import average, escape, fixed, span
@@ -24,7 +25,6 @@ from specauf.strict import UserError, choose
 
 LAYOUTS = ("zlab", "speculators")
 DTYPES = ("bfloat16", "float16", "float32")
-LOOKUP = "prompt-lookup"
 WRITTEN = {"config.json", "model.safetensors", "README.md"}
 NOT_OF_A_LAYER = ("architectures", "block_size", "num_target_layers", "dflash_config", "draft_vocab_size", "specauf")
 """Keys of our config.json that speculators keeps elsewhere, or not at all."""
@@ -270,7 +270,7 @@ def _between(interval: Any) -> str:
 
 def _display(target: str | None) -> str:
     """A target's name; for the embedded default also how its weights were rounded."""
-    return assets.SMOLLM2_NAME if target == "smollm2-135m" else target or "not recorded"
+    return assets.SMOLLM2_NAME if target == EMBEDDED else target or "not recorded"
 
 
 def _portable(told: Mapping[str, Any]) -> dict[str, Any]:
@@ -290,4 +290,4 @@ def _portable(told: Mapping[str, Any]) -> dict[str, Any]:
 
 def _known_as(target: str | None) -> str | None:
     """A target's public name; for the embedded default, that of the model whose weights it rounds."""
-    return assets.SMOLLM2_HUB if target == "smollm2-135m" else target
+    return assets.SMOLLM2_HUB if target == EMBEDDED else target

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 from specauf import assets
-from specauf.config import TargetConfig
+from specauf.config import EMBEDDED, TargetConfig
 from specauf.objective.wavefront import head_logits
 from specauf.strict import ConfigError, UserError
 
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
-
-EMBEDDED = "smollm2-135m"
 
 
 class Tapped(NamedTuple):

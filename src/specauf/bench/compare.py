@@ -13,7 +13,7 @@ from specauf import provenance
 from specauf.bench.runner import LiveCheck, Recorded, check_live, comparison, measure, recorded
 from specauf.bench.selection import selected
 from specauf.bench.tasks import describe_task, load_task, render_prompts
-from specauf.config import EvalConfig, SamplingConfig
+from specauf.config import LOOKUP, EvalConfig, SamplingConfig
 from specauf.decode.propose import DrafterProposer, LookupFirst, PromptLookup
 from specauf.decode.replay import Replayable
 from specauf.decode.select import Selection
@@ -23,8 +23,6 @@ from specauf.drafter.domino import Domino
 from specauf.files import atomic_write_text, json_text
 from specauf.strict import ConfigError, UserError, require, to_dict
 from specauf.target import Target
-
-LOOKUP = "prompt-lookup"
 
 
 class Progress(Protocol):

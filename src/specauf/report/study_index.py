@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+from specauf.config import LOOKUP
 from specauf.report import page
 from specauf.report.tables import Results
 from specauf.report.words import THIN, clean, real, series
 
 MACRO = "macro"
 """The name of the average over benchmarks, in place of a task's."""
-LOOKUP = "prompt-lookup"
 FAMILIES = ("MATH", "CODE", "CHAT")
 SHARED = ("title", "created", "command", "provenance", "settings", "ledger", "checks", "methods")
 """Keys that mean in a study what they mean in a run's results."""

@@ -17,11 +17,9 @@ from typing import Any
 
 import yaml
 
-from specauf.config import RunConfig, digest, override
+from specauf.config import LOOKUP, RunConfig, digest, override
 from specauf.strict import ConfigError, choose, from_dict, nearest, read_yaml, require, to_dict
 
-LOOKUP = "prompt-lookup"
-"""Measured in every part, at every block size of its methods, without being listed."""
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 """Names of methods and parts. They become directories, and keys of overrides, which a dot would split."""
 
@@ -184,7 +182,7 @@ class Study:
         return sorted({self.block_size(m) for key in keys for m in self.parts[key].methods})
 
     def lookup(self, block_size: int) -> str:
-        """The name of prompt lookup at a block size; without a suffix at the base run's."""
+        """The name of prompt lookup, which every part measures unlisted, at a block size; no suffix at the base run's."""
         return LOOKUP if block_size == self.base.drafter.block_size else f"{LOOKUP}-b{block_size}"
 
     def recordings(self, parts: Iterable[str] | None = None) -> list[Recording]:

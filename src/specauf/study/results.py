@@ -10,7 +10,7 @@ from specauf import provenance
 from specauf.bench.compare import what_agrees
 from specauf.bench.statistics import MARGIN
 from specauf.bench.tasks import describe_task
-from specauf.config import RunConfig, digest
+from specauf.config import LOOKUP, RunConfig, digest
 from specauf.data.dataset import Prepared
 from specauf.files import read_rows
 from specauf.run import settings_of
@@ -18,7 +18,7 @@ from specauf.strict import UserError, to_dict
 from specauf.study.cells import progress
 from specauf.study.claims import claims
 from specauf.study.measuring import read_live
-from specauf.study.recipe import LOOKUP, Study
+from specauf.study.recipe import Study
 from specauf.study.recordings import describe
 from specauf.study.records import subjects
 from specauf.study.scores import Measured, comparisons, methods_of, scores

@@ -23,9 +23,10 @@ from specauf.bench.statistics import (
     task_mean,
     verdict,
 )
+from specauf.config import LOOKUP
 from specauf.strict import UserError
 from specauf.study.claims import DOMINO, PRIORS, standing
-from specauf.study.recipe import LOOKUP, Part, Study
+from specauf.study.recipe import Part, Study
 from specauf.study.recordings import chosen, describe
 from specauf.study.records import Place, Subject, cell_subject, load_records, lookup_subjects
 from specauf.target import Target
