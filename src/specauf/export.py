@@ -173,7 +173,7 @@ def card(
         "target layers read": ", ".join(map(str, config.target_layer_ids)),
         "mask token": config.mask_token_id,
         "objective": f"{objective}, reduction {told.get('reduction', 'not recorded')}, labels {told.get('labels', 'data')}",
-        "steps": f"{told.get('steps', 'not recorded')} of {told.get('max_steps', '?')}",
+        "steps": f"{told.get('steps', 'not recorded')} of {told.get('max_steps', '?')}{_epochs(told)}",
         **_history(told),
         "target": f"{_display(told.get('target'))}, fingerprint {told.get('target_fingerprint', 'not recorded')}",
         "chat template": f"{told.get('template_hash')}, enable_thinking {told.get('enable_thinking', False)}",
@@ -192,6 +192,11 @@ def card(
         "specauf says what each engine was seen to do.",
     ]
     return "\n".join(lines[: len(head)]) + "\n\n" + "\n\n".join(lines[len(head) :]) + "\n"
+
+
+def _epochs(told: Mapping[str, Any]) -> str:
+    """Passes over the training conversations; empty for a checkpoint that does not say."""
+    return f", {told['epochs']:g} epochs" if "epochs" in told else ""
 
 
 def _history(told: Mapping[str, Any]) -> dict[str, str]:

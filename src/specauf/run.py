@@ -259,7 +259,12 @@ def open_run(
     known = draft_vocabulary(drafter, target, prepared.train)
     if ranks.main:
         atomic_write_text(out / "config.yaml", dump(config))
-        made_from = {"config_hash": digest(config), "target": target.fingerprint(), "data": prepared.train.meta["key"]}
+        made_from = {
+            "config_hash": digest(config),
+            "target": target.fingerprint(),
+            "data": prepared.train.meta["key"],
+            "ledger": prepared.ledger.to_dict(),
+        }
         processes = {"processes": ranks.world} if ranks.world > 1 else {}
         provenance.write(out / "run.json", {**made_from, **processes, **known})
     return trainer

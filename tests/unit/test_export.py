@@ -168,10 +168,11 @@ def test_the_card_tells_what_a_drafter_was_trained_on_and_from(target: Target, t
     before = {"path": "runs/first", "weights": "ba9876543210"}
     before["trained"] = {"steps": 7, "objective": "auf", "init_layers": [0, 1], "data": corpus}  # type: ignore[assignment]
     drafter = build_drafter(make_geometry(target))
-    save_drafter(drafter, tmp_path / "drafter", {**TRAINED, "data": answers, "init_from": before})
+    save_drafter(drafter, tmp_path / "drafter", {**TRAINED, "epochs": 1.5, "data": answers, "init_from": before})
     export(tmp_path / "drafter", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     for row in (
+        "| steps | 30 of 30, 1.5 epochs |",
         "| trained on | 2,200 conversations of runs/own, to 384 tokens: the target's own answers at T=0 |",
         "| went on from | runs/first, model.safetensors ba9876543210, 7 steps of auf |",
         "| trained on (before that) | 2,200 conversations of sharegpt, to 384 tokens |",

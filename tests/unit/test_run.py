@@ -19,7 +19,7 @@ from specauf.drafter.checkpoint import load_drafter, save_drafter
 from specauf.drafter.config import DFlashConfig
 from specauf.drafter.dflash import DFlash
 from specauf.locks import hold
-from specauf.run import data_dir, new_drafter, open_run
+from specauf.run import data_dir, new_drafter, open_run, require_trainable
 from specauf.strict import ConfigError, UserError
 from specauf.target import Target
 from specauf.train.distributed import Ranks
@@ -110,7 +110,20 @@ def test_processes_that_see_different_checkpoints_stop_before_anything_is_writte
         open_run(alone, target, data, None, ranks=Apart())
     assert not list((tmp_path / "run").iterdir())
     open_run(alone, target, data, None)
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["data"] == "k"
+    told = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert told["data"] == "k" and told["ledger"] == Ledger().to_dict(), (
+        "what was kept and dropped stands beside the run"
+    )
+
+
+def test_a_mask_that_is_a_token_of_the_text_is_refused(target: Target, tmp_path: Path) -> None:
+    wanted = dataclasses.replace(config(), out=str(tmp_path / "run"), train=TrainConfig(max_steps=4, batch_size=1))
+    for token, refused in ((5, False), (59, True)):
+        data = Prepared(make_dataset([(1, [7, token, 7], [False, True, True])]), [], Ledger(), False)
+        with (
+            pytest.raises(ConfigError, match="59 occurs in the training data") if refused else contextlib.nullcontext()
+        ):
+            require_trainable(wanted, target, data)
 
 
 def test_prepared_data_are_known_by_where_their_corpus_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,6 +83,14 @@ def build_blocks(
     return Blocks(anchors, keep, labels.masked_fill(~valid, 0), valid)
 
 
+def covered(blocks: Blocks, length: int) -> int:
+    """How many of the sequences' tokens are the label of a valid slot; a token that several blocks predict counts once."""
+    slot = torch.arange(1, blocks.valid.shape[-1] + 1, device=blocks.valid.device)
+    position = (blocks.anchors[..., None] + slot).clamp(max=length - 1).flatten(1)
+    found = position.new_zeros(len(position), length).scatter_add_(1, position, blocks.valid.flatten(1).long())
+    return int((found > 0).sum())
+
+
 def before_labels(values: Tensor, anchors: Int[Tensor, "b n"], block_size: int) -> Tensor:
     """`values` [b, s, ...] at the position before each label, where the target predicts it: [b, n, k, ...]."""
     position = anchors[..., None] + torch.arange(block_size - 1, device=anchors.device)

@@ -63,6 +63,7 @@ def provenance_of(trainer: Trainer) -> dict[str, Any]:
         "data": _data_of(trainer),
         "steps": trainer.done,
         "max_steps": trainer.max_steps,
+        "epochs": round(trainer.epochs, 2),
     }
 
 

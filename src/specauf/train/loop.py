@@ -35,6 +35,7 @@ from specauf.objective.blocks import (
     before_labels,
     block_inputs,
     build_blocks,
+    covered,
     prefix_tokens,
     sample_anchors,
     slot_uniform,
@@ -106,6 +107,11 @@ class Trainer:
     def head(self) -> DraftHead:
         """The drafter's part of the target's LM head. Computed at the first step, when its vocabulary is settled."""
         return draft_head(self.drafter, self.target.head_weight, self.target.head_bias, self.target.softcap)
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the training conversations so far."""
+        return self.done * self.config.train.accumulation * self.ranks.world / self.batches.per_epoch
 
     def blocks_of(self, batch: Batch) -> Blocks:
         train = self.config.train
@@ -206,8 +212,12 @@ class Trainer:
             hidden = self.hidden(batch, blocks)
             terms, views = self.loss(hidden, batch, blocks, lam, cuts)
             window.add(terms)
-            tokens += int(batch.loss_mask.sum())
+            supervised, length = int(batch.loss_mask.sum()), batch.loss_mask.shape[1]
+            tokens += supervised
             blocks_seen += int(blocks.keep.sum())
+            sums["covered"] = [
+                a + b for a, b in zip(sums["covered"], (covered(blocks, length), supervised), strict=True)
+            ]
             for name, view in views.items():
                 self._collect(sums, name, view, blocks, measure_common=self.done % train.common_every == 0)
         loss = window.close()
@@ -239,7 +249,7 @@ class Trainer:
             "tokens": tokens,
             "blocks": blocks_seen,
             "tokens_per_second": tokens / seconds,
-            "epoch": self.done * train.accumulation * self.ranks.world / self.batches.per_epoch,
+            "epoch": self.epochs,
             **{f"{name}cuts": stages for name, stages in cuts.items()},
             **{k: v for k, v in figures.items() if not PER_SLOT.search(k)},
             "first_error": [figures.get(f"first_error_{k}", 0.0) for k in range(self.drafter.config.block_size)],

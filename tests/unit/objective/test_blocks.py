@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specauf.objective import block_inputs, build_blocks, counter_hash, sample_anchors, slot_uniform
+from specauf.objective.blocks import covered
 
 
 @settings(max_examples=50, deadline=None)
@@ -30,6 +31,8 @@ def test_labels_and_validity_equal_a_loop(seed: int, block_size: int) -> None:
                 inside = bool(keep[i, j]) and a + k < s and bool(mask[i, a + k])
                 assert bool(blocks.valid[i, j, k - 1]) == inside
                 assert int(blocks.labels[i, j, k - 1]) == (int(ids[i, a + k]) if inside else 0)
+    labelled = {(i, int(anchors[i, j]) + k + 1) for i, j, k in blocks.valid.nonzero().tolist()}
+    assert covered(blocks, s) == len(labelled) and all(mask[place] for place in labelled)
 
 
 def test_anchors_do_not_depend_on_batch_layout_or_padding() -> None:
