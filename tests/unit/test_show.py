@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from specauf import show as showing
 from specauf.bench.runner import near_tie
 from specauf.config import EvalConfig, SamplingConfig
 from specauf.console import Terminal
+from specauf.data.chat import template_hash
 from specauf.decode.generate import generate
 from specauf.decode.propose import PromptLookup
-from specauf.show import exposed, show
+from specauf.show import exposed, mismatches, show
 from specauf.target import Target
 from tests.conftest import make_target
 
@@ -49,6 +52,24 @@ def test_held_out_chat_is_named_when_a_stage_held_out_other_conversations(tmp_pa
     assert exposed(trained, EVAL, tmp_path) == ["the prompts of Held-out chat were not kept out of its training data"]
     assert exposed({"data": {"split": here}}, EVAL, tmp_path) == exposed(trained, EVAL) == []
     assert exposed({"data": {}}, EVAL, tmp_path) == [], "older checkpoints do not say"
+
+
+def test_another_template_thinking_flag_or_target_than_in_training_is_told(
+    make_tokenizer: Callable[..., PreTrainedTokenizerFast],
+) -> None:
+    here = make_target()
+    here.tokenizer = make_tokenizer()
+    trained = {
+        "template_hash": template_hash(here.tokenizer),
+        "enable_thinking": False,
+        "target_fingerprint": here.fingerprint(),
+    }
+    assert mismatches(here, trained, False) == mismatches(here, {}, True) == []
+    assert mismatches(here, trained, True) == ["this drafter was trained with enable_thinking=False"]
+    (told,) = mismatches(here, {**trained, "template_hash": "0"}, False)
+    assert "another chat template" in told
+    (told,) = mismatches(here, {**trained, "target_fingerprint": "0"})
+    assert "another target" in told
 
 
 @pytest.mark.parametrize(("margin", "passes"), [(1e-5, True), (1e-2, False)])

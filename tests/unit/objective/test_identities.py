@@ -1,7 +1,7 @@
 """What must hold between objectives, in float64: the identities T1 to T31 of the project's notes on objectives.
 
-T2, T4, T5, T9 are in `test_loss`, T26 and T27 with decoding, T33 with the acceptance figures. T19 has no counterpart here
-(the anchor is not among the slots), T31 is tested for what is built of it (KL), T32 belongs to a drafter that is not.
+T2, T4, T5, T9 are in `test_loss`, T26 and T27 with decoding, T33 with the acceptance figures. T31 is tested for what is built
+of it (KL), T32 belongs to a drafter that is not.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from specauf.objective import Blocks, Objective, Slots, auf, block_loss, gate, position_decay
 from specauf.objective import credit as credits
 from specauf.objective.loss import credit_of
-from specauf.objective.registry import RULES, call
+from specauf.objective.registry import RULES, call, options_of
 from tests.unit.objective.reference import argmax
 from tests.unit.objective.test_loss import CASES, Case, identify
 
@@ -208,6 +208,24 @@ def test_t17_t18_dpaces_weights() -> None:
     torch.testing.assert_close(w[:, 0], reach[:, :3].sum(-1), **TOL)
 
 
+def test_t19_an_anchor_among_the_slots_changes_no_credit_behind_it() -> None:
+    """Other trainers keep the anchor's slot in front. It is invalid, whatever the drafter says there; `first-k` counts it."""
+    _, y, slots = random_slots(14)
+    g = torch.Generator().manual_seed(0)
+    extra = {"uniform": torch.rand(y.shape, generator=g), "target_prob": torch.rand(y.shape, generator=g)}
+    slots = slots._replace(**extra, valid=torch.rand(y.shape, generator=g) < 0.8)
+    front = Slots(*(None if t is None else torch.cat([torch.zeros_like(t[:, :1]), t], 1) for t in slots))
+    for name in RULES.keys() - {"first-k"}:
+        decay = position_decay(y.shape[1], 3.0)
+        alone, behind = (
+            call(RULES[name].credit, s._replace(decay=w), options_of(RULES[name]))
+            for s, w in ((slots, decay), (front, torch.cat([decay[:1], decay])))
+        )
+        pairs = zip(alone, behind, strict=True) if isinstance(alone, tuple) else [((1.0, alone), (1.0, behind))]
+        for (_, a), (_, b) in pairs:
+            torch.testing.assert_close((b * front.valid)[:, 1:], a * slots.valid, msg=name, **TOL)
+
+
 def test_t20_smoothed_dpace_is_not_a_gradient_and_by_which_factor() -> None:
     alpha = 0.5
     for seed in SEEDS:
@@ -293,6 +311,10 @@ def test_t25_the_streak_reward() -> None:
     objective = Objective("streak", None, "sequence")
     assert float(block_loss(right, blocks, objective, eye).loss) == pytest.approx(-5)
     assert float(block_loss(first_wrong, blocks, objective, eye).loss) == pytest.approx(0, abs=1e-20)
+    alone = Blocks(*(t[..., :1] for t in blocks))
+    q = torch.tensor([0.4, 0.3, 0.1, 0.1, 0.1], dtype=torch.float64)
+    one = block_loss(q.log()[None, None, None], alone, objective, torch.eye(5, dtype=torch.float64))
+    assert float(one.loss) == pytest.approx(-0.4), "one slot: its own probability"
 
 
 def test_t28_pard2_gates_on_the_target_alone() -> None:

@@ -62,11 +62,15 @@ def make(target: Target, dataset: TokenDataset, out: Path | None = None, feature
     return Trainer(config, build_drafter(geometry), target, batches, out)
 
 
-@pytest.mark.parametrize("stop", [1, 5, 7])  # the first step, an epoch boundary (11 // 2 = 5 batches), mid-epoch
+@pytest.mark.parametrize(
+    ("stop", "accumulation"),
+    [(1, 1), (5, 1), (7, 1), (2, 2), (3, 2)],
+    ids=["first step", "epoch's end", "mid-epoch", "before a step that ends an epoch midway", "after it"],
+)  # 11 // 2 = 5 micro-batches an epoch
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
-    target: Target, dataset: TokenDataset, tmp_path: Path, stop: int
+    target: Target, dataset: TokenDataset, tmp_path: Path, stop: int, accumulation: int
 ) -> None:
-    whole = make(target, dataset, tmp_path / "whole")
+    whole = make(target, dataset, tmp_path / "whole", accumulation=accumulation)
     (tmp_path / "whole").mkdir()
     (tmp_path / "cut").mkdir()
     whole.run()
@@ -76,10 +80,10 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        make(target, dataset, tmp_path / "cut").run(on_step=interrupt)
+        make(target, dataset, tmp_path / "cut", accumulation=accumulation).run(on_step=interrupt)
     with (tmp_path / "cut" / "log.jsonl").open("a") as log:
         log.write('{"step": 9, "lo')  # where a kill cut it short
-    again = make(target, dataset, tmp_path / "cut")
+    again = make(target, dataset, tmp_path / "cut", accumulation=accumulation)
     assert checkpoint.resume(again, tmp_path / "cut") and again.done == stop
     again.run()
     for name, tensor in whole.drafter.state_dict().items():
@@ -226,6 +230,7 @@ def test_every_step_logs_what_a_reader_needs(target: Target, dataset: TokenDatas
         assert row[name] >= 0
     assert row["common_accuracy"] >= 0, "measured on a sample where the wavefront leaves slots unread"
     assert row["head_rows"] < 4
+    assert 0 < row["covered"] < 1, "the first token of an answer is no label"
     full = make(target, dataset, objective="decay").step()
     assert full["r_active"] > row["r_active"]
     assert len(row["credit"]) == len(full["credit"]) == 4 and row["credit"][0] == 1, (
@@ -429,6 +434,7 @@ def test_checkpoints_say_how_they_were_trained(target: Target, dataset: TokenDat
         and extra["template_hash"] == "abc"
     )
     assert extra["enable_thinking"] is False and extra["target_fingerprint"] == target.fingerprint()
+    assert (extra["steps"], extra["max_steps"], extra["epochs"]) == (1, 1, 0.2), "one of an epoch's five batches"
 
 
 @pytest.fixture
