@@ -27,7 +27,8 @@ NO_LOOP = (
 )
 LEGEND = (
     "Marked text was proposed by the drafter and accepted by the target; "
-    "the rest the target wrote itself, one token at the end of each round."
+    "the rest the target wrote itself, one token at the end of each round. Tokens per second are this machine's; what a "
+    "drafter is worth on another is told by τ."
 )
 SELECTION = (
     "Decoded live over the same prompts, not replayed: of several candidate blocks, one of them the drafter's greedy one, "
