@@ -565,6 +565,7 @@ def test_two_branches_add_up_over_micro_batches_under_the_share_of_each(target: 
     one, other = large.step(), small.step()
     for key in ("loss", "base_loss", "final_loss", "lambda_base"):
         assert one[key] == pytest.approx(other[key], rel=1e-5), key
+    assert one["lambda_base"] == 0.3, "the first step has the whole share"
     assert one["loss"] == pytest.approx(0.3 * one["base_loss"] + 0.7 * one["final_loss"], rel=1e-5)
     assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
 
@@ -593,3 +594,19 @@ def test_a_branch_that_is_out_costs_no_backward_pass(
     assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-5)
     assert rows[0]["grad_norm"] == pytest.approx(rows[1]["grad_norm"], rel=1e-4)
     assert len(apart.optimizer.state) == len(list(apart.drafter.parameters()))
+
+
+def test_figures_of_a_shifted_drafter_are_of_the_predictions_that_are_served(
+    target: Target, dataset: TokenDataset
+) -> None:
+    """Its last slot is trained and in the loss. Decoding never uses it, so no figure of the log counts it."""
+    trainer = make(target, dataset, kind="domino", objective={"variant": "decay-only"})
+    valid = trainer.blocks_of(trainer.batch(0)).valid
+    assert valid.shape[-1] == trainer.drafter.config.num_trained == 5
+
+    def active(slots: int) -> float:
+        return float(valid[..., :slots].sum() / (slots * valid[..., :slots].any(-1).sum()))
+
+    row = trainer.step()
+    assert active(4) != active(5) and row["r_active"] == row["base_r_active"] == pytest.approx(active(4))
+    assert row["simulated_tau"] <= 5 and len(row["credit"]) == 4 and len(row["first_error"]) == 5
