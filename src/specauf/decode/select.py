@@ -2,9 +2,9 @@
 
 Candidate 0 is the greedy chain. The others draw each slot by itself from the drafter's marginal, at a temperature of their
 own. The target reads the prefix tree of all candidates in one pass, and the one with the longest expected accepted length
-is then verified like any greedy draft. That is the SpecDiff-2 paper's rule; the released code does rejection sampling
-through the tree instead. The rule is exact: however a block was chosen, it is a point mass, as long as the choice never
-sees the numbers that decide acceptance.
+is then verified like any greedy draft. That is the SpecDiff-2 paper's rule as third parties tell it; the released code does
+rejection sampling through the tree instead, which is not built here. The rule is exact: however a block was chosen, it is a
+point mass, as long as the choice never sees the numbers that decide acceptance.
 """
 
 from __future__ import annotations
