@@ -138,3 +138,29 @@ def test_the_fingerprint_does_not_depend_on_a_call_of_the_tokenizer(make_tokeniz
         target.tokenizer = tokenizer
         found.append(target.fingerprint())
     assert found[0] == found[1]
+
+
+def test_mask_is_a_row_of_the_embedding_that_text_never_uses(make_tokenizer: Any) -> None:
+    """The one that is given, the tokenizer's own, the first beyond the tokenizer, or a special token that nothing uses."""
+    tokenizer = make_tokenizer()
+    rows = len(tokenizer)
+
+    def target(vocab: int) -> Target:
+        made = make_target(vocab=vocab)
+        made.tokenizer, made.model.config.eos_token_id = tokenizer, tokenizer.eos_token_id
+        made.model.generation_config.eos_token_id = tokenizer.eos_token_id
+        return made
+
+    assert (target(rows + 8).mask_token_id(3), target(rows + 8).mask_token_id()) == (3, rows)
+    with pytest.raises(ConfigError, match=f"{rows + 8} is not a row of the embedding"):
+        target(rows + 8).mask_token_id(rows + 8)
+    with pytest.raises(ConfigError, match="no unused embedding row"):
+        target(rows).mask_token_id()  # both special tokens are the template's
+    with pytest.raises(ConfigError, match="must be given"):
+        make_target().mask_token_id()
+    tokenizer.add_tokens(["<|spare|>", "<|other|>"], special_tokens=True)
+    assert target(rows + 2).mask_token_id() == rows + 1
+    tokenizer.chat_template += "<|other|>"
+    assert target(rows + 2).mask_token_id() == rows
+    tokenizer.mask_token = "<|im_start|>"
+    assert target(rows + 8).mask_token_id() == tokenizer.mask_token_id < rows
