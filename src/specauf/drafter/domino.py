@@ -60,7 +60,9 @@ class Domino(DFlash):
     def prefix(self, embeds: Float[Tensor, "b n k h"]) -> Float[Tensor, "b n k g"]:
         """The GRU's state for each prediction, from the embeddings of the tokens a, a+1, ..., a+k-1."""
         b, n = embeds.shape[:2]
-        states: Tensor = self.prefix_gru(embeds.flatten(0, 1))[0]
+        # On CUDA, autocast runs a GRU in float16, also where bfloat16 was asked for, and no gradient is scaled for that.
+        with torch.autocast(embeds.device.type, enabled=False):
+            states: Tensor = self.prefix_gru(embeds.flatten(0, 1))[0]
         return states.unflatten(0, (b, n))
 
     def code(self, z: Float[Tensor, "... h"], state: Float[Tensor, "... g"]) -> Float[Tensor, "... e"]:

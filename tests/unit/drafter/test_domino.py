@@ -97,6 +97,15 @@ def test_the_rollout_is_the_head_recomputed_for_every_token(target: Target, shif
     assert (tokens != (z @ embed.T).argmax(-1)).any()
 
 
+def test_the_recurrence_stays_in_the_weights_dtype_under_autocast(target: Target) -> None:
+    """CUDA's autocast would make it float16; on a CPU it would make it bfloat16."""
+    drafter = make_domino(target)
+    embeds = torch.randn(2, 3, 4, drafter.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        state = drafter.prefix(embeds)
+    assert state.dtype == torch.float32 and torch.equal(state, drafter.prefix(embeds))
+
+
 def test_shifting_moves_the_slots_and_nothing_else(target: Target) -> None:
     drafters = [make_domino(target, shift) for shift in (True, False)]
     assert [d.config.num_predictions for d in drafters] == [4, 4]
