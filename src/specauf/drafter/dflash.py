@@ -152,7 +152,9 @@ class Pending:
         if not len(slots):
             return self.norm(self.x[:0, 0, 0])  # the drafter's, so that a step with nothing to read has a gradient: 0
         first, last = int(slots[0]), int(slots[-1]) + 1
-        x, normed, anchors, block = self.x, self.normed, self.anchors, self.block
+        now = slice(first + self.first, last + self.first)
+        x, normed, todo = self.x[:, :, now], self.normed[:, :, now], todo[..., first:last]
+        anchors, block = self.anchors, self.block
         width = int(asked.sum(1).max())
         if width < asked.shape[1]:
             # Only the blocks with a requested slot, left-aligned in their row. Their padding is dropped below.
@@ -160,9 +162,8 @@ class Pending:
             row = torch.arange(len(chosen), device=chosen.device)[:, None]
             x, normed, anchors, todo = x[row, chosen], normed[row, chosen], anchors[row, chosen], todo[row, chosen]
             block = BlockKV(*(t.transpose(1, 2)[row, chosen].transpose(1, 2) for t in block))
-        now, todo = slice(first + self.first, last + self.first), todo[..., first:last]
-        seen = self.layer.self_attn(normed[:, :, now], anchors, self.context, block, now.start)
-        out: Tensor = self.norm(self.layer.finish(x[:, :, now][todo], seen[todo]))
+        seen = self.layer.self_attn(normed, anchors, self.context, block, now.start)
+        out: Tensor = self.norm(self.layer.finish(x[todo], seen[todo]))
         return out
 
 
