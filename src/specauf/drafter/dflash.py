@@ -39,6 +39,8 @@ class RMSNorm(nn.RMSNorm):
     """Normalised in float32 whatever the input's dtype, as the Qwen3 layers do."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == self.weight.dtype == torch.float32:  # on CUDA one kernel, which keeps no normalised copy of x
+            return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
         return F.rms_norm(x.float(), self.normalized_shape, None, self.eps).to(x.dtype) * self.weight
 
 

@@ -108,6 +108,17 @@ def test_norms_and_rotations_are_worked_out_in_float32_whatever_comes_in() -> No
     torch.testing.assert_close(rotate(unit.bfloat16(), far, 1e4).float(), rotate(unit, far, 1e4), rtol=0.02, atol=0.02)
 
 
+def test_a_norm_in_float32_is_one_call_and_in_16_bits_rounds_before_its_gain() -> None:
+    norm = RMSNorm(64, eps=1e-6)
+    torch.nn.init.uniform_(norm.weight, 0.5, 1.5, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
+    plain = torch.nn.functional.rms_norm(x, (64,), None, 1e-6)
+    assert torch.equal(norm(x), plain * norm.weight)
+    narrow = x.bfloat16()
+    rounded = torch.nn.functional.rms_norm(narrow.float(), (64,), None, 1e-6).bfloat16()
+    assert torch.equal(norm(narrow), rounded * norm.weight)
+
+
 def test_blocks_of_a_sequence_do_not_see_each_other(target: Target) -> None:
     drafter = DFlash(make_geometry(target))
     context = drafter.context(torch.randn(1, 12, drafter.fc.in_features), torch.arange(12)[None])
