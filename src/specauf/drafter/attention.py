@@ -10,6 +10,7 @@ one recomputes the probabilities in the backward pass instead of keeping them, s
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -40,13 +41,13 @@ def block_attention(
     Index s of the context is the absolute position. Some slots of a block may query (q of them); all are keys. Grouped
     heads share keys. Anchors may come in any order, though ascending ones cost half; anchor 0 sees its own block only.
     """
-    kv, s = context_key.shape[1:3]
+    kv = context_key.shape[1]
     # Under autocast the norms leave queries and keys in float32.
     query, block_key, context_key = (t.to(block_value.dtype) for t in (query, block_key, context_key))
     # Heads that share keys become further rows of a block: b kv n (group q) d.
     rows = query.unflatten(1, (kv, -1)).transpose(2, 3)
     attend = _flex if query.device.type == "cuda" else _by_chunks
-    out = attend(rows.flatten(3, 4), block_key, block_value, context_key, context_value, anchors.clamp(0, s))
+    out = attend(rows.flatten(3, 4), block_key, block_value, context_key, context_value, anchors)
     return out.view(rows.shape).transpose(2, 3).flatten(1, 2)
 
 
@@ -54,7 +55,8 @@ def _by_chunks(
     rows: Tensor, block_key: Tensor, block_value: Tensor, context_key: Tensor, context_value: Tensor, anchors: Tensor
 ) -> Tensor:
     given = (rows * rows.shape[-1] ** -0.5, block_key, block_value, context_key, context_value)
-    out: Tensor = _Chunked.apply(*(t.flatten(0, 1) for t in given), anchors.repeat_interleave(rows.shape[1], 0))
+    ends = anchors.clamp(0, context_key.shape[2]).repeat_interleave(rows.shape[1], 0)
+    out: Tensor = _Chunked.apply(*(t.flatten(0, 1) for t in given), ends)
     return out.view(rows.shape)
 
 
@@ -140,7 +142,7 @@ def _flex(
     key, value = (
         torch.cat([c, t.flatten(2, 3)], 2) for c, t in ((context_key, block_key), (context_value, block_value))
     )
-    mask = flex_mask(anchors, rows.shape[3], block_key.shape[3], context_key.shape[2])
+    mask = _mask_of(anchors, rows.shape[3], block_key.shape[3], context_key.shape[2])
     out: Tensor = _kernel(rows.device.type)(rows.flatten(2, 3), key, value, block_mask=mask)
     return out.reshape(rows.shape)
 
@@ -155,6 +157,22 @@ def _kernel(device: str) -> Callable[..., Any]:
     # the eight that dynamo allows, and beyond those it runs unfused, which holds all scores of a call at once.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return torch.compile(kernel)
+
+
+_latest: dict[str, Any] = {}
+
+
+def _mask_of(anchors: Tensor, *sizes: int) -> BlockMask:
+    """`flex_mask`, made once for all layers of a forward pass, which ask for the same anchors one after the other.
+
+    A mask takes some 70 small operations, and decoding waits for each of them to be launched.
+    """
+    made = anchors._version, sizes  # decoding moves its anchors in place
+    if not _latest or _latest["anchors"]() is not anchors or _latest["made"] != made:
+        mask = flex_mask(anchors.clamp(0, sizes[2]), *sizes)
+        _latest.update(anchors=weakref.ref(anchors), made=made, mask=mask)
+    found: BlockMask = _latest["mask"]
+    return found
 
 
 def flex_mask(anchors: Int[Tensor, "b n"], rows: int, slots: int, s: int) -> BlockMask:

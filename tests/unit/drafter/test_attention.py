@@ -225,6 +225,21 @@ def test_flex_attention_gives_the_same_output_and_gradients(case: Case, monkeypa
     same(by_flex(mine, anchors, monkeypatch), want, mine, theirs)
 
 
+def test_the_layers_of_a_pass_share_a_mask_and_anchors_that_moved_get_another() -> None:
+    anchors = torch.tensor([[3, 5]])
+    mask = attention._mask_of(anchors, 4, 2, 9)
+    assert attention._mask_of(anchors, 4, 2, 9) is mask
+    assert attention._mask_of(anchors, 2, 2, 9) is not mask, "the last layer asks for fewer rows"
+    assert attention._mask_of(anchors, 4, 2, 9) is not mask and attention._mask_of(anchors.clone(), 4, 2, 9) is not mask
+
+    def seen() -> list[bool]:
+        return [bool(attention._mask_of(anchors, 4, 2, 9).mask_mod(*map(torch.tensor, (0, 0, 0, c)))) for c in range(9)]
+
+    assert seen() == [c < 3 for c in range(9)]
+    anchors += 2
+    assert seen() == [c < 5 for c in range(9)]
+
+
 @pytest.mark.parametrize(
     ("n", "rows", "slots", "s"), [(40, 24, 8, 300), (70, 6, 5, 256), (3, 7, 4, 1), (9, 128, 128, 128)]
 )
