@@ -68,7 +68,7 @@ def check_package(name: str, minimum: tuple[int, int], missing: Status, use: str
 
 def check_torch() -> list[Check]:
     """Version and build, then threads against cores."""
-    installed = check_package("torch", (2, 6), "fail", "everything runs on it")
+    installed = check_package("torch", (2, 7), "fail", "everything runs on it")
     if installed.status != "ok":
         return [installed._replace(mend="pip install -c constraints.txt torch")]
     try:

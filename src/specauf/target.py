@@ -245,6 +245,9 @@ class Target:
         self.fingerprint()  # now, while weights are whole
         for layer in self.layers:
             fully_shard(layer, reshard_after_forward=True)
+        # With a root of their own above them, a layer's weights are gathered while the layer before it computes.
+        within = {id(p) for p in self.layers.parameters()}
+        fully_shard(self.body, ignored_params={p for p in self.body.parameters() if id(p) not in within})
 
     @property
     def num_layers(self) -> int:

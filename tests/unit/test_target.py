@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import distributed
 from transformers import OPTConfig, OPTForCausalLM, PretrainedConfig
 
 from specauf.config import TargetConfig
 from specauf.strict import ConfigError, UserError
 from specauf.target import Target
+from specauf.train.distributed import _forget_groups
 from tests.conftest import make_target
 
 
@@ -164,3 +166,20 @@ def test_mask_is_a_row_of_the_embedding_that_text_never_uses(make_tokenizer: Any
     assert target(rows + 2).mask_token_id() == rows
     tokenizer.mask_token = "<|im_start|>"
     assert target(rows + 8).mask_token_id() == tokenizer.mask_token_id < rows
+
+
+def test_spread_layers_have_one_root_and_the_rest_stays_whole(tmp_path: Path) -> None:
+    """Layers that are roots of their own would each be gathered only when the layer before them is done."""
+    target, ids = make_target(), torch.arange(12)[None]
+    before = target.run(ids, (1, 3))
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        target.shard()
+        after = target.run(ids, (1, 3))
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        assert not any(layer._get_fsdp_state()._is_root for layer in target.layers)  # type: ignore[operator]
+        assert type(target.embed_weight) is type(target.body.norm.weight) is torch.nn.Parameter  # type: ignore[union-attr]
+        assert target.layers[0].get_parameter("mlp.up_proj.weight").device_mesh is not None  # type: ignore[attr-defined]
+    finally:
+        distributed.destroy_process_group()
+        _forget_groups()
