@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 SHARD_TOKENS = 16384
 BATCH_TOKENS = 2048
+LOGITS_ROWS = 128
+"""Rows of the target's logits that exist at once."""
 
 
 class FeatureCache:
@@ -115,11 +117,16 @@ def extract(
     return [out[i] for i in range(len(sequences))]
 
 
+def argmax_of(target: Target, final: Float[Tensor, "s h"]) -> Int[Tensor, " s"]:
+    """The target's argmax for the token after each position, on its device."""
+    return torch.cat([target.logits(rows).argmax(-1) for rows in final.split(LOGITS_ROWS)])
+
+
 def extras_of(target: Target, final: Float[Tensor, "s h"], ids: Int[Tensor, " s"]) -> dict[str, Tensor]:
     """`final` hidden state; the target's `argmax` for the next token; its `logprob` of the data's next token (last: 0)."""
     best, logprob = [], []
     following = torch.cat([ids[1:], ids[:1]])
-    for rows, gold in zip(final.split(128), following.split(128), strict=True):
+    for rows, gold in zip(final.split(LOGITS_ROWS), following.split(LOGITS_ROWS), strict=True):
         logits = target.logits(rows)
         best.append(logits.argmax(-1))
         logprob.append(logits.log_softmax(-1).gather(1, gold[:, None]).squeeze(1))

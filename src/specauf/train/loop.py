@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from specauf.config import RunConfig
-from specauf.data.features import extras_of
+from specauf.data.features import argmax_of
 from specauf.drafter.dflash import DFlash, Pending
 from specauf.drafter.domino import Corrected, Domino
 from specauf.drafter.vocabulary import DraftHead, draft_head
@@ -128,8 +128,7 @@ class Trainer:
             return found
         features, final = self.target.run(found.input_ids, self.drafter.config.target_layer_ids)
         if self.config.objective.labels == "target":
-            told = [extras_of(self.target, *row)["argmax"] for row in zip(final, found.input_ids, strict=True)]
-            found = found._replace(argmax=torch.stack(told).to(found.input_ids.device))
+            found = found._replace(argmax=torch.stack([argmax_of(self.target, row) for row in final]))
         return found._replace(features=features, final=final)
 
     def autocast(self) -> torch.autocast:
