@@ -167,6 +167,8 @@ def _mask_of(anchors: Tensor, *sizes: int) -> BlockMask:
 
     A mask takes some 70 small operations, and decoding waits for each of them to be launched.
     """
+    if anchors.is_inference():  # these keep no version, and may have moved
+        return flex_mask(anchors.clamp(0, sizes[2]), *sizes)
     made = anchors._version, sizes  # decoding moves its anchors in place
     if not _latest or _latest["anchors"]() is not anchors or _latest["made"] != made:
         mask = flex_mask(anchors.clamp(0, sizes[2]), *sizes)

@@ -238,6 +238,11 @@ def test_the_layers_of_a_pass_share_a_mask_and_anchors_that_moved_get_another() 
     assert seen() == [c < 3 for c in range(9)]
     anchors += 2
     assert seen() == [c < 5 for c in range(9)]
+    with torch.inference_mode():
+        anchors = torch.tensor([[3, 5]])
+        assert seen() == [c < 3 for c in range(9)]
+        anchors += 2
+        assert seen() == [c < 5 for c in range(9)]
 
 
 @pytest.mark.parametrize(
