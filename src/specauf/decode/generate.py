@@ -162,14 +162,17 @@ def generate(
             cache=cache,
         )
         logits = target.logits(seen.final)
-        best = choose(tree, candidates, logits, ids, anchors, sampling) if selection else torch.zeros_like(anchors)
-        path = at(tree.path, best)  # b block
+        features, best = seen.features, torch.zeros_like(anchors)
+        if selection:  # a chain is its own path, and its logits are the round's largest tensor
+            best = choose(tree, candidates, logits, ids, anchors, sampling)
+            path = at(tree.path, best)  # b block
+            features, logits = along(features, path), along(logits, path)
         if proposer:
-            proposer.observe(along(seen.features, path), anchors[:, None] + torch.arange(block, device=device))
+            proposer.observe(features, anchors[:, None] + torch.arange(block, device=device))
         for row, nodes in zip(rows.tolist(), tree.size.tolist(), strict=True):
             out[row].verified += nodes
         before = anchors.clone()
-        active = batch.commit(rows, uid, ids, anchors, at(candidates, best), along(logits, path), law)
+        active = batch.commit(rows, uid, ids, anchors, at(candidates, best), logits, law)
         gained = anchors - before  # columns that hold committed tokens: the old anchor and the accepted drafts
         most = int(gained.max())
         if selection:

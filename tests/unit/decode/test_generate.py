@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from tests.conftest import make_geometry, make_target
+from tests.unit.objective.test_wavefront import Largest
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -111,6 +112,12 @@ def test_replay_makes_the_live_rounds_with_several_eos_ids(
     )
     features = trajectory_features(target, recorded, how.layer_ids) if how.layer_ids else None
     assert replay(how, recorded, features, 24) == [g.rounds for g in live]  # type: ignore[arg-type]
+
+
+def test_a_chain_is_not_copied_along_its_own_path(target: Target, prompts: list[list[int]]) -> None:
+    with Largest("gather") as seen:
+        generate(target, proposers(target)["drafter"], prompts, max_new_tokens=12)
+    assert seen.numel == len(prompts) * 32, "a row's last hidden state, of the prefill"
 
 
 def test_rounds_account_for_every_token(target: Target, prompts: list[list[int]]) -> None:
