@@ -8,7 +8,7 @@ product is two products of its size, or one where its input needs no gradient (`
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.objective import alpha_of
 from specauf.objective.wavefront import plan_cuts
@@ -62,6 +62,30 @@ class Step:
         """Size of one pass's logits in float32, in 10^9 bytes, if all were kept."""
         return self.sequences * self.anchors * self.rows(tau) * self.vocab * 4 / 1e9
 
+    def parameters(self) -> float:
+        layer = 2 * self.hidden * (self.q + self.kv) + 3 * self.hidden * self.intermediate
+        return self.layers * layer + self.taps * self.hidden**2
+
+    def memory_gb(self, tau: float | None) -> dict[str, float]:
+        """What a step on CUDA holds at the end of its forward pass, in 10^9 bytes, counted by hand from the layers' code.
+
+        The drafter: weights, gradients and two moments in float32, and autocast's copy in bfloat16. The target in bfloat16.
+        What the backward pass needs of the blocks and of the context. Left out: what comes and goes (a gradient or two as
+        wide as the MLP, a few rows of logits, other processes' buffers) and what the allocator cannot use.
+        """
+        key_value = 10 * self.kv  # keys: before their norm, after it, rotated; values
+        side = 8 * self.hidden + key_value  # a slot's keys and values: the residual stream, and its norm cast twice
+        query = 10 * self.hidden + 12 * self.q + 8 * self.intermediate
+        slots, rows = self.block * self.layers, (self.layers - 1) * self.block + self.rows(tau)
+        blocks = self.sequences * self.anchors * (slots * side + rows * query)
+        own = 2 * self.taps * self.hidden + 6 * self.hidden + self.layers * (4 * self.hidden + key_value)
+        return {
+            "drafter": 18 * self.parameters(),
+            "target": 2 * (self.target_parameters + 2 * self.hidden * self.vocab),
+            "blocks": blocks,
+            "context": self.sequences * self.tokens * own,
+        }
+
     def target_flops(self) -> float:
         return 2 * self.target_parameters * self.sequences * self.tokens
 
@@ -109,6 +133,13 @@ def main() -> None:
     print(
         f"logits {big.logits_gb(None):.2f} GB in full, {big.logits_gb(2.6):.2f} GB for AUF's rows at tau 2.6, were they kept."
     )
+    print("\n| sequences a micro-batch | head rows | memory, GB: drafter + target + blocks + context | sum |")
+    print("|---|---|---|---|")
+    for sequences in (1, 2, 4):
+        for tau in (None, 4.0):
+            parts = {k: v / 1e9 for k, v in replace(big, sequences=sequences).memory_gb(tau).items()}
+            told = " + ".join(f"{v:.1f}" for v in parts.values())
+            print(f"| {sequences} | {'all' if tau is None else f'tau {tau:g}'} | {told} | {sum(parts.values()):.0f} |")
 
 
 if __name__ == "__main__":
