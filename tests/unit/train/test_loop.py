@@ -610,3 +610,20 @@ def test_figures_of_a_shifted_drafter_are_of_the_predictions_that_are_served(
     row = trainer.step()
     assert active(4) != active(5) and row["r_active"] == row["base_r_active"] == pytest.approx(active(4))
     assert row["simulated_tau"] <= 5 and len(row["credit"]) == 4 and len(row["first_error"]) == 5
+
+
+def test_a_step_is_adamws_on_the_clipped_gradient(target: Target, dataset: TokenDataset) -> None:
+    """By hand: at the first step both moments, corrected, are the gradient's own."""
+    trainer = make(target, dataset, lr=1e-2, clip=0.1, weight_decay=0.3, warmup=0.0)
+    before = [p.detach().clone() for p in trainer.drafter.parameters()]
+    row = trainer.step()
+    grads = [p.grad for p in trainer.drafter.parameters()]
+    assert row["clipped"] and row["grad_norm"] > 0.1 and row["lr"] == 1e-2
+    assert float(torch.cat([g.flatten() for g in grads]).norm()) == pytest.approx(0.1, rel=1e-4)  # type: ignore[union-attr]
+    for now, was, grad in zip(trainer.drafter.parameters(), before, grads, strict=True):
+        want = was * (1 - 1e-2 * 0.3) - 1e-2 * grad / (grad.abs() + 1e-8)  # type: ignore[union-attr, operator]
+        torch.testing.assert_close(now.detach(), want, rtol=1e-4, atol=1e-5)
+    later = trainer.step()
+    assert later["lr"] < 1e-2 and trainer.optimizer.param_groups[0]["lr"] == later["lr"]
+    free = make(target, dataset, lr=1e-2, clip=1e6, warmup=0.0).step()
+    assert not free["clipped"] and free["grad_norm"] == row["grad_norm"]
