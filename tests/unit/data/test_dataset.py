@@ -230,3 +230,19 @@ def test_a_corpus_in_one_group_is_warned_about(run: Prepare) -> None:
 def test_a_missing_corpus_is_a_user_error(tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere\.json"):
         prepare(CONFIG, tokenizer, tmp_path / "out", source=tmp_path / "nowhere.json")
+
+
+def test_a_single_supervised_token_trains_nothing_and_is_dropped(run: Prepare) -> None:
+    """An anchor needs the token behind it supervised too."""
+
+    def talk(name: str, question: str) -> dict[str, Any]:
+        said = [("human", question), ("gpt", "the fox 0123456789")]
+        return {"id": name, "conversations": [{"from": who, "value": text} for who, text in said]}
+
+    corpus = [talk("short_0", "x"), talk("long_0", "café? x " * 4)]
+    whole = run(corpus, heldout=0.0).train
+    first = int(whole[whole.meta["conversation_ids"].index("long_0")].loss_mask.nonzero()[0])
+    for more, kept in ((1, ["short_0"]), (2, ["long_0", "short_0"])):
+        found = run(corpus, f"out{more}", heldout=0.0, max_length=first + more)
+        assert sorted(found.train.meta["conversation_ids"]) == kept
+        assert found.ledger.dropped.get("nothing supervised within max_length", 0) == 2 - len(kept)
