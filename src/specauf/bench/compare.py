@@ -99,11 +99,11 @@ def evaluate(
     behind = {f"{n}, lookup first": n for n in names} if lookup_first else {}
     proposers |= {label: LookupFirst(alone[n], lookup_first, lookup) for label, n in behind.items()}
     proposers[LOOKUP] = PromptLookup(lookup)
+    box = provenance.for_report()  # now: a commit made while this runs is not what it runs
     tasks = record_tasks(target, config, max(block, lookup), flag, data_dir, out, console)
     trajectories = sum(len(task.trajectories) for task in tasks.values())
     with console.progress("replaying", trajectories * len(proposers)) as advance:
         evaluation, rounds = measure(target, proposers, tasks, advance)
-    box = provenance.for_report()
     results: dict[str, Any] = {
         "title": "Acceptance by replay",
         "created": box["created"],
