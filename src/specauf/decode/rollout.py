@@ -208,8 +208,7 @@ def rollout(
     dataset = TokenDataset.from_rows([_row(s) for s in kept], meta)
     dataset.save(out)
     shutil.rmtree(out / PARTS)
-    if lock:
-        lock.close()
+    lock.close()
     return dataset
 
 

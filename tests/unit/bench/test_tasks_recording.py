@@ -12,6 +12,7 @@ import pytest
 import torch
 from tests.conftest import CHATML, make_geometry, make_talker
 
+from specauf.bench import compare
 from specauf.bench.runner import Recorded, comparison, measure, recorded
 from specauf.bench.tasks import BenchPrompt, load_task, render_prompts
 from specauf.config import EvalConfig, SamplingConfig
@@ -285,3 +286,21 @@ def test_a_measurement_does_not_depend_on_how_many_features_are_held(
     tasks["own"].keep_features = True
     assert measure(target, proposers, tasks) == measure(target, proposers, tasks) == whole
     assert asked == [1] * 2 * len(prompts), "kept for the second of them"
+
+
+def test_an_evaluation_names_the_commit_at_which_it_begins(
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python has read the code by then; a commit made during the hour that follows is not what was measured."""
+    told = list[str]()
+
+    def record_nothing(*given: Any) -> None:
+        told.append("recorded")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare.provenance, "for_report", lambda: told.append("commit"))
+    monkeypatch.setattr(compare, "record_tasks", record_nothing)
+    drafters = {"one": DFlash(make_geometry(target))}
+    with pytest.raises(KeyboardInterrupt):
+        compare.evaluate(target, drafters, PLAN, tmp_path, None, 0, None)  # type: ignore[arg-type]
+    assert told == ["commit", "recorded"]
