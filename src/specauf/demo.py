@@ -98,6 +98,7 @@ def run_demo(base: RunConfig, minutes: float, console: Console) -> Path:
     for line in prepared.ledger.lines():
         console.say("  " + line)
     require_trainable(base, target, prepared)
+    box = _provenance(base, target, prepared.train.meta)  # now: a commit made while this runs is not what it runs
     block, thinking = base.drafter.block_size, base.data.enable_thinking
     tasks = record_tasks(target, base.eval, block, thinking, data_dir(base), out, console)
 
@@ -136,7 +137,6 @@ def run_demo(base: RunConfig, minutes: float, console: Console) -> Path:
     compared = comparison(tasks, rounds, "auf", "decay", "equal time")
     compared += comparison(tasks, rounds, EQUAL_STEPS, "decay", "equal steps")
     live = _decode_live(target, proposers["auf"], tasks, base.eval.sampling, console)
-    box = _provenance(base, target, prepared.train.meta)
     results = {
         "title": "Two drafters, one target, the same minutes",
         "created": box["created"],

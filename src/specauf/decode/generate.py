@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from specauf.config import SamplingConfig
+from specauf.decode.cache import RoomyLayer, roomy_cache
 from specauf.decode.propose import DrafterProposer, Proposer
 from specauf.decode.select import Selection, along, build_tree, choose, keep_path, sample_candidates
 from specauf.decode.verify import (
@@ -39,6 +39,7 @@ from specauf.target import Target
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
+    from transformers import DynamicCache
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +120,7 @@ def generate(
     rows = torch.arange(len(prompts), device=device)  # the row of `out` for each row of the batch
 
     # Prefill. Padding on the right is harmless under causal attention; its columns are masked from here on.
-    first, cache = int(lengths.max()), DynamicCache(config=target.config)
+    first, cache = int(lengths.max()), roomy_cache(target.config)
     window = _narrowest_window(cache, target.name, whole=selection is not None)
     seen = target.run(ids[:, :first], layer_ids, cache=cache)
     if cache.get_seq_length() != first:
@@ -185,7 +186,7 @@ def undecodable(target: Target) -> str | None:
     """Why the target cannot be decoded here, as far as its configuration says; None if it can."""
     try:
         _require_columns(target)
-        _narrowest_window(DynamicCache(config=target.config), target.name)
+        _narrowest_window(roomy_cache(target.config), target.name)
     except UserError as error:
         return str(error)
     return None
@@ -198,11 +199,11 @@ def _narrowest_window(cache: DynamicCache, name: str, whole: bool = False) -> in
     can until the window is full, one with a state cannot. With `whole`, also unless every layer keeps all of its columns.
     """
     kinds = {type(layer) for layer in cache.layers}
-    if kinds - {DynamicLayer, DynamicSlidingWindowLayer}:
+    if kinds - {RoomyLayer, DynamicSlidingWindowLayer}:
         raise UserError(
             f"{name} has layers with linear or sparse attention, which specauf cannot decode: it takes back drafts"
         )
-    if whole and kinds - {DynamicLayer}:
+    if whole and kinds - {RoomyLayer}:
         raise UserError("self-selection needs a target with full attention in every layer")
     return min(
         (layer.sliding_window for layer in cache.layers if isinstance(layer, DynamicSlidingWindowLayer)), default=None

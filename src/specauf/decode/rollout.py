@@ -179,6 +179,7 @@ def rollout(
     lock = _claim(out, made_of)
     if (out / META).is_file():
         return TokenDataset.load(out)
+    made_by = provenance.collect()  # now: a commit made while this runs is not what it runs
     planned, queue = list[Planned](), _plan(roller, source.train)
     found = _answered(out / PARTS)
     tokens, seconds = 0, 0.0
@@ -196,7 +197,7 @@ def rollout(
     if not kept:
         raise UserError("\n".join([f"{out}: no rollout is left to train on", *source.ledger.lines()]))
     speed = {"generated": tokens, "seconds": seconds, "tokens_per_second": tokens / max(seconds, 1e-9)}
-    provenance.write(out / "run.json", {"config_hash": digest(made_of), "rollout": made_of, **speed})
+    provenance.write(out / "run.json", {**made_by, "config_hash": digest(made_of), "rollout": made_of, **speed})
     _write_text(out / TEXT, kept)
     write_heldout(out, source.heldout)
     meta = {name: source.meta[name] for name in INHERITED} | {

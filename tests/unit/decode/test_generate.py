@@ -369,7 +369,7 @@ def test_layers_that_cannot_forget_a_draft_are_refused(
     target: Target, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = type("Cache", (), {"layers": [object()]})()
-    monkeypatch.setattr("specauf.decode.generate.DynamicCache", lambda config: cache)
+    monkeypatch.setattr("specauf.decode.generate.roomy_cache", lambda config: cache)
     with pytest.raises(UserError, match="tiny has layers with linear or sparse attention"):
         generate(target, None, prompts[:1])
 

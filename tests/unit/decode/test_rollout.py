@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from tests.conftest import CHATML, make_talker
 
+from specauf import provenance
 from specauf.config import DataConfig, SamplingConfig
 from specauf.data.chat import prompt_ids
 from specauf.data.dataset import HELDOUT, META, TOKENS, Prompts, TokenDataset, prepare, read_prompts, training_order
@@ -163,6 +164,13 @@ def test_another_seed_samples_other_text(world: World, sampled: TokenDataset) ->
 
 def test_a_proposer_changes_no_greedy_token(world: World, greedy: TokenDataset) -> None:
     assert rows(world.roll(GREEDY, proposer=PromptLookup(4))) == rows(greedy)
+
+
+def test_rollouts_name_the_commit_at_which_they_begin(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    answered = list[Any]()
+    monkeypatch.setattr(provenance, "collect", lambda: {"batches answered": len(answered)})
+    world.roll(GREEDY, on_progress=lambda *told: answered.append(told))
+    assert answered and json.loads((world.out / "out" / "run.json").read_text())["batches answered"] == 0
 
 
 @pytest.mark.parametrize(("plan", "whole"), [(GREEDY, "greedy"), (SAMPLED, "sampled")], ids=["greedy", "sampled"])
