@@ -127,6 +127,7 @@ class Train:
             if config.train.max_steps is None and config.train.minutes is None:
                 raise ConfigError("set train.max_steps or train.minutes: the learning-rate schedule needs a horizon")
             objectives_of(config)  # an impossible objective is refused before anything is loaded
+            ranks.require_own_device(config.target.device)
             target = _target(config.target)
             prepared = run.prepare_data(config, target)
             run.require_trainable(config, target, prepared)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import distributed as dist
 
-from specauf.strict import UserError
+from specauf.strict import ConfigError, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,6 +62,13 @@ class Ranks:
             self.agree(True)
             raise
         self.agree(False)
+
+    def require_own_device(self, device: str) -> None:
+        """Raise `ConfigError` when `device` (target.device) is one GPU for all processes of a run."""
+        if self.world > 1 and device.startswith("cuda:"):
+            raise ConfigError(
+                f"target.device: {device} would put all {self.world} processes on one GPU; with cuda each takes its own"
+            )
 
     def wait(self) -> None:
         """Wait until every rank is here."""

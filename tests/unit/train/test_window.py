@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from specauf.objective.loss import LossTerms
 from specauf.objective.wavefront import Readout
+from specauf.strict import ConfigError
 from specauf.train.distributed import Ranks
 from specauf.train.window import Window
 
@@ -70,3 +71,10 @@ def test_sums_are_taken_before_the_ratio(
     want.backward()
     assert loss == pytest.approx(float(want.detach()), rel=1e-5)
     torch.testing.assert_close(weight.grad, leaf.grad)
+
+
+def test_one_gpu_for_all_ranks_is_refused() -> None:
+    with pytest.raises(ConfigError, match="cuda:0 would put all 2 processes on one GPU; with cuda each takes its own"):
+        Two().require_own_device("cuda:0")
+    for ranks, device in ((Ranks(), "cuda:0"), (Two(), "cuda"), (Two(), "cpu")):
+        ranks.require_own_device(device)
