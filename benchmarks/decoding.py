@@ -17,12 +17,15 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import torch
+from transformers.cache_utils import DynamicLayer
 
 from benchmarks.common import Row, alternate, main
 from specauf.bench.tasks import load_task, render_prompts
 from specauf.config import RunConfig, SamplingConfig, TargetConfig
+from specauf.decode.cache import RoomyLayer
 from specauf.decode.generate import generate
 from specauf.decode.propose import DrafterProposer
 from specauf.decode.replay import record, replay, trajectory_features
@@ -33,6 +36,7 @@ from specauf.target import Target
 
 ZLAB = Path(".venv-interop/bin/python")
 PROMPTS, LIMIT = 4, 64
+ROWS = 64
 
 
 def scene() -> tuple[Target, DFlash, list[tuple[str, list[int]]]]:
@@ -68,6 +72,7 @@ def rows() -> Iterator[Row]:
     yield Row(
         "replay", f"live decoding, batch {PROMPTS}", f"{at}, features cached", seconds["batched"] / seconds["replay"]
     )
+    yield cache_row(target)
     if not ZLAB.exists():
         print(f"skipped: {ZLAB} is not there; bash tests/interop/run.sh dflash builds it")
         return
@@ -79,6 +84,23 @@ def rows() -> Iterator[Row]:
         )
     note = f"{found['ours']:.2f} s against {found['theirs']:.2f} s, {found['rounds']} rounds each"
     yield Row("live decoding: time", "dflash 0.1.0", at, found["ours"] / found["theirs"], 1.0, below=True, note=note)
+
+
+def cache_row(target: Target) -> Row:
+    """Many rows at once, where earlier keys and values are most of what moves in memory."""
+    prompts = [d.prompt for d in render_prompts(target, load_task("humaneval")[:ROWS], enable_thinking=False)]
+
+    def plain() -> None:
+        generate(target, None, prompts, max_new_tokens=LIMIT, eos_ids=frozenset())
+
+    def concatenating() -> None:
+        with mock.patch.object(RoomyLayer, "update", DynamicLayer.update):
+            plain()
+
+    seconds = alternate({"ours": plain, "theirs": concatenating}, rounds=3)
+    note = f"{seconds['ours']:.1f} s against {seconds['theirs']:.1f} s"
+    at = f"{len(prompts)} HumanEval prompts at once, {LIMIT} tokens each"
+    return Row("plain decoding: time", "a cache that concatenates", at, seconds["ours"] / seconds["theirs"], note=note)
 
 
 def beside_zlab(directory: str, threads: str) -> None:

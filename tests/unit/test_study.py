@@ -240,16 +240,19 @@ def test_measuring_is_killed_and_goes_on(
     study, results = whole
     shutil.rmtree(study.out / "measured")
     monkeypatch.setattr("specauf.study.measuring.CHUNK", 2)
+    monkeypatch.setattr("specauf.study.measuring.AT_ONCE", 3)
     console = Quiet()
     console.stop_at = ("replaying 7 drafters on pairs, T=0", 9)
     with pytest.raises(KeyboardInterrupt):
         run_study(study, ["measure"], [], tiny, console)
-    console, times = Quiet(), []
-    original = measuring.replay
+    console, times, groups = Quiet(), [], []
+    original, group = measuring.replay, measuring._replay
     monkeypatch.setattr(measuring, "replay", lambda *a: times.append(len(a[1])) or original(*a))
+    monkeypatch.setattr(measuring, "_replay", lambda *a: groups.append({s for s, _ in a[3]}) or group(*a))
     run_study(study, ["measure"], [], tiny, console)
     total = (4 + 1) * 9 * 2 + (2 * 6) * 1
     assert 0 < sum(times) < total
+    assert max(len(drafters) for drafters in groups) == 3, "no more are on the device at once"
     assert collect(study, tiny, Corpus(study, tiny, console).prepared(study.base))["scores"] == results["scores"]
 
 

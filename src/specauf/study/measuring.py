@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from specauf.bench.runner import check_live
 from specauf.config import digest
 from specauf.console import Console
 from specauf.decode.propose import DrafterProposer, PromptLookup
-from specauf.decode.replay import Replayable, replay, trajectory_features
+from specauf.decode.replay import Replayable, Trajectory, replay, trajectory_features
 from specauf.drafter.checkpoint import load_drafter
 from specauf.files import atomic_write_text
 from specauf.locks import claim
@@ -25,6 +25,8 @@ from specauf.target import Target
 
 CHUNK = 16
 """Trajectories whose features are in memory at once, for all cells; also what a kill can cost."""
+AT_ONCE = 8
+"""Drafters on the target's device at once. The features are computed again for the next ones."""
 
 Missing = dict[tuple[Subject, Place], set[int]]
 """Numbers of the trajectories to replay."""
@@ -96,26 +98,39 @@ def _measure(
 ) -> None:
     recording = Recording(**about["recording"])
     trajectories = open_recorded(study, target, task, recording).trajectories
-    proposers = {subject: _proposer(subject, target) for subject, _ in todo}
-    label = f"replaying {len(proposers)} drafters on {about['label']}, T={recording.temperature:g}"
+    names = list(dict.fromkeys(subject for subject, _ in todo))
+    label = f"replaying {len(names)} drafters on {about['label']}, T={recording.temperature:g}"
     with console.progress(label, sum(len(numbers) for numbers in todo.values())) as advance:
-        for start in range(0, len(trajectories), CHUNK):
-            chunk = range(start, min(start + CHUNK, len(trajectories)))
-            features: dict[tuple[int, ...], list[Any]] = {}
-            for (subject, place), numbers in todo.items():
-                now = [i for i in chunk if i in numbers]
-                if not now:
-                    continue
-                proposer = proposers[subject]
-                layers = tuple(proposer.layer_ids)
-                if layers and layers not in features:
-                    features[layers] = trajectory_features(target, [trajectories[i] for i in chunk], layers)
-                some = [trajectories[i] for i in now]
-                tapped = [features[layers][i - start] for i in now] if layers else None
-                rounds = replay(proposer, some, tapped, place.limit)
-                found = records(rounds, some, place.limit, subject.block_size)
-                add_records(study, subject, place, dict(zip(now, found, strict=True)))
-                advance(len(now), subject.name)
+        for first in range(0, len(names), AT_ONCE):
+            group = names[first : first + AT_ONCE]
+            _replay(study, target, trajectories, {key: todo[key] for key in todo if key[0] in group}, advance)
+
+
+def _replay(
+    study: Study,
+    target: Target,
+    trajectories: Sequence[Trajectory],
+    todo: Missing,
+    advance: Callable[[float, str], None],
+) -> None:
+    proposers = {subject: _proposer(subject, target) for subject, _ in todo}
+    for start in range(0, len(trajectories), CHUNK):
+        chunk = range(start, min(start + CHUNK, len(trajectories)))
+        features: dict[tuple[int, ...], list[Any]] = {}
+        for (subject, place), numbers in todo.items():
+            now = [i for i in chunk if i in numbers]
+            if not now:
+                continue
+            proposer = proposers[subject]
+            layers = tuple(proposer.layer_ids)
+            if layers and layers not in features:
+                features[layers] = trajectory_features(target, [trajectories[i] for i in chunk], layers)
+            some = [trajectories[i] for i in now]
+            tapped = [features[layers][i - start] for i in now] if layers else None
+            rounds = replay(proposer, some, tapped, place.limit)
+            found = records(rounds, some, place.limit, subject.block_size)
+            add_records(study, subject, place, dict(zip(now, found, strict=True)))
+            advance(len(now), subject.name)
 
 
 def check_live_all(study: Study, target: Target, part: str, console: Console) -> list[str]:
