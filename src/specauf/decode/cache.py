@@ -34,7 +34,8 @@ class RoomyLayer(DynamicLayer):
     ) -> Float[Tensor, "b heads s_n d"]:
         held, before = self._held[which], old.shape[-2] if old.numel() else 0
         after = before + new.shape[-2]
-        if held is None or held.data_ptr() != old.data_ptr() or held.shape[-2] < after:
+        kept = held is not None and held.shape[0] == old.shape[0] and held.data_ptr() == old.data_ptr()
+        if held is None or not kept or held.shape[-2] < after:
             held = self._held[which] = new.new_empty(*new.shape[:-2], after + ROOM, new.shape[-1])
             if before:
                 held[..., :before, :] = old
