@@ -25,7 +25,7 @@ from specauf.drafter.dflash import DFlash
 from specauf.objective.blocks import block_inputs
 from specauf.target import Target
 
-LENGTH, ANCHORS, BATCH, BACK = 256, 32, 4, 4
+LENGTH, ANCHORS, BATCH, BACK, RATE = 256, 32, 4, 4, 1e-3
 
 
 class Repeats:
@@ -111,13 +111,10 @@ def main() -> None:
         return told([predicted(target, drafter, *data.batch(), everything)[1] for _ in range(20)])
 
     print("as it is:", measured(), flush=True)
-    optimizer, right, began = (
-        torch.optim.AdamW(drafter.parameters(), lr=3e-4, weight_decay=0.0),
-        [],
-        time.perf_counter(),
-    )
+    optimizer = torch.optim.AdamW(drafter.parameters(), weight_decay=0.0)
+    right, began = list[Tensor](), time.perf_counter()
     for step in range(1, steps + 1):
-        optimizer.param_groups[0]["lr"] = 3e-4 * min(1, step / 20)
+        optimizer.param_groups[0]["lr"] = RATE * min(1, step / 50)
         loss, seen = predicted(target, drafter, *data.batch(), data.tokens)
         optimizer.zero_grad()
         loss.backward()
@@ -126,7 +123,9 @@ def main() -> None:
         right.append(seen)
         if step % every == 0:
             print(f"steps {step - every + 1} to {step}, {time.perf_counter() - began:.0f} s: {told(right)}", flush=True)
-            right = []
+            right.clear()
+    if steps:
+        print("afterwards:", measured())
 
 
 if __name__ == "__main__":
