@@ -24,7 +24,7 @@ class RoomyLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+            return super().update(key_states, value_states, *args, **kwargs)
         assert self.keys is not None and self.values is not None
         self.keys, self.values = self._with(0, self.keys, key_states), self._with(1, self.values, value_states)
         return self.keys, self.values
@@ -32,13 +32,11 @@ class RoomyLayer(DynamicLayer):
     def _with(
         self, which: int, old: Float[Tensor, "b heads s d"], new: Float[Tensor, "b heads n d"]
     ) -> Float[Tensor, "b heads s_n d"]:
-        held, before = self._held[which], old.shape[-2] if old.numel() else 0
-        after = before + new.shape[-2]
+        held, before, after = self._held[which], old.shape[-2], old.shape[-2] + new.shape[-2]
         kept = held is not None and held.shape[0] == old.shape[0] and held.data_ptr() == old.data_ptr()
         if held is None or not kept or held.shape[-2] < after:
             held = self._held[which] = new.new_empty(*new.shape[:-2], after + ROOM, new.shape[-1])
-            if before:
-                held[..., :before, :] = old
+            held[..., :before, :] = old
         held[..., before:after, :] = new
         return held[..., :after, :]
 
