@@ -64,7 +64,7 @@ def tiny_target(family: str) -> Target:
 def embedded_target() -> Target:
     """The directory in SPECAUF_INTEROP_TARGET, else the embedded default, which is fetched and converted if need be."""
     path = os.environ.get("SPECAUF_INTEROP_TARGET") or assets.cached_smollm2()
-    if path is None and os.environ.get("SPECAUF_OFFLINE", "") not in ("", "0"):
+    if path is None and assets.offline():
         pytest.skip(
             "compares on the real target, which is not cached, and SPECAUF_OFFLINE was set to forbid its download"
         )
