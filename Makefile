@@ -3,17 +3,18 @@ PYTHON ?= python3
 PIP_TORCH ?= torch==2.13.0
 MINUTES ?= 13
 DRAFTER ?= dflash
+RECIPE ?= recipes/study_smollm2.yaml
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types imports check bench interop clean
+.PHONY: help demo test lint types imports check bench study interop clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
-	@echo "  with MINUTES=$(MINUTES)  DRAFTER=$(DRAFTER)  PYTHON=$(PYTHON)  PIP_TORCH='$(PIP_TORCH)'"
+	@echo "  with MINUTES=$(MINUTES)  DRAFTER=$(DRAFTER)  RECIPE=$(RECIPE)  PYTHON=$(PYTHON)  PIP_TORCH='$(PIP_TORCH)'"
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -47,6 +48,9 @@ check: lint types imports test  ## all that a change must pass
 
 bench: $(INSTALLED)  ## every benchmark, in ratios measured side by side (20 minutes on an idle machine)
 	$(BIN)/python -m benchmarks
+
+study: $(INSTALLED)  ## run RECIPE's matrix of trainings and write its report: hours, resumable
+	$(BIN)/specauf study $(RECIPE)
 
 interop: $(INSTALLED)  ## compare with other implementations, in an environment of their own
 	bash tests/interop/run.sh

@@ -53,9 +53,9 @@ class Prepare:
         config = configuration.load(self.recipe, self.set)
         quiet_transformers()
         tokenizer, made = load_tokenizer(config.target), rollout_meta(config.data.path)
+        terminal.say(f"data: reading {config.data.path} ...")
         prepared = prepare_data(config, _target(config.target)) if made else prepare_corpus(config, tokenizer)
-        for line in prepared.ledger.lines():
-            terminal.say(line)
+        terminal.say("\n".join(prepared.ledger.lines()))
         terminal.say(f"{int(prepared.train.mask.sum()):,} of {len(prepared.train.ids):,} tokens supervised")
         terminal.say(f"held out: {prepared.train.meta['heldout']}")
         terminal.say(f"{'reused' if prepared.reused else 'written to'} {data_dir(config)}")
@@ -93,8 +93,7 @@ class Rollout:
                 advance(tokens if by_tokens else samples, f"{tokens / seconds:.0f} tokens/s" if seconds else "reused")
 
             made = make_rollouts(config, target, source, self.plan, self.out, self.drafter, told)
-        for line in Ledger.from_dict(made.meta["ledger"]).lines():
-            terminal.say(line)
+        terminal.say("\n".join(Ledger.from_dict(made.meta["ledger"]).lines()))
         terminal.say(f"{len(made):,} sequences, {made.meta['rollout']['tokens']:,} generated tokens")
         terminal.say(f"{self.out}: train on it with --set data.path={self.out}")
         return 0
@@ -129,6 +128,7 @@ class Train:
             objectives_of(config)  # an impossible objective is refused before anything is loaded
             ranks.require_own_device(config.target.device)
             target = _target(config.target)
+            terminal.say(f"data: reading {config.data.path} ...")
             prepared = run.prepare_data(config, target)
             run.require_trainable(config, target, prepared)
             lock = hold(Path(config.out)) if ranks.main else None
