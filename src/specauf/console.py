@@ -14,6 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 PLAIN_EVERY = 15.0
 """Seconds between two plain progress lines."""
 
+FOUND_WITHIN = 1.0
+"""What is reported in so few seconds was kept by an earlier run, and says nothing about the rate of this one."""
+
 
 class Console(Protocol):
     """Where demo and study send their output; `Terminal` prints it, tests inspect it."""
@@ -58,9 +61,11 @@ class Terminal:
             self.say(f"{label} ...")
 
             def advance(amount: float, note: str) -> None:
-                nonlocal done, last
+                nonlocal done, before, last
                 done += amount
                 now = time.perf_counter()
+                if now - began < FOUND_WITHIN:
+                    before = done
                 if now - last >= PLAIN_EVERY and done > before:
                     last = now
                     left = (now - began) * (total - done) / (done - before)
