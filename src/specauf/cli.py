@@ -236,8 +236,7 @@ class Generate:
             if self.lookup_first:
                 proposer = LookupFirst(proposer, self.lookup_first, self.block_size)
         ids = prompt_ids(target.require_tokenizer(), [{"role": "user", "content": self.prompt}], self.enable_thinking)
-        passed = show(terminal, target, proposer, ids, self.sampling, self.max_new_tokens, selection)
-        return 0 if passed else 1
+        return 0 if show(terminal, target, proposer, ids, self.sampling, self.max_new_tokens, selection) else 1
 
 
 @dataclass(frozen=True)
@@ -264,6 +263,8 @@ class Export:
     """A drafter directory, e.g. runs/a/checkpoint."""
     out: Annotated[Path, tyro.conf.Positional]
     """Output directory, new or holding an earlier export."""
+    average_with: tuple[Path, ...] = ()
+    """Drafter directories that went on from the same checkpoint: the mean of all their weights is written."""
     layout: Literal["zlab", "speculators"] = "zlab"
     """`zlab` is loaded by z-lab's dflash, vLLM and SGLang; a `speculators` checkpoint names its target itself."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
@@ -277,9 +278,8 @@ class Export:
     def run(self, terminal: Terminal) -> int:
         from specauf.export import NOT_SERVED, export
 
-        options = {k: getattr(self, k) for k in ("layout", "dtype", "base_model", "results", "license")}
-        for command in export(self.checkpoint, self.out, **options) or [NOT_SERVED]:
-            terminal.say(command)
+        options = {k: v for k, v in vars(self).items() if k not in ("checkpoint", "out")}
+        terminal.say("\n".join(export(self.checkpoint, self.out, **options) or [NOT_SERVED]))
         return 0
 
 

@@ -18,6 +18,7 @@ import torch
 
 from specauf import assets, files
 from specauf.config import EMBEDDED, LOOKUP
+from specauf.drafter.average import average_weights
 from specauf.drafter.checkpoint import fingerprint, load_drafter, save_drafter
 from specauf.drafter.config import DFlashConfig
 from specauf.report.words import average, escape, fixed, span
@@ -37,6 +38,7 @@ def export(
     checkpoint: Path,
     out: Path,
     *,
+    average_with: Sequence[Path] = (),
     layout: str = "zlab",
     dtype: str = "bfloat16",
     base_model: str | None = None,
@@ -45,6 +47,7 @@ def export(
 ) -> list[str]:
     """Write `out` anew, whole or not at all. Returns the commands that serve it, none when no engine does.
 
+    With `average_with`, the weights are the mean of those of all these checkpoints (see `drafter/average.py`).
     `base_model` is the target's public name, a hub id; when not given, the target that the checkpoint was trained with. The
     card has a table for each of `results`, results.json files of `specauf eval`. Raises `UserError` for what a layout cannot
     hold, for results of another drafter or target, and when `out` has files that an export does not write.
@@ -53,7 +56,7 @@ def export(
     choose(dtype, DTYPES, "dtype")
     if out.is_dir() and (others := sorted({p.name for p in out.iterdir()} - WRITTEN)):
         raise UserError(f"{out} holds {others[0]}, which an export would delete: give a directory of its own")
-    drafter = load_drafter(checkpoint)
+    drafter = average_weights([checkpoint, *average_with]) if average_with else load_drafter(checkpoint)
     weights = fingerprint(drafter)
     drafter = drafter.to(getattr(torch, dtype))
     config = drafter.config = dataclasses.replace(drafter.config, extra=_portable(drafter.config.extra))
@@ -199,34 +202,44 @@ def _epochs(told: Mapping[str, Any]) -> str:
     return f", {told['epochs']:g} epochs" if "epochs" in told else ""
 
 
-def _history(told: Mapping[str, Any]) -> dict[str, str]:
-    """Where the weights began and what they were trained on, as far as a checkpoint remembers."""
-    rows, data, before = dict[str, str](), told.get("data"), told.get("init_from")
+def _history(told: Mapping[str, Any], before: int = 0) -> dict[str, str]:
+    """Where the weights began and what they were trained on, as far as a checkpoint remembers, `before` drafters earlier."""
+    when = ("", " (before)")[before] if before < 2 else f" ({before} before)"
+    rows, data = dict[str, str](), told.get("data")
     if data:
-        rollouts, kept_out = data.get("rollouts"), data.get("kept_out")
-        rows["trained on"] = (
-            f"{data['conversations']:,} conversations of {data['path']}, to {data['max_length']} tokens"
-        )
-        if "supervised_tokens" in data:
-            rows["trained on"] += f", {data['supervised_tokens']:,} of them supervised"
-        if rollouts:
-            own = rollouts.get("target") in (None, told.get("target_fingerprint"))
-            whose = (
-                "the target's own answers" if own else f"answers of another target or precision ({rollouts['target']})"
-            )
-            rows["trained on"] += f": {whose} at T={rollouts['temperature']:g}"
-        if kept_out is not None:
-            rows["prompts kept out of it"] = ", ".join(kept_out) or "none"
+        rows["trained on"] = _trained_on(told, data)
+        if data.get("kept_out") is not None:
+            rows["prompts kept out of it"] = ", ".join(data["kept_out"]) or "none"
+    for number, other in enumerate(told.get("averaged_with", ()), 1):
+        trained = other["trained"]
+        answers = f", trained on {_trained_on(trained, trained['data'])}" if trained.get("data") else ""
+        rows[f"averaged with{f' ({number})' if number > 1 else ''}"] = f"{_made(other)}{answers}"
     if "init_layers" in told:
         rows["began as target layers"] = ", ".join(map(str, told["init_layers"]))
-    if before:
-        rows["went on from"] = f"{before['path']}, model.safetensors {before['weights']}"
-        if trained := before.get("trained"):
-            rows["went on from"] += f", {trained.get('steps', '?')} steps of {trained.get('objective', '?')}"
-            if "block_size" in before:
-                rows["went on from"] += f" in blocks of {before['block_size']}"
-            rows |= {f"{key} (before that)": value for key, value in _history(trained).items()}
+    rows = {f"{key}{when}": value for key, value in rows.items()}
+    if origin := told.get("init_from"):
+        size = f" in blocks of {origin['block_size']}" if "block_size" in origin else ""
+        rows[f"went on from{when}"] = f"{_made(origin)}{size}"
+        rows |= _history(origin.get("trained", {}), before + 1)
     return rows
+
+
+def _trained_on(told: Mapping[str, Any], data: Mapping[str, Any]) -> str:
+    said = f"{data['conversations']:,} conversations of {data['path']}, to {data['max_length']} tokens"
+    if "supervised_tokens" in data:
+        said += f", {data['supervised_tokens']:,} of them supervised"
+    if rollouts := data.get("rollouts"):
+        own = rollouts.get("target") in (None, told.get("target_fingerprint"))
+        whose = "the target's own answers" if own else f"answers of another target or precision ({rollouts['target']})"
+        said += f": {whose} at T={rollouts['temperature']:g}"
+    return said
+
+
+def _made(origin: Mapping[str, Any]) -> str:
+    """The weights that a drafter was made from, and their training as far as it is known."""
+    trained = origin.get("trained")
+    steps = f", {trained.get('steps', '?')} steps of {trained.get('objective', '?')}" if trained else ""
+    return f"{origin['path']}, model.safetensors {origin['weights']}{steps}"
 
 
 def _measured(results: dict[str, Any]) -> list[str]:
@@ -287,6 +300,8 @@ def _portable(told: Mapping[str, Any]) -> dict[str, Any]:
     def named(key: str, value: Any) -> Any:
         if isinstance(value, Mapping):
             return {k: named(k, v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [named(key, v) for v in value]
         here = key == "path" and isinstance(value, str) and value.startswith(("/", "~", "."))
         return Path(value).name if here else value
 

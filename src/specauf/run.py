@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import logging
 import tempfile
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from specauf.data.rollouts import RolloutConfig, open_rollouts, rollout_meta
 from specauf.decode.generate import undecodable
 from specauf.decode.propose import DrafterProposer
 from specauf.decode.rollout import Advance, Roller, rollout
-from specauf.drafter.checkpoint import build_drafter, load_drafter
+from specauf.drafter.checkpoint import build_drafter, load_drafter, origin, weights_hash
 from specauf.drafter.config import DFlashConfig, DominoHead
 from specauf.drafter.dflash import DFlash
 from specauf.drafter.vocabulary import coverage, keep_tokens, most_frequent
@@ -193,21 +192,9 @@ def _warm(directory: Path, geometry: DFlashConfig) -> DFlash:
         have, want = getattr(found.config, name), getattr(geometry, name)
         if have != want:
             raise ConfigError(f"drafter.init_from: {directory} has {name}={have}, the recipe needs {want}")
-    origin = {
-        "path": str(directory),
-        "weights": weights_hash(directory),
-        "block_size": found.config.block_size,
-        "trained": dict(found.config.extra),
-    }
-    drafter = build_drafter(dataclasses.replace(geometry, extra={"init_from": origin}))
+    drafter = build_drafter(dataclasses.replace(geometry, extra={"init_from": origin(directory, found)}))
     drafter.load_state_dict(found.state_dict())
     return drafter
-
-
-def weights_hash(directory: Path) -> str:
-    """Twelve hex digits of a drafter's weights."""
-    with (directory / "model.safetensors").open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
 def require_trainable(config: RunConfig, target: Target, prepared: Prepared) -> None:

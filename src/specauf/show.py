@@ -17,6 +17,7 @@ from specauf.data.dataset import TokenDataset, read_split
 from specauf.decode.generate import generate
 from specauf.decode.propose import Proposer
 from specauf.decode.select import Selection
+from specauf.drafter.checkpoint import histories
 from specauf.strict import require
 from specauf.target import Target
 
@@ -107,17 +108,16 @@ def mismatches(target: Target, trained: Mapping[str, Any], enable_thinking: bool
 
 def exposed(trained: Mapping[str, Any], config: EvalConfig, data_dir: Path | None = None) -> list[str]:
     """A warning that names the tasks whose prompts may be in the drafter's training data, or in that of the drafters it was
-    initialised from, as its checkpoint records them. `data_dir` holds the held-out conversations, which no training saw
+    made from, as its checkpoint records them. `data_dir` holds the held-out conversations, which no training saw
     unless it held out others."""
     labels = {task: describe_task(task, tasks_dir=config.tasks_dir).label for task in config.tasks}
     heldout = labels.pop("heldout", None)
     split = read_split(data_dir) if heldout and data_dir else None
     seen: set[str] = set()
-    while trained:
-        data = trained.get("data") or {}
+    for past in histories(trained):
+        data = past.get("data") or {}
         seen |= set() if data.get("kept_out") is None else set(labels.values()) - set(data["kept_out"])
         if heldout and None not in (split, data.get("split")) and data["split"] != split:
             seen.add(labels.setdefault("heldout", heldout))
-        trained = (trained.get("init_from") or {}).get("trained") or {}
     told = ", ".join(label for label in labels.values() if label in seen)
     return [f"the prompts of {told} were not kept out of its training data"] if told else []

@@ -175,9 +175,9 @@ def test_the_card_tells_what_a_drafter_was_trained_on_and_from(target: Target, t
         "| steps | 30 of 30, 1.5 epochs |",
         "| trained on | 2,200 conversations of runs/own, to 384 tokens: the target's own answers at T=0 |",
         "| went on from | runs/first, model.safetensors ba9876543210, 7 steps of auf |",
-        "| trained on (before that) | 2,200 conversations of sharegpt, to 384 tokens |",
-        "| prompts kept out of it (before that) | GSM8K |",
-        "| began as target layers (before that) | 0, 1 |",
+        "| trained on (before) | 2,200 conversations of sharegpt, to 384 tokens |",
+        "| prompts kept out of it (before) | GSM8K |",
+        "| began as target layers (before) | 0, 1 |",
     ):
         assert row in card
     answers["rollouts"] = {"samples": 1, "temperature": 0.0, "target": "0123456789ab"}
@@ -192,7 +192,8 @@ def test_the_card_tells_what_a_drafter_was_trained_on_and_from(target: Target, t
 
 def test_an_export_has_no_paths_to_the_data_of_this_machine(target: Target, tmp_path: Path) -> None:
     data = {"path": "/home/a/chats.jsonl", "conversations": 3, "max_length": 64, "kept_out": [], "rollouts": None}
-    told = {**TRAINED, "data": data, "init_from": {"path": "~/runs/first", "weights": "0"}}
+    other = {"path": "/home/a/second", "weights": "1", "trained": {"data": data}}
+    told = {**TRAINED, "data": data, "init_from": {"path": "~/runs/first", "weights": "0"}, "averaged_with": [other]}
     save_drafter(build_drafter(make_geometry(target)), tmp_path / "drafter", told)
     export(tmp_path / "drafter", tmp_path / "out")
     for name in ("README.md", "config.json"):

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,3 +85,27 @@ def fingerprint(drafter: DFlash) -> str:
     for name, tensor in sorted(drafter.state_dict().items()):
         digest.update(name.encode() + tensor.cpu().bfloat16().contiguous().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:12]
+
+
+def weights_hash(directory: Path) -> str:
+    """Twelve hex digits of a drafter's weights as they are on disk."""
+    with (directory / "model.safetensors").open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+
+
+def origin(directory: Path, drafter: DFlash) -> dict[str, Any]:
+    """What a drafter that is made from this one, read from `directory`, records of it."""
+    return {
+        "path": str(directory),
+        "weights": weights_hash(directory),
+        "block_size": drafter.config.block_size,
+        "trained": dict(drafter.config.extra),
+    }
+
+
+def histories(extra: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """A checkpoint's record of its training, and those of all that it was made from."""
+    yield extra
+    for source in (extra.get("init_from"), *extra.get("averaged_with", ())):
+        if trained := (source or {}).get("trained"):
+            yield from histories(trained)

@@ -16,8 +16,8 @@ from typing import Any
 from specauf.decode.acceptance import before_loop
 from specauf.decode.generate import Round
 from specauf.decode.replay import Trajectory
+from specauf.drafter.checkpoint import weights_hash
 from specauf.files import atomic_write_text
-from specauf.run import weights_hash
 from specauf.study.cells import finished
 from specauf.study.recipe import Study
 

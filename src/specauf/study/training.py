@@ -15,7 +15,7 @@ from specauf.console import Console
 from specauf.data.dataset import Prepared
 from specauf.data.features import FeatureCache
 from specauf.data.rollouts import rollout_meta
-from specauf.drafter.checkpoint import load_drafter
+from specauf.drafter.checkpoint import load_drafter, weights_hash
 from specauf.files import atomic_write_text
 from specauf.locks import claim, turn
 from specauf.run import (
@@ -27,7 +27,6 @@ from specauf.run import (
     prepare_data,
     require_trainable,
     step_note,
-    weights_hash,
 )
 from specauf.strict import ConfigError, UserError, to_dict
 from specauf.study.cells import finished, identity, progress
