@@ -158,7 +158,7 @@ class Eval:
     target: TargetOf = field(default_factory=TargetOf)
     eval: EvalConfig = field(default_factory=lambda: EvalConfig(tasks=("humaneval",)))
     live: int = 0
-    """Also decode live (T=0): this many prompts per task at batch 1, then all prompts of the task in one batch.
+    """Also decode live (T=0): this many prompts per task at batch 1, then all in batches of eval.batch_size.
     Tokens must equal plain decoding's, and rounds replay's."""
     data_dir: Path | None = None
     """Directory of prepared data for the task `heldout`, as `specauf prepare` prints it."""

@@ -22,6 +22,8 @@ def claim(directory: Path) -> Iterator[bool]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             yield False
+        except OSError as error:
+            raise _unlockable(directory, error) from None
         else:
             yield True  # closing the file releases the lock
 
@@ -35,7 +37,13 @@ def turn(directory: Path, on_wait: Callable[[], None]) -> Iterator[None]:
         except BlockingIOError:
             on_wait()
             fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            raise _unlockable(directory, error) from None
         yield
+
+
+def _unlockable(directory: Path, error: OSError) -> UserError:
+    return UserError(f"{directory}: this file system has no locks ({error.strerror}): put `out` on a local disk")
 
 
 def _lock_file(directory: Path) -> Any:

@@ -95,7 +95,8 @@ def test_self_selection_and_the_drawn_proposal_are_told_apart(world: Path, capsy
     assert main(["generate", "prompt-lookup", "the cat", *where, "--candidates", "2"]) == 2
     assert main([*say, "--lookup-first", "2", "--candidates", "2"]) == 2
     assert main([*say, "--lookup-first", "2"]) == 0
-    assert "there is no drafter here" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "there is no drafter here" in told and "lookup first has none for what it copies" in told
     shutil.copytree(world / "untrained", world / "prompt-lookup")
     for arguments, told in (
         ([*measure, "--live", "-1"], "--live must be at least 0, got -1"),

@@ -18,7 +18,7 @@ from specauf.data.sources import Ledger
 from specauf.drafter.checkpoint import load_drafter, save_drafter
 from specauf.drafter.config import DFlashConfig
 from specauf.drafter.dflash import DFlash
-from specauf.locks import hold
+from specauf.locks import claim, hold, turn
 from specauf.run import data_dir, new_drafter, open_run, require_trainable
 from specauf.strict import ConfigError, UserError
 from specauf.target import Target
@@ -99,6 +99,12 @@ def test_a_file_system_without_locks_trains_all_the_same(tmp_path: Path, monkeyp
 
     monkeypatch.setattr("fcntl.flock", unsupported)
     hold(tmp_path).close()
+    for shared in (claim(tmp_path), turn(tmp_path, lambda: None)):  # two processes of a study have to see each other
+        with (
+            pytest.raises(UserError, match=r"has no locks \(Function not implemented\): put `out` on a local disk"),
+            shared,
+        ):
+            pass
 
 
 def test_processes_that_see_different_checkpoints_stop_before_anything_is_written(

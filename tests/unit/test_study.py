@@ -607,6 +607,7 @@ def changed(world: Path, path: str, value: Any) -> dict[str, Any]:
         ),
         ("base.train.max_steps", None, "train.max_steps is not set"),
         ("live.tokens", 1, "live: .*tokens >= 2"),
+        ("parts.a.temperatures", [1.0], "parts.a is decoded live at temperature 0"),
     ],
 )
 def test_a_recipe_that_cannot_be_run_is_told_by_its_key(world: Path, path: str, value: Any, told: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from specauf.files import read_rows
 from specauf.study.claims import CLAIMS, DOMINO, PRIORS, _half_width, claims, find, standing
-from specauf.study.training_log import summary, thinned
+from specauf.study.training_log import at_common_steps, summary, thinned
 
 TASKS = ("gsm8k", "alpaca")
 NAMES = ("primary", "T=0", "T=1", "inert", "inversion", "transfer", "base", "priors", "time")
@@ -308,3 +308,13 @@ def test_a_summary_counts_what_training_saw(tmp_path: Any) -> None:
     assert (found["tokens_seen"], found["blocks_seen"], found["epochs"], found["clipped_share"]) == (50, 20, 1.0, 0.2)
     (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
     assert read_rows(tmp_path / "log.jsonl") == [{"step": 1}, {"step": 2}] and summary([]) == {"steps": 0}
+
+
+def test_accuracy_that_is_logged_at_every_step_is_read_at_the_others_steps() -> None:
+    """500 steps in 200 windows: a window of decay's is two or three readings, of AUF's one at the most."""
+    often = [{"step": s, "common_accuracy": float(s % 10 == 1), "loss": 1.0} for s in range(1, 501)]
+    seldom = [row for row in often if row["step"] % 10 == 1]
+    rows = thinned(at_common_steps(often, 10))
+    assert [r["common_accuracy"] for r in rows if "common_accuracy" in r] == [1.0] * 50
+    blank = [row if row in seldom else {"step": row["step"], "loss": 1.0} for row in often]
+    assert rows == thinned(at_common_steps(blank, 10)), "what both log, both are read at"

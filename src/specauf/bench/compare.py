@@ -152,10 +152,10 @@ def evaluate(
             target, made, tasks, rounds, selection, config, console.progress
         )
     passed = all(check["passed"] for check in results["checks"])
+    atomic_write_text(out / "results.json", json_text(results))  # whatever happens to the live checks
     for name, proposer in proposers.items():
-        for recording in tasks.values():
-            if live:
-                passed &= _live(target, name, proposer, recording, live, config.sampling, results, console)
+        for recording in tasks.values() if live else ():
+            passed &= _live(target, name, proposer, recording, live, config, results, console)
     atomic_write_text(out / "results.json", json_text(results))
     return results, passed
 
@@ -208,15 +208,18 @@ def _live(
     proposer: Replayable,
     recording: Recorded,
     count: int,
-    sampling: SamplingConfig,
+    config: EvalConfig,
     results: dict[str, Any],
     console: Progress,
 ) -> bool:
+    sampling, batch_size = config.sampling, config.batch_size
     some = recording.trajectories[:count]
     with console.progress(f"{name} live on {recording.label}", len(some)) as advance:
         one = check_live(target, proposer, some, recording.limit, sampling=sampling, on_done=lambda n: advance(n, ""))
-    many = check_live(target, proposer, recording.trajectories, recording.limit, sampling=sampling, batched=True)
-    for how, check in (("batch 1", one), (f"batch {len(many.generations)}", many)):
+    many = check_live(
+        target, proposer, recording.trajectories, recording.limit, sampling=sampling, batch_size=batch_size
+    )
+    for how, check in (("batch 1", one), (f"batch {min(batch_size, len(many.generations))}", many)):
         rounds = sum(len(g.rounds) for g in check.generations)
         told = f"{len(check.generations)} prompts, {rounds} rounds, {len(check.near_ties)} near ties"
         results["checks"].append(
@@ -232,7 +235,7 @@ def _live(
 
 def what_agrees(near_ties: bool) -> str:
     """What a passed check of live decoding shows."""
-    apart = ", near ties of the target apart" if near_ties else ""
+    apart = ", near ties apart" if near_ties else ""
     return f"live tokens are plain decoding's, live rounds are replay's{apart}"
 
 

@@ -257,7 +257,7 @@ def check_live(
     limit: int,
     *,
     sampling: SamplingConfig | None = None,
-    batched: bool = False,
+    batch_size: int = 1,
     on_done: Callable[[int], None] | None = None,
 ) -> LiveCheck:
     """Decode recorded prompts (T=0) live; compare tokens with plain decoding and the recording, and rounds with replay.
@@ -266,7 +266,7 @@ def check_live(
     """
     plain: list[Generation] = []
     live: list[Generation] = []
-    groups = [list(trajectories)] if batched else [[t] for t in trajectories]
+    groups = [trajectories[i : i + batch_size] for i in range(0, len(trajectories), batch_size)]
     plain_seconds = live_seconds = 0.0
     for warm in (None, proposer):  # kernels are compiled before any is timed
         generate(target, warm, [t.prompt for t in groups[0]], sampling=sampling, max_new_tokens=min(2, limit))
@@ -279,21 +279,23 @@ def check_live(
         plain_seconds, live_seconds = plain_seconds + between - began, live_seconds + _clock(target) - between
         if on_done:
             on_done(len(group))
-    began = _clock(target)
-    features = trajectory_features(target, trajectories, proposer.layer_ids) if proposer.layer_ids else None
-    between = _clock(target)
-    replayed = replay(proposer, trajectories, features, limit)
-    prefill_seconds, replay_seconds = between - began, _clock(target) - between
-    spent = live_seconds, plain_seconds, replay_seconds, prefill_seconds
-    check = LiveCheck(live, plain, *spent, [], [], near_tie(target))
-    for i, trajectory in enumerate(trajectories):
-        _compare_tokens(check, f"{trajectory.id}: speculative and plain decoding", live[i].tokens, plain[i])
-        recording = trajectory.tokens[: len(plain[i].tokens)]
-        _compare_tokens(check, f"{trajectory.id}: the recording and plain decoding", recording, plain[i])
-        if trajectory.tokens[: len(live[i].tokens)] == live[i].tokens:
-            _compare_rounds(
-                check, target, proposer, trajectory, features[i] if features else None, live[i], replayed[i]
-            )
+    check = LiveCheck(live, plain, live_seconds, plain_seconds, 0.0, 0.0, [], [], near_tie(target))
+    for start in range(0, len(trajectories), CHUNK):
+        part = trajectories[start : start + CHUNK]
+        began = _clock(target)
+        features = trajectory_features(target, part, proposer.layer_ids) if proposer.layer_ids else None
+        between = _clock(target)
+        replayed = replay(proposer, part, features, limit)
+        check.prefill_seconds += between - began
+        check.replay_seconds += _clock(target) - between
+        for i, trajectory in enumerate(part):
+            ours, reference = live[start + i], plain[start + i]
+            _compare_tokens(check, f"{trajectory.id}: speculative and plain decoding", ours.tokens, reference)
+            recording = trajectory.tokens[: len(reference.tokens)]
+            _compare_tokens(check, f"{trajectory.id}: the recording and plain decoding", recording, reference)
+            if trajectory.tokens[: len(ours.tokens)] == ours.tokens:
+                known = features[i] if features else None
+                _compare_rounds(check, target, proposer, trajectory, known, ours, replayed[i])
     return check
 
 

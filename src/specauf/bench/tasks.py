@@ -177,10 +177,8 @@ def describe_task(name: str, *, tasks_dir: str | None = None) -> Task:
     )
 
 
-def load_task(
-    name: str, *, tasks_dir: str | None = None, data_dir: Path | None = None, count: int | None = None
-) -> list[BenchPrompt]:
-    """The first `count` conversations of a task, in a fixed order; as many as `TASKS` says when not given.
+def load_task(name: str, *, tasks_dir: str | None = None, data_dir: Path | None = None) -> list[BenchPrompt]:
+    """The conversations of a task, in a fixed order; at most as many as `TASKS` says.
 
     Raises `ConfigError` on an unknown name; `UserError` on a file that cannot be read, naming the line, and when a source
     cannot be reached.
@@ -206,7 +204,7 @@ def load_task(
             ) from None
     else:
         raise _unknown(name, tasks_dir)
-    return found[: count if count is not None or name not in TASKS else TASKS[name].count]
+    return found[: TASKS[name].count] if name in TASKS else found
 
 
 def task_texts(names: Sequence[str], tasks_dir: str | None = None) -> list[str]:
@@ -268,7 +266,7 @@ def _prompt(name: str, turns: Sequence[str]) -> BenchPrompt:
 
 
 def _file(name: str, tasks_dir: str | None) -> Path | None:
-    if tasks_dir is None:
+    if tasks_dir is None or name == "heldout":  # that name is the corpus's own
         return None
     directory = Path(tasks_dir).expanduser()
     if not directory.is_dir():

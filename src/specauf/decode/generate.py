@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from specauf.config import SamplingConfig
 from specauf.decode.cache import RoomyLayer, roomy_cache
-from specauf.decode.propose import DrafterProposer, Proposer
+from specauf.decode.propose import DrafterProposer, LookupFirst, Proposer
 from specauf.decode.select import Selection, along, build_tree, choose, keep_path, sample_candidates
 from specauf.decode.verify import (
     ACCEPT,
@@ -232,7 +232,12 @@ def _check(target: Target, proposer: Proposer | None, sampling: SamplingConfig, 
         raise UserError("self-selection chooses between point masses: it cannot be had with the proposal 'sampled'")
     if (selection or (drawn and proposer)) and not isinstance(proposer, DrafterProposer):
         what = "self-selection" if selection else "the proposal 'sampled'"
-        raise UserError(f"{what} draws from a drafter's probabilities, and there is no drafter here")
+        why = (
+            "lookup first has none for what it copies"
+            if isinstance(proposer, LookupFirst)
+            else "there is no drafter here"
+        )
+        raise UserError(f"{what} draws from a drafter's probabilities, and {why}")
     if selection and (getattr(target.config, "alibi", False) or getattr(target.config, "model_type", "") == "bloom"):
         raise UserError("self-selection verifies a tree, and this target's ALiBi knows the distances of a chain alone")
     if selection and isinstance(proposer, DrafterProposer) and isinstance(proposer.drafter, Domino):

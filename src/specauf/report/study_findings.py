@@ -118,6 +118,8 @@ def missing(results: Results) -> list[str]:
         if told:
             sentences = " ".join(f"{line[0].upper()}{line[1:]}." for line in told)
             lines.append(f"“{index.part_label(part)}”. {sentences}")
+    if unchecked := results.get("unchecked"):
+        lines.append(f"Not decoded live yet, to be compared with replay: {', '.join(map(clean, unchecked))}.")
     if not results["parts"]:
         return ["Nothing has been run yet: the study has no part."]
     return lines or ["Nothing is missing: every cell of every part has been trained and measured."]

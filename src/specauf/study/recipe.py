@@ -292,6 +292,11 @@ def _check(study: Study, where: str) -> None:
     )
     primary, first = next(iter(study.parts.items()))
     require(
+        0.0 in first.temperatures or not study.live.prompts,
+        f"{where}: parts.{primary} is decoded live at temperature 0, which is not among its temperatures: add it, or set "
+        "live.prompts to 0",
+    )
+    require(
         study.live.tokens <= first.max_new_tokens or not study.live.prompts,
         f"{where}: live.tokens is {study.live.tokens}, which parts.{primary} with max_new_tokens {first.max_new_tokens} does "
         "not record",

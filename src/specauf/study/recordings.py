@@ -44,7 +44,7 @@ def describe(
     if fits and target:
         prompts = _prompts(study, task)
         fits = found["made_of"] == _made_of(study, target, prompts, wanted)
-        if fits and not any_day and "rendered" in found:  # older recordings lack it
+        if fits and not any_day:
             fits = found["rendered"] == _digest_of(_rendered(study, target, prompts))
     return found if fits else None
 

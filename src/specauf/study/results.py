@@ -22,7 +22,7 @@ from specauf.study.recipe import Study
 from specauf.study.recordings import describe
 from specauf.study.records import subjects
 from specauf.study.scores import Measured, comparisons, methods_of, scores
-from specauf.study.training_log import summary, thinned
+from specauf.study.training_log import at_common_steps, summary, thinned
 from specauf.target import Target
 from specauf.train.objectives import objectives_of
 
@@ -31,6 +31,7 @@ def collect(study: Study, target: Target, prepared: Prepared) -> dict[str, Any]:
     """The dict that the report reads. It names whatever has not run; nothing is left out."""
     box = provenance.for_report(digest(_recipe(study)))
     measured = Measured(study, target)
+    checks, unchecked = _checks(study, target)
     results: dict[str, Any] = {
         "kind": "study",
         "title": study.title,
@@ -52,7 +53,8 @@ def collect(study: Study, target: Target, prepared: Prepared) -> dict[str, Any]:
         "parts": [_part(study, measured, key) for key in study.parts],
         "scores": scores(measured),
         "comparisons": comparisons(measured),
-        "checks": _checks(study, target),
+        "checks": checks,
+        "unchecked": unchecked,
     }
     results["claims"] = claims(results)
     return results
@@ -178,8 +180,9 @@ def _lookups(study: Study) -> list[dict[str, Any]]:
 
 
 def _training(study: Study, name: str) -> dict[str, list[dict[str, Any]]]:
-    logs = {str(seed): read_rows(study.cell_dir(name, seed) / "log.jsonl") for seed in _seeds(study, name)}
-    return {seed: thinned(log) for seed, log in logs.items() if log}
+    logs = {seed: read_rows(study.cell_dir(name, seed) / "log.jsonl") for seed in _seeds(study, name)}
+    every = {seed: study.config(name, seed).train.common_every for seed in logs}
+    return {str(seed): thinned(at_common_steps(log, every[seed])) for seed, log in logs.items() if log}
 
 
 def _part(study: Study, measured: Measured, key: str) -> dict[str, Any]:
@@ -204,14 +207,15 @@ def _part(study: Study, measured: Measured, key: str) -> dict[str, Any]:
     }
 
 
-def _checks(study: Study, target: Target) -> list[dict[str, Any]]:
-    """For the primary part's methods: live decoding of a sample against replay, task by task."""
+def _checks(study: Study, target: Target) -> tuple[list[dict[str, Any]], list[str]]:
+    """For the primary part's methods: live decoding of a sample against replay, task by task; and those not made yet."""
     key, part = next(iter(study.parts.items()))
-    found = []
+    found, unchecked = [], []
     for subject in subjects(study, key, part.seeds[:1]):
-        for task in study.base.eval.tasks:
+        for task in study.base.eval.tasks if study.live.prompts else ():
             about = describe(study, task, study.live_recording(), target, any_day=True)
             if about is None or (check := read_live(study, subject, task, about)) is None:
+                unchecked.append(f"{subject.name} on {task}")
                 continue
             told = f"{check['prompts']} prompts, {check['rounds']} rounds, {len(check['near_ties'])} near ties"
             found.append(
@@ -221,4 +225,4 @@ def _checks(study: Study, target: Target) -> list[dict[str, Any]]:
                     "passed": not check["problems"],
                 }
             )
-    return found
+    return found, unchecked

@@ -176,6 +176,7 @@ def scores(measured: Measured) -> list[dict[str, Any]]:
 def _score(by_task: ByTask) -> dict[str, Any]:
     first = next(iter(by_task.values()))
     taus = {task: counts.tau() for task, counts in by_task.items()}
+    interval = list(_bootstrap(by_task, taus, None).interval)  # first: it says what is wrong when a task has no round
     early = {task: counts.tau(before_loop=True) for task, counts in by_task.items()}
     survival = np.mean([counts.survival() for counts in by_task.values()], axis=0)
     previous = np.concatenate([[1.0], survival[:-1]])
@@ -183,7 +184,7 @@ def _score(by_task: ByTask) -> dict[str, Any]:
     return {
         "seeds": list(first.seeds),
         "tau": macro(taus),
-        "interval": list(_bootstrap(by_task, taus, None).interval),
+        "interval": interval,
         "tau_before_loop": macro(early),
         "survival": survival.tolist(),
         "alpha": [float(s / p) if p > 0 else None for s, p in zip(survival, previous, strict=True)],

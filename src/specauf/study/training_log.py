@@ -22,6 +22,14 @@ FIGURES = (
 )
 
 
+def at_common_steps(log: Sequence[Mapping[str, Any]], every: int) -> list[dict[str, Any]]:
+    """The log with common-token accuracy at every `every`-th step alone.
+
+    A loss that reads all slots has it at each step, one that stops early at these only; they are compared at the same steps.
+    """
+    return [{k: v for k, v in row.items() if k != "common_accuracy" or (row["step"] - 1) % every == 0} for row in log]
+
+
 def thinned(log: Sequence[Mapping[str, Any]], rows: int = ROWS) -> list[dict[str, Any]]:
     """At most `rows` rows, each the mean of its window, named for the window's last step.
 

@@ -67,7 +67,12 @@ def test_parquet_is_read_and_the_table_says_how_many(tmp_path: Path, monkeypatch
     parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "train.parquet")
     monkeypatch.setattr(tasks, "download", lambda name, source: tmp_path / "train.parquet")
     assert [asked(p) for p in load_task("alpaca")] == [[f"do {i}"] for i in range(200)]
-    assert len(load_task("alpaca", count=3)) == 3 and len(load_task("alpaca", count=220)) == 220
+
+
+def test_a_file_called_heldout_is_not_the_corpus_own(tmp_path: Path) -> None:
+    write(tmp_path / "heldout.jsonl", [{"id": "a", "turns": ["What is two plus two?"]}])
+    with pytest.raises(UserError, match="'heldout' needs prepared data"):
+        load_task("heldout", tasks_dir=str(tmp_path))
 
 
 def test_a_hub_out_of_reach_points_to_the_directory(monkeypatch: pytest.MonkeyPatch) -> None:

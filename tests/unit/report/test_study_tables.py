@@ -229,6 +229,10 @@ def test_what_is_missing_is_said_part_by_part(results: Results) -> None:
     assert study_findings.missing(results) == [
         "Nothing is missing: every cell of every part has been trained and measured."
     ]
+    results["unchecked"] = ["auf-s0 on mbpp", "auf-s0 on gsm8k"]
+    assert study_findings.missing(results) == [
+        "Not decoded live yet, to be compared with replay: auf-s0 on mbpp, auf-s0 on gsm8k."
+    ]
 
 
 def test_cells_in_training_and_cells_that_wait_for_their_measurement_are_told_apart(results: Results) -> None:
