@@ -210,7 +210,12 @@ def require_trainable(config: RunConfig, target: Target, prepared: Prepared) -> 
         )
     require_batch(len(prepared.train), config.train)
     require_heldout(config, prepared)
-    if why := undecodable(target):
+    why = undecodable(target)
+    if why and config.train.eval_every:
+        raise UserError(f"{why}. It can be trained for with train.eval_every=0")
+    if config.train.eval_every and config.eval.sampling.proposal != "greedy":
+        raise ConfigError("train.eval_every replays, which needs eval.sampling.proposal=greedy")
+    if why:
         log.warning("%s: a drafter can be trained, and is neither measured nor run here", why)
 
 

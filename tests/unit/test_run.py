@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from specauf.config import DataConfig, DrafterConfig, RunConfig, TrainConfig
-from specauf.data.dataset import Prepared
+from specauf.config import DataConfig, DrafterConfig, RunConfig, SamplingConfig, TrainConfig
+from specauf.data.dataset import Prepared, Prompt
 from specauf.data.sources import Ledger
 from specauf.drafter.checkpoint import load_drafter, save_drafter
 from specauf.drafter.config import DFlashConfig
@@ -130,6 +130,22 @@ def test_a_mask_that_is_a_token_of_the_text_is_refused(target: Target, tmp_path:
             pytest.raises(ConfigError, match="59 occurs in the training data") if refused else contextlib.nullcontext()
         ):
             require_trainable(wanted, target, data)
+
+
+def test_replay_that_cannot_be_had_is_refused_before_features(
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = TrainConfig(max_steps=4, batch_size=1, eval_every=2)
+    wanted = dataclasses.replace(config(), out=str(tmp_path / "run"), train=train)
+    prompt = Prompt("a", [{"role": "user", "content": "x"}], 3)
+    data = Prepared(make_dataset([(1, [7, 5, 7], [False, True, True])]), [prompt], Ledger(), False)
+    require_trainable(wanted, target, data)
+    drawn = dataclasses.replace(wanted.eval, sampling=SamplingConfig(temperature=1.0, proposal="sampled"))
+    with pytest.raises(ConfigError, match=r"train\.eval_every replays, which needs eval\.sampling\.proposal=greedy"):
+        require_trainable(dataclasses.replace(wanted, eval=drawn), target, data)
+    monkeypatch.setattr("specauf.run.undecodable", lambda target: "it has linear attention")
+    with pytest.raises(UserError, match=r"linear attention\. It can be trained for with train\.eval_every=0"):
+        require_trainable(wanted, target, data)
 
 
 def test_prepared_data_are_known_by_where_their_corpus_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

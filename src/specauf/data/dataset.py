@@ -279,8 +279,13 @@ def _render_rows(
 
 def _require_supervision(rows: list[Row], ledger: Ledger, source: Path) -> None:
     if not rows:
-        table = "\n".join(ledger.lines())
-        raise UserError(f"{source}: no conversation is left to train on\n{table}")
+        table = "\n".join([f"{source}: no conversation is left to train on", *ledger.lines()])
+        if any(reason.startswith("unstable") for reason in ledger.dropped):
+            table += (
+                "\nThe template renders answers in another way than it prompts for them. The target's own answers can be\n"
+                "trained on: specauf rollout RECIPE --out DIR --turns 1"
+            )
+        raise UserError(table)
     if all(bool(mask.all()) for _, _, mask in rows):
         raise UserError(
             f"{source}: the chat template puts every token of every conversation into assistant turns, so the loss "

@@ -23,6 +23,8 @@ ROLES = {
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model"), "assistant"),
     **dict.fromkeys(("system", "developer"), "system"),
 }
+TOOLS = ("tool", "function", "observation", "ipython")
+"""Roles of a tool's answer."""
 CHUNK = 1 << 23
 _SEPARATOR = re.compile(r"[\s,]*")
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -208,7 +210,7 @@ def _message(item: Any) -> Message:
     if not isinstance(role, str) or not isinstance(content, str):
         raise _Unusable("malformed")
     if (role := role.strip().lower()) not in ROLES:
-        raise _Unusable("unknown role")
+        raise _Unusable("tool turn" if role in TOOLS else "unknown role")
     return Message(ROLES[role], content)
 
 
@@ -311,6 +313,7 @@ def normalise(record: Any, ledger: Ledger) -> Conversation | None:
 def read_conversations(path: Path, ledger: Ledger, excluded_prompts: Iterable[str] = ()) -> list[Conversation]:
     """Every usable conversation of `path`, once, in file order; `ledger` balances afterwards.
 
+    An id that too many share to be parts of one chat names their source, and each gets a hash of its content instead.
     A conversation with a user turn equal to one of `excluded_prompts` (white space and case aside) is dropped as
     `evaluation prompt`. Raises `UserError` as `read_records` does.
     """
@@ -333,7 +336,13 @@ def read_conversations(path: Path, ledger: Ledger, excluded_prompts: Iterable[st
         kept.append(conversation)
     ledger.kept = len(kept)
     ledger.check()
-    return kept
+    shared, longest = Counter(c.id for c in kept), _longest_chat(len(kept))
+    return [c if shared[c.id] <= longest else c._replace(id=content_hash(c.messages)) for c in kept]
+
+
+def _longest_chat(conversations: int) -> float:
+    most, share = LONGEST_CHAT
+    return max(most, share * conversations)
 
 
 def split(
@@ -372,11 +381,8 @@ def split(
 def _chats(conversations: list[Conversation]) -> list[str]:
     """The chat that each conversation is part of; its own id where that names no part."""
     names = [part[1] if (part := _PART.fullmatch(c.id)) else c.id for c in conversations]
-    count, (most, share) = Counter(names), LONGEST_CHAT
-    return [
-        name if count[name] <= max(most, share * len(names)) else c.id
-        for name, c in zip(names, conversations, strict=True)
-    ]
+    count, longest = Counter(names), _longest_chat(len(names))
+    return [name if count[name] <= longest else c.id for name, c in zip(names, conversations, strict=True)]
 
 
 def counter(seed: int, stream: str, key: object) -> float:

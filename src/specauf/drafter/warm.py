@@ -6,6 +6,7 @@ other; it has to learn to do without the layers that were left out. The paper be
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ from specauf.strict import ConfigError
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 PROJECTIONS = (
     *(f"self_attn.{name}_proj.weight" for name in "qkvo"),
@@ -56,6 +59,11 @@ def _copy(own: Layer, theirs: nn.Module, number: int) -> None:
             f"drafter.init_layers: layer {number} of the target has {sandwiched[0]}, its norms stand elsewhere than the "
             "drafter's: leave init_layers out"
         )
+    norms = {name for name in found if name.startswith("self_attn.") and "norm" in name}
+    if unknown := sorted(norms - {f"self_attn.{side}_norm.weight" for side in "qk"}):
+        raise ConfigError(
+            f"drafter.init_layers: layer {number} of the target has {unknown[0]}, the drafter none: leave it out"
+        )
     for name in PROJECTIONS:
         parameter = own.get_parameter(name)
         if name not in found or found[name].shape != parameter.shape:
@@ -69,6 +77,9 @@ def _copy(own: Layer, theirs: nn.Module, number: int) -> None:
             raise ConfigError(
                 f"drafter.init_layers: layer {number} of the target has {bias}, the drafter none: leave it out"
             )
+    probe = torch.linspace(-1, 1, own.input_layernorm.weight.numel()).to(own.mlp.up_proj.weight)
+    if not torch.allclose(own.mlp(probe), theirs.get_submodule("mlp")(probe[None, None]).flatten(), 1e-2, 1e-2):
+        log.warning("drafter.init_layers: layer %d of the target has another activation: its MLP is no copy", number)
     for name in ("input_layernorm", "post_attention_layernorm"):
         if f"{name}.weight" not in found:
             raise ConfigError(f"drafter.init_layers: layer {number} of the target has no {name}: leave init_layers out")

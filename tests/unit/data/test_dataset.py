@@ -218,6 +218,7 @@ def test_a_template_that_supervises_nothing_is_an_error_with_the_ledger(
     with pytest.raises(UserError, match="no conversation is left") as error:
         run(tok=tokenizer)
     assert "unstable rendering" in str(error.value) and "records in" in str(error.value)
+    assert "specauf rollout RECIPE --out DIR --turns 1" in str(error.value), "which needs no rendered answer"
     assert not (tmp_path / "out" / META).exists()
 
 

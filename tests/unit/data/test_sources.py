@@ -185,7 +185,8 @@ def test_repairs_keep_the_record_and_are_counted(turns: str, kept: str, changed:
         (share(("human", "  "), ("gpt", "\n")), "empty"),
         (share(("gpt", "only an answer")), "no answer to a user turn"),
         (share(("human", "only a question"), ("gpt", "")), "no answer to a user turn"),
-        (share(("human", "q"), ("tool", "t"), ("gpt", "a")), "unknown role"),
+        (share(("human", "q"), ("tool", "t"), ("gpt", "a")), "tool turn"),
+        (share(("human", "q"), ("narrator", "t"), ("gpt", "a")), "unknown role"),
         ({"text": "raw"}, "neither conversations nor messages"),
         ("a string", "malformed"),
         ({"messages": ["hello"]}, "malformed"),
@@ -391,3 +392,15 @@ def test_the_split_keeps_the_share_and_depends_on_the_seed() -> None:
 def test_groups_are_linked_through_chains() -> None:
     chain = chats([(0, 0), (1, 0), (1, 1), (2, 1)])
     assert {len(split(chain, 0.5, seed)[1]) for seed in range(20)} == {0, 4}
+
+
+def test_an_id_that_names_the_source_is_no_conversation(write_corpus: Callable[..., Path]) -> None:
+    def chat(i: int, name: str) -> dict[str, Any]:
+        return {"id": name, "messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "a"}]}
+
+    for names in (1, 3):
+        path = write_corpus([chat(i, f"source {i % names}") for i in range(400)])
+        found = read_conversations(path, Ledger())
+        assert len({c.id for c in found}) == 400 and 15 < len(split(found, 0.1, 0)[1]) < 70
+    few = read_conversations(write_corpus([chat(i, f"chat {i % 20}") for i in range(400)]), Ledger())
+    assert {c.id for c in few} == {f"chat {i}" for i in range(20)}, "twenty parts of a chat are its own"

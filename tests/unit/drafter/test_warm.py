@@ -14,6 +14,7 @@ from transformers import (
     GemmaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    HunYuanDenseV1Config,
     Olmo2Config,
     Qwen2Config,
     Qwen3Config,
@@ -89,11 +90,14 @@ def test_without_norms_of_queries_and_keys_their_scale_is_the_targets(target: Ta
         torch.testing.assert_close(gain[0], scale, rtol=0.05, atol=0)
 
 
-def test_a_gain_that_is_stored_less_one_is_read_as_it_works() -> None:
+def test_a_gain_that_is_stored_less_one_is_read_as_it_works(caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(4)
     model = GemmaForCausalLM(GemmaConfig(**SHAPE, pad_token_id=None, bos_token_id=None, eos_token_id=60))
     model.model.norm.weight.data.uniform_(-0.5, 0.5)
+    for parameter in model.model.layers.parameters():  # so that GELU and SiLU differ by more than rounding
+        parameter.data.mul_(20)
     drafter = new_drafter(config(), Target(model, None, "tiny-gemma"))
+    assert "layer 1 of the target has another activation: its MLP is no copy" in caplog.text
     torch.testing.assert_close(drafter.norm.weight, 1 + model.model.norm.weight)
 
 
@@ -113,6 +117,7 @@ def test_what_cannot_be_copied_is_said(target: Target, change: dict[str, object]
     ("kind", "told"),
     [
         (Qwen2Config, "has self_attn.q_proj.bias, the drafter none"),
+        (HunYuanDenseV1Config, "has self_attn.key_layernorm.weight, the drafter none"),
         (StableLmConfig, "LayerNorm of the target is no RMSNorm"),
         (Olmo2Config, "layer 1 of the target has post_feedforward_layernorm.weight, its norms stand elsewhere"),
         (Gemma2Config, "has pre_feedforward_layernorm.weight, its norms stand elsewhere"),
