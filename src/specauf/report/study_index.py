@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 from specauf.config import LOOKUP
@@ -152,20 +151,8 @@ def noise_floor(results: Results, part: dict[str, Any], temperature: str, name: 
 
 
 def alpha(results: Results, part: dict[str, Any], temperature: str, name: str) -> list[float | None]:
-    """alpha_1, alpha_2, ... over all benchmarks: as measured, or else from the benchmarks' mean survival."""
-    whole = score(results, part, temperature, name, MACRO)
-    if whole.get("alpha"):
-        return [real(a) for a in whole["alpha"]]
-    curves = [
-        [real(s) for s in score(results, part, temperature, name, t).get("survival") or []] for t in tasks(results)
-    ]
-    depth = min(map(len, curves), default=0)
-    means = [1.0]
-    for column in [[curve[k] for curve in curves] for k in range(depth)]:
-        if None in column:
-            break
-        means.append(sum(s for s in column if s is not None) / len(column))
-    return [after / before if before else None for before, after in pairwise(means)]
+    """alpha_1, alpha_2, ... over all benchmarks; empty where the method was not measured."""
+    return [real(a) for a in score(results, part, temperature, name, MACRO).get("alpha") or []]
 
 
 def thin_slots(score: dict[str, Any], curve: Sequence[float | None]) -> set[int]:

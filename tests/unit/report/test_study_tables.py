@@ -171,14 +171,6 @@ def test_a_cell_in_training_says_how_far_it_is(results: Results) -> None:
     assert study_tables.budget_rows(results)[1][2:4] == ["training", "120 of 500"]
 
 
-def test_alpha_over_benchmarks_follows_from_survival_when_it_is_not_given(results: Results) -> None:
-    change(results, {"alpha": None}, part="a", task="macro")
-    change(results, {"survival": [0.4, 0.1]}, part="a", temperature="0", method="auf")
-    assert index.alpha(results, part(results, "a"), "0", "auf") == pytest.approx([0.4, 0.25])
-    change(results, {"survival": [0.0, 0.0]}, part="a", temperature="0", method="auf")
-    assert index.alpha(results, part(results, "a"), "0", "auf") == [0.0, None]
-
-
 def test_findings_keep_their_order_and_their_verdicts(results: Results) -> None:
     found = study_findings.findings(results)
     assert [f.verdict for f in found] == ["Reproduced here", "Undecided", "Not reproduced here", "Not run"]
