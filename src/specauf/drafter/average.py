@@ -44,6 +44,9 @@ def _require_branches(path: Path, drafter: DFlash, other_path: Path, other: DFla
         ours, theirs = getattr(drafter.config, field.name), getattr(other.config, field.name)
         if field.name != "extra" and ours != theirs:
             raise UserError(f"{other_path} has {field.name}={theirs}, {path} has {ours}: these have no mean")
+    known = other.state_dict()
+    if any(not t.is_floating_point() and not torch.equal(t, known[n]) for n, t in drafter.state_dict().items()):
+        raise UserError(f"{path} and {other_path} know other tokens (drafter.draft_vocab_size): these have no mean")
     for key in ("target_fingerprint", "template_hash"):
         if (theirs := other.config.extra.get(key)) != (ours := drafter.config.extra.get(key)):
             raise UserError(f"{other_path} was trained with {key} {theirs}, {path} with {ours}: these have no mean")

@@ -13,6 +13,7 @@ from tests.conftest import make_geometry
 
 from specauf.drafter.average import average_weights
 from specauf.drafter.checkpoint import build_drafter, histories, load_drafter, save_drafter, weights_hash
+from specauf.drafter.vocabulary import keep_tokens
 from specauf.export import export
 from specauf.strict import UserError
 from specauf.target import Target
@@ -76,3 +77,15 @@ def test_other_shapes_are_refused(target: Target, tmp_path: Path) -> None:
     save_drafter(build_drafter(dataclasses.replace(make_geometry(target), block_size=4)), other, told)
     with pytest.raises(UserError, match=r"b has block_size=4, .*a has 5"):
         average_weights([path, other])
+
+
+def test_other_vocabularies_are_refused(target: Target, tmp_path: Path) -> None:
+    paths = []
+    for seed in (1, 2):
+        drafter = build_drafter(make_geometry(target, draft_vocab_size=16), seed=seed)
+        keep_tokens(drafter, torch.arange(seed, seed + 16))
+        paths.append(save_drafter(drafter, tmp_path / str(seed), {"init_from": FROM}))
+    with pytest.raises(UserError, match=r"know other tokens \(drafter.draft_vocab_size\)"):
+        average_weights(paths)
+    mean = average_weights([paths[0], paths[0]])
+    assert all(torch.equal(t, load_drafter(paths[0]).state_dict()[n]) for n, t in mean.state_dict().items())
