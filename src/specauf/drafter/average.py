@@ -35,6 +35,9 @@ def average_weights(checkpoints: Sequence[Path]) -> DFlash:
     }
     first.load_state_dict(mean, strict=False)
     record = [origin(path, other) for path, other in zip(checkpoints[1:], others, strict=True)]
+    for trained in (o["trained"] for o in record):  # an ancestry that all share is told once
+        if trained.get("init_from") == first.config.extra.get("init_from"):
+            trained.pop("init_from", None)
     first.config = dataclasses.replace(first.config, extra={**first.config.extra, "averaged_with": record})
     return first
 
