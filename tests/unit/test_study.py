@@ -218,6 +218,7 @@ def test_comparisons_are_paired_corrected_and_have_a_noise_floor(whole: tuple[re
         difference = scores[row["a"]]["tau"] - scores[row["b"]]["tau"]
         assert row["before_loop"] or row["difference"] == pytest.approx(difference)
     assert all(check["passed"] for check in whole[1]["checks"]) and len(whole[1]["checks"]) == 2 * 3
+    assert whole[1]["unchecked"] == []
 
 
 def test_a_finished_study_computes_nothing_again(whole: tuple[recipe.Study, dict[str, Any]], tiny: Target) -> None:
@@ -339,7 +340,7 @@ def test_a_report_is_not_of_another_sampling_than_it_says(
     changed["base"]["eval"]["sampling"] = {"repetition_penalty": 1.3}
     study = recipe.study_of(changed, "test")
     found = collect(study, tiny, Corpus(study, tiny, Quiet()).prepared(study.base))
-    assert found["scores"] == found["checks"] == []
+    assert found["scores"] == found["checks"] == [] and found["unchecked"], "what was not decoded live is named"
 
 
 def test_a_live_sample_is_no_larger_than_its_part(world: Path, tmp_path: Path) -> None:

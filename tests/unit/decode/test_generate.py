@@ -426,12 +426,16 @@ def test_a_drafter_of_another_target_is_refused(target: Target) -> None:
         PromptLookup(1)
 
 
-def test_a_live_check_compares_with_the_recording_under_its_sampling(target: Target, prompts: list[list[int]]) -> None:
+@pytest.mark.parametrize(("batch_size", "chunk"), [(1, 64), (2, 2)])
+def test_a_live_check_compares_with_the_recording_under_its_sampling(
+    target: Target, prompts: list[list[int]], batch_size: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "CHUNK", chunk)
     sampling = SamplingConfig(repetition_penalty=1.5)
     numbered = [(str(i), p) for i, p in enumerate(prompts[:3])]
     made = record(target, numbered, limit=12, block_size=5, sampling=sampling)
     drafter = DrafterProposer(DFlash(make_geometry(target)), target)
-    right = check_live(target, drafter, made, 12, sampling=sampling)
+    right = check_live(target, drafter, made, 12, sampling=sampling, batch_size=batch_size)
     assert not right.problems and not right.near_ties
     wrong = check_live(target, drafter, made, 12)
     assert any("the recording and plain decoding part at token" in told for told in wrong.problems)
