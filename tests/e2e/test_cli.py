@@ -44,6 +44,11 @@ def test_prepare_train_eval_generate_and_report(world: Path, capsys: pytest.Capt
     told = capsys.readouterr().out
     assert "prompt lookup" in told and "ok: run, birds, batch 1" in told and "FAILED" not in told
     assert "ok: run, lookup first, birds, batch 1" in told
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("specauf.bench.compare.check_live", lambda *given, **options: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main([*command[:-5], str(world / "eval-cut"), *command[-4:]])
+    assert json.loads((world / "eval-cut" / "results.json").read_text())["evaluation"], "replay is kept whatever comes"
     kept, behind = json.loads((world / "eval" / "results.json").read_text()), "run, lookup first"
     compared = {(c["a"], c["b"]) for c in kept["comparisons"]}
     assert compared == {(behind, "run"), ("run", "prompt-lookup"), (behind, "prompt-lookup")}
