@@ -13,6 +13,7 @@ import hashlib
 import json
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from datetime import date
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Messages = Sequence[Message] | Sequence[Mapping[str, str]]
+TODAY = date(2024, 7, 26)
+"""The date that templates are told, so that a command has the same tokens on every day. Llama 3's write it when told none."""
+# A template is given data alone, no functions, so what it calls for the date is shadowed in its own language.
+SAID = "".join(f".replace('%{code}', '{TODAY.strftime('%' + code)}')" for code in "aAbBdHIjmMpSwyY")
+DATED = "{% macro strftime_now(format) %}{{ format" + SAID + " }}{% endmacro %}{{ '' }}"
 
 
 class Rendered(NamedTuple):
@@ -152,16 +158,20 @@ def continuation_ids(
     return ids[1:]
 
 
-def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Twelve hex digits of the chat template's text. Raises `UserError` when there is none."""
+def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The chat template's text. Raises `UserError` when there is none."""
     try:
-        template = tokenizer.get_chat_template()
+        return tokenizer.get_chat_template()
     except ValueError:
         raise UserError(
             f"the tokenizer {tokenizer.name_or_path!r} has no chat template: put one beside it as chat_template.jinja, "
             "or use the instruction-tuned version of the target"
         ) from None
-    return hashlib.sha256(template.encode()).hexdigest()[:12]
+
+
+def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Twelve hex digits of the chat template's text. Raises `UserError` when there is none."""
+    return hashlib.sha256(chat_template(tokenizer).encode()).hexdigest()[:12]
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -188,11 +198,14 @@ def _plain(messages: Messages) -> list[dict[str, str]]:
 def _render_text(
     tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], thinking: bool, generation_prompt: bool = False
 ) -> str:
-    if not tokenizer.chat_template:
-        template_hash(tokenizer)
+    template = chat_template(tokenizer)
     try:
         rendered: Any = tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=generation_prompt, enable_thinking=thinking
+            turns,
+            tokenize=False,
+            chat_template=DATED + template if "strftime_now" in template else None,
+            add_generation_prompt=generation_prompt,
+            enable_thinking=thinking,
         )
     except (TemplateError, TypeError, ValueError) as error:  # a template may fail as any program
         raise TemplateRefused(str(error)) from None

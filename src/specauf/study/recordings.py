@@ -26,13 +26,10 @@ from specauf.study.recipe import Recording, Study
 from specauf.target import Target
 
 
-def describe(
-    study: Study, task: str, wanted: Recording, target: Target | None = None, *, any_day: bool = False
-) -> dict[str, Any] | None:
+def describe(study: Study, task: str, wanted: Recording, target: Target | None = None) -> dict[str, Any] | None:
     """What is recorded of a task, if `wanted` can be read out of it: enough conversations, tokens and slots; else None.
 
     With `target`, also None when it is a recording of another target, or of other prompts or sampling than the recipe's.
-    Unless `any_day`, also None when the prompts' tokens have changed since: some templates write today's date into them.
     Keys: `key` (digest of the tokens), `recording` (the fields of `Recording`), `made_of` (digest of target, EOS ids,
     prompts and sampling), `label`, `clusters` (conversation number of each trajectory), `repeated_share`.
     """
@@ -42,10 +39,7 @@ def describe(
     found: dict[str, Any] = json.loads(path.read_text())
     fits = Recording(**found["recording"]).covers(wanted, len(set(found["clusters"])))
     if fits and target:
-        prompts = _prompts(study, task)
-        fits = found["made_of"] == _made_of(study, target, prompts, wanted)
-        if fits and not any_day:
-            fits = found["rendered"] == _digest_of(_rendered(study, target, prompts))
+        fits = found["made_of"] == _made_of(study, target, _prompts(study, task), wanted)
     return found if fits else None
 
 
@@ -88,8 +82,7 @@ def open_recorded(study: Study, target: Target, task: str, recording: Recording)
     Raises `UserError` when they have changed since: no measurement may go by the name of another recording.
     """
     about = describe(study, task, recording, target)
-    rendered = _rendered(study, target, _prompts(study, task))
-    found = _open(study, target, task, rendered, recording, None) if about else None
+    found = _open(study, target, task, _prompts(study, task), recording, None) if about else None
     if about is None or found is None or about["key"] != _key(found):
         raise UserError(f"the recording of {task} changed while it was measured: run the same command again")
     return found
@@ -101,13 +94,11 @@ def _record(
     count = len(prompts[: wanted.prompts])
     label = describe_task(task, tasks_dir=study.base.eval.tasks_dir).label
     with console.progress(f"recording the target on {label}, T={wanted.temperature:g}", count) as advance:
-        rendered = _rendered(study, target, prompts)  # once, since midnight may pass
-        made = _open(study, target, task, rendered, wanted, lambda n: advance(n, ""))
+        made = _open(study, target, task, prompts, wanted, lambda n: advance(n, ""))
     about = {
         "key": _key(made),
         "recording": dataclasses.asdict(wanted),
         "made_of": _made_of(study, target, prompts, wanted),
-        "rendered": _digest_of(rendered),
         "label": made.label,
         "clusters": made.clusters,
         "repeated_share": repeated_share(made.texts()),
@@ -123,11 +114,11 @@ def _open(
     study: Study,
     target: Target,
     task: str,
-    rendered: Sequence[Dialogue],
+    prompts: list[BenchPrompt],
     wanted: Recording,
     on_progress: Callable[[int], None] | None,
 ) -> Recorded:
-    where = study.out / "trajectories"
+    where, rendered = study.out / "trajectories", _rendered(study, target, prompts)
     label = describe_task(task, tasks_dir=study.base.eval.tasks_dir).label
     return recorded(
         target, label, rendered[: wanted.prompts], _settings(study, wanted), wanted.block_size, where, on_progress
@@ -147,10 +138,6 @@ def _made_of(study: Study, target: Target, prompts: list[BenchPrompt], wanted: R
 
 def _rendered(study: Study, target: Target, prompts: list[BenchPrompt]) -> list[Dialogue]:
     return render_prompts(target, prompts, study.base.data.enable_thinking)
-
-
-def _digest_of(rendered: Sequence[Dialogue]) -> str:
-    return digest([d.prompt for d in rendered])
 
 
 def _prompts(study: Study, task: str) -> list[BenchPrompt]:

@@ -87,7 +87,7 @@ def _task(study: Study, target: Target, name: str) -> dict[str, Any]:
     shares, clusters = {}, list[int]()
     for t in sorted({t for part in study.parts.values() for t in part.temperatures}):
         wanted = [study.recording(key, t) for key, part in study.parts.items() if t in part.temperatures]
-        about = next(filter(None, (describe(study, name, w, target, any_day=True) for w in wanted)), None)
+        about = next(filter(None, (describe(study, name, w, target) for w in wanted)), None)
         if about is not None:
             shares[f"{t:g}"] = about["repeated_share"]
             clusters = max(clusters, about["clusters"], key=len)
@@ -213,7 +213,7 @@ def _checks(study: Study, target: Target) -> tuple[list[dict[str, Any]], list[st
     found, unchecked = [], []
     for subject in subjects(study, key, part.seeds[:1]):
         for task in study.base.eval.tasks if study.live.prompts else ():
-            about = describe(study, task, study.live_recording(), target, any_day=True)
+            about = describe(study, task, study.live_recording(), target)
             if about is None or (check := read_live(study, subject, task, about)) is None:
                 unchecked.append(f"{subject.name} on {task}")
                 continue

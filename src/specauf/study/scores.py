@@ -129,7 +129,7 @@ class Measured:
         found: dict[str, dict[int, list[dict[str, Any]]]] = {}
         clusters: dict[str, list[int]] = {}
         for task in self.study.base.eval.tasks:
-            about = describe(self.study, task, self.study.recording(key, temperature), self.target, any_day=True)
+            about = describe(self.study, task, self.study.recording(key, temperature), self.target)
             if about is None:
                 return {}
             numbers = chosen(about["clusters"], part.prompts)

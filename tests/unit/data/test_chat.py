@@ -214,12 +214,24 @@ def test_a_template_s_own_error_is_a_refusal_with_its_reason(make_tokenizer: Mak
         prompt_ids(make_tokenizer("{{ messages[0].content + 1 }}"), talk("q"), False)
 
 
+def test_a_template_that_writes_the_date_renders_alike_on_every_day(make_tokenizer: Make) -> None:
+    """Llama-3.2's asks `strftime_now`; recordings and rollouts go on tomorrow, with the tokens of today."""
+    asks = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% else %}26 Jul 2024{% endif %}"
+    dated, plain = make_tokenizer("\n" + asks + CHATML), make_tokenizer("\n26 Jul 2024" + CHATML)
+    assert prompt_ids(dated, talk("q"), False) == prompt_ids(plain, talk("q"), False)
+    assert template_hash(dated) != template_hash(make_tokenizer(asks + CHATML)), "of the template as it is"
+
+
 def test_half_a_surrogate_pair_in_a_prompt_is_replaced(tokenizer: Any) -> None:
     assert prompt_ids(tokenizer, talk("a \ud83d b"), False) == prompt_ids(tokenizer, talk("a \ufffd b"), False)
 
 
 def test_a_tokenizer_without_offsets_is_a_user_error(tokenizer: Any) -> None:
-    slow = SimpleNamespace(is_fast=False, chat_template="x", apply_chat_template=tokenizer.apply_chat_template)
+    slow = SimpleNamespace(
+        is_fast=False,
+        get_chat_template=tokenizer.get_chat_template,
+        apply_chat_template=tokenizer.apply_chat_template,
+    )
     with pytest.raises(UserError, match="fast tokenizer"):
         render(slow, talk("q", "a"), enable_thinking=False)
 
