@@ -5,8 +5,10 @@ from __future__ import annotations
 import platform
 import re
 import shutil
+import sysconfig
 import tempfile
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -85,7 +87,24 @@ def check_torch() -> list[Check]:
         found = Check("torch", "warn", f"{build}, but no GPU was found: specauf will run on the CPU", mend)
     else:
         found = Check("torch", "ok", build)
-    return [found, check_threads(torch.get_num_threads(), provenance.available_cores())]
+    compiler = [check_compiler()] if torch.cuda.is_available() else []
+    return [found, *compiler, check_threads(torch.get_num_threads(), provenance.available_cores())]
+
+
+def check_compiler() -> Check:
+    """What Triton needs to compile FlexAttention for a GPU at the first training step."""
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    found = {
+        "Triton": find_spec("triton"),
+        "a C compiler": shutil.which("cc") or shutil.which("gcc"),
+        str(header): header.is_file(),
+    }
+    if lacking := [what for what, there in found.items() if not there]:
+        mend = "install them: pip install triton; apt-get install gcc python3-dev"
+        return Check(
+            "compiler", "fail", f"{', '.join(lacking)} not found: attention cannot be compiled for the GPU", mend
+        )
+    return Check("compiler", "ok", "Triton, a C compiler and Python's headers")
 
 
 def check_threads(threads: int, cores: int) -> Check:

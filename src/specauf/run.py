@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import logging
 import tempfile
@@ -323,8 +324,8 @@ def set_horizon(trainer: Trainer) -> str:
 def heldout_evaluator(config: RunConfig, target: Target, alone: bool = True) -> Callable[[DFlash], dict[str, float]]:
     """A function that replays a drafter over held-out prompts and returns tau, for the training log.
 
-    The ranks of a sharded target are not `alone`: each records for itself and keeps no file, since they have to run the
-    target equally often and would write the same files.
+    The drafter runs in the target's dtype, as `specauf eval` runs it. The ranks of a sharded target are not `alone`: each
+    records for itself and keeps no file, since they have to run the target equally often and would write the same files.
     """
     prompts = render_prompts(
         target, load_task("heldout", data_dir=data_dir(config))[: config.eval.prompts], config.data.enable_thinking
@@ -335,7 +336,10 @@ def heldout_evaluator(config: RunConfig, target: Target, alone: bool = True) -> 
     tasks["heldout"].keep_features = True
 
     def evaluate(drafter: DFlash) -> dict[str, float]:
-        found, _ = measure(target, {"drafter": DrafterProposer(drafter, target)}, tasks)
+        served = drafter
+        if drafter.fc.weight.dtype != target.embed_weight.dtype:
+            served = copy.deepcopy(drafter).to(target.embed_weight)
+        found, _ = measure(target, {"drafter": DrafterProposer(served, target)}, tasks)
         drafter.train()
         return {"replay_tau": found["heldout"]["methods"]["drafter"]["tau"]}
 

@@ -14,7 +14,7 @@ from specauf.config import EvalConfig, SamplingConfig
 from specauf.console import Terminal
 from specauf.data.chat import Rendered, colour, template_hash
 from specauf.data.dataset import TokenDataset, read_split
-from specauf.decode.generate import generate
+from specauf.decode.generate import generate, warm_tokens
 from specauf.decode.propose import Proposer
 from specauf.decode.select import Selection
 from specauf.drafter.checkpoint import histories
@@ -45,7 +45,7 @@ def show(
         "--max-new-tokens must be at least 2: the first token comes from the prefill, not from a round",
     )
     options: dict[str, Any] = {"sampling": sampling, "max_new_tokens": max_new_tokens}
-    stream, few = Stream(target, terminal), {**options, "max_new_tokens": 2}
+    stream, few = Stream(target, terminal), {**options, "max_new_tokens": warm_tokens(target, max_new_tokens)}
     for warm in (proposer, None):  # kernels are compiled, and caches filled, before either is timed
         generate(target, warm, [list(prompt)], selection=selection if warm else None, **few)
     (out,) = generate(target, proposer, [list(prompt)], selection=selection, on_commit=stream.commit, **options)

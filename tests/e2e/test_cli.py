@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from tests.conftest import make_geometry
 
 from specauf.cli import main
 from specauf.config import TargetConfig
-from specauf.drafter.checkpoint import save_drafter
+from specauf.decode.propose import DrafterProposer
+from specauf.drafter.checkpoint import load_drafter, save_drafter
 from specauf.drafter.dflash import DFlash
 from specauf.target import Target
 
@@ -68,6 +71,36 @@ def test_prepare_train_eval_generate_and_report(world: Path, capsys: pytest.Capt
     capsys.readouterr()
     assert main(["generate", str(world / "run" / "checkpoint"), "the cat"]) == 0
     assert "the text is the target's own, token for token" in capsys.readouterr().out
+
+
+def test_training_measures_the_drafter_in_the_targets_dtype(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it will be served; what is trained stays in float32."""
+    seen: list[torch.dtype] = []
+
+    def noted(drafter: DFlash, target: Target) -> DrafterProposer:
+        seen.append(drafter.fc.weight.dtype)
+        return DrafterProposer(drafter, target)
+
+    monkeypatch.setattr("specauf.run.DrafterProposer", noted)
+    sets = ["target.dtype=bfloat16", f"out={world}/half", "train.max_steps=2", "train.eval_every=1"]
+    assert main(["train", str(world / "recipe.yaml"), "--set", *sets]) == 0
+    assert seen == [torch.bfloat16] * 2
+    assert load_drafter(world / "half" / "checkpoint").fc.weight.dtype == torch.float32
+
+
+def test_the_python_of_the_serving_page_decodes(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a tiny target and drafter in place of the page's."""
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    where = TargetConfig(path=str(world / "target"), device="cpu")
+    save_drafter(DFlash(make_geometry(Target.load(where))), tmp_path)
+    for theirs, ours in (("TargetConfig()", repr(where)), ("drafters/smollm2-135m-auf", str(tmp_path))):
+        assert code.count(theirs) == 1
+        code = code.replace(theirs, ours)
+    exec(compile(code, "serving.md", "exec"), {})
+    assert float(capsys.readouterr().out.split()[-1]) >= 1
 
 
 def test_self_selection_and_the_drawn_proposal_are_told_apart(world: Path, capsys: pytest.CaptureFixture[str]) -> None:

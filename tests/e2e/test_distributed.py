@@ -64,6 +64,25 @@ def test_a_mistake_is_said_once(world: Path) -> None:
     assert "Connection closed" not in done.stderr and "barrier" not in done.stderr
 
 
+def test_a_rank_that_fails_alone_says_why_and_waits_for_nobody(tmp_path: Path) -> None:
+    script = tmp_path / "alone.py"
+    script.write_text("""
+import torch
+from torch import distributed
+
+from specauf.train.distributed import ranks_of_run
+
+with ranks_of_run() as ranks:
+    if not ranks.main:
+        distributed.destroy_process_group = lambda: print("waits for the others")
+        raise RuntimeError("out of memory, say")
+    distributed.all_reduce(torch.ones(1))
+""")
+    done = subprocess.run([sys.executable, *TORCHRUN, str(script)], capture_output=True, text=True, timeout=300)
+    assert done.returncode and "RuntimeError: out of memory, say" in done.stderr
+    assert "waits for the others" not in done.stdout
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="thread names are Linux's")
 def test_no_thread_of_the_ranks_outlives_their_block(tmp_path: Path) -> None:
     """One that is still there when Python ends may abort the process after all the work is done."""

@@ -98,6 +98,17 @@ def test_a_cuda_build_without_a_gpu_is_a_warning(machine: SimpleNamespace, monke
     assert found("torch").status == "warn" and "CUDA 13.0" in found("torch").detail
 
 
+def test_a_gpu_needs_what_triton_compiles_with(machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not any(check.name == "compiler" for check in doctor.examine()), "a CPU does not"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    monkeypatch.setattr(doctor, "find_spec", lambda _: None)
+    assert found("compiler").status == "fail" and found("compiler").detail.startswith("Triton not found")
+    monkeypatch.setattr(doctor, "find_spec", lambda _: object())
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    assert "a C compiler" in found("compiler").detail and "gcc" in found("compiler").mend
+
+
 @pytest.mark.parametrize(("threads", "status"), [(1, "warn"), (2, "ok"), (3, "warn")])
 def test_threads_other_than_cores_are_a_warning(machine: SimpleNamespace, threads: int, status: str) -> None:
     machine.threads = threads

@@ -15,7 +15,7 @@ import torch
 
 from specauf.config import EvalConfig, SamplingConfig, digest
 from specauf.decode.acceptance import before_loop, compare, prompt_taus, repeated_share, summarise, tau_interval
-from specauf.decode.generate import Generation, Round, generate
+from specauf.decode.generate import Generation, Round, generate, warm_tokens
 from specauf.decode.propose import DrafterProposer, LookupFirst
 from specauf.decode.replay import (
     Dialogue,
@@ -269,7 +269,8 @@ def check_live(
     groups = [trajectories[i : i + batch_size] for i in range(0, len(trajectories), batch_size)]
     plain_seconds = live_seconds = 0.0
     for warm in (None, proposer):  # kernels are compiled before any is timed
-        generate(target, warm, [t.prompt for t in groups[0]], sampling=sampling, max_new_tokens=min(2, limit))
+        few = warm_tokens(target, limit)
+        generate(target, warm, [t.prompt for t in groups[0]], sampling=sampling, max_new_tokens=few)
     for group in groups:
         prompts = [t.prompt for t in group]
         began = _clock(target)

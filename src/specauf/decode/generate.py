@@ -182,6 +182,11 @@ def generate(
         columns = torch.cat([columns, torch.arange(most, device=device) < gained[:, None]], 1)
 
 
+def warm_tokens(target: Target, limit: int) -> int:
+    """How many new tokens, of `limit`, to decode before timing. On CUDA all: kernels are compiled anew as the text grows."""
+    return limit if target.device.type == "cuda" else min(2, limit)
+
+
 def undecodable(target: Target) -> str | None:
     """Why the target cannot be decoded here, as far as its configuration says; None if it can."""
     try:

@@ -26,6 +26,8 @@ SCORES = 2**21
 """Scores formed at a time, but at least one block of each sequence. 8 MB in float32; the backward pass holds three."""
 TILE = 128
 """Side of FlexAttention's tiles, in rows and in keys."""
+NARROWEST = 16
+"""The narrowest heads that FlexAttention's kernels take."""
 
 
 def block_attention(
@@ -46,7 +48,7 @@ def block_attention(
     query, block_key, context_key = (t.to(block_value.dtype) for t in (query, block_key, context_key))
     # Heads that share keys become further rows of a block: b kv n (group q) d.
     rows = query.unflatten(1, (kv, -1)).transpose(2, 3)
-    attend = _flex if query.device.type == "cuda" else _by_chunks
+    attend = _flex if query.device.type == "cuda" and query.shape[-1] >= NARROWEST else _by_chunks
     out = attend(rows.flatten(3, 4), block_key, block_value, context_key, context_value, anchors)
     return out.view(rows.shape).transpose(2, 3).flatten(1, 2)
 
@@ -156,7 +158,9 @@ def _kernel(device: str) -> Callable[..., Any]:
     # Gradients or none, every dtype and sizes of one have a graph each. Training, replay and live decoding need more than
     # the eight that dynamo allows, and beyond those it runs unfused, which holds all scores of a call at once.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    return torch.compile(kernel)
+    # A loss of several parts goes backward more than once, and the kernel would give its buffers away the first time.
+    torch._functorch.config.donated_buffer = False
+    return torch.compile(kernel, fullgraph=True)  # beyond the limit an error says so
 
 
 _latest: dict[str, Any] = {}

@@ -12,9 +12,11 @@ to keep is spread over the ranks with `train.shard_target` (FSDP2).
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -113,7 +115,8 @@ class Ranks:
 def ranks_of_run() -> Iterator[Ranks]:
     """The ranks that torchrun started, or this process alone. One GPU per rank, by LOCAL_RANK; without GPUs, gloo.
 
-    Raises `UserError` when there are fewer GPUs than processes on this machine.
+    Raises `UserError` when there are fewer GPUs than processes on this machine. Of other errors a rank's peers know nothing: it
+    says what happened and is gone, and torchrun ends them. To take NCCL's group down would wait for them instead.
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
@@ -129,9 +132,25 @@ def ranks_of_run() -> Iterator[Ranks]:
     dist.init_process_group(backend, timeout=PATIENCE)
     try:
         yield Ranks(dist.get_rank(), world)
-    finally:
-        dist.destroy_process_group()
-        _forget_groups()
+    except (UserError, SystemExit, KeyboardInterrupt):  # all ranks come here
+        _leave()
+        raise
+    except BaseException:
+        atexit.register(_vanish)
+        raise
+    else:
+        _leave()
+
+
+def _leave() -> None:
+    dist.destroy_process_group()
+    _forget_groups()
+
+
+def _vanish() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _forget_groups() -> None:

@@ -307,7 +307,7 @@ class Trainer:
     ) -> None:
         """Train to `max_steps`, logging every step.
 
-        Ctrl-C ends training after the current step, with the state saved; a second one ends it at once.
+        Ctrl-C or SIGTERM ends training after the current step, with the state saved; a second one ends it at once.
         """
         train = self.config.train
         # The log of a run whose checkpoint is gone, or which died before its first one; what --fresh set aside stays.
@@ -349,7 +349,7 @@ class Trainer:
 
 @contextlib.contextmanager
 def interrupts() -> Iterator[list[int]]:
-    """Collect this block's Ctrl-C instead of raising it, except for the second: a step is taken whole, or not at all."""
+    """Collect Ctrl-C and SIGTERM instead of ending by them, except for the second: a step is taken whole, or not at all."""
     asked: list[int] = []
 
     def ask(number: int, frame: object) -> None:
@@ -357,15 +357,18 @@ def interrupts() -> Iterator[list[int]]:
         if len(asked) > 1:
             raise KeyboardInterrupt
 
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # somebody else's, or ignored
-        yield asked
-        return
-    signal.signal(signal.SIGINT, ask)
+    main, usual = threading.current_thread() is threading.main_thread(), (signal.default_int_handler, signal.SIG_DFL)
+    found = dict(zip((signal.SIGINT, signal.SIGTERM), usual, strict=True))
+    ours = {
+        n: before for n, before in found.items() if main and signal.getsignal(n) is before
+    }  # nobody else's, not ignored
+    for number in ours:
+        signal.signal(number, ask)
     try:
         yield asked
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, before in ours.items():
+            signal.signal(number, before)
 
 
 def calibrate(

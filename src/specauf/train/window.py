@@ -78,7 +78,7 @@ class Window:
                 if grad is None:
                     continue
                 grad.div_(part.divisor)
-                parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+                parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
             if parameter.grad is None and not all(part.scale for part in self.parts):
                 parameter.grad = torch.zeros_like(parameter)  # not None, so that the optimizer's moments still change
         return sum(part.num / part.divisor for part in self.parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import pytest
@@ -96,6 +97,20 @@ def test_the_compiled_kernel_may_have_a_graph_for_every_use() -> None:
         assert torch._dynamo.config.recompile_limit >= 64
     finally:
         torch._dynamo.config.recompile_limit = before
+
+
+def test_the_compiled_kernel_may_go_backward_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As losses of several parts do, Domino's for one. Up to Inductor, this is what a GPU compiles."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)  # no gradients on a CPU
+    kernel, g = attention._kernel.__wrapped__("cuda"), torch.Generator().manual_seed(0)
+    for s in (140, 150):
+        mask = flex_mask(torch.randint(0, s, (2, 20), generator=g), 8, 4, s)
+        rows, keys = torch.randn(2, 2, 160, 16, requires_grad=True), torch.randn(2, 2, s + 80, 16)
+        out = kernel(rows, keys, keys, block_mask=mask)
+        (twice,) = torch.autograd.grad(2 * out.sum(), rows, retain_graph=True)
+        (once,) = torch.autograd.grad(out.sum(), rows)
+        torch.testing.assert_close(twice, 2 * once)
 
 
 def test_it_equals_dense_attention_at_random_shapes(monkeypatch: pytest.MonkeyPatch) -> None:

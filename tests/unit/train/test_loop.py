@@ -446,13 +446,17 @@ def foreground() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("foreground")
-def test_ctrl_c_ends_the_run_after_a_whole_step(target: Target, dataset: TokenDataset, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_the_run_after_a_whole_step(
+    target: Target, dataset: TokenDataset, tmp_path: Path, sent: signal.Signals
+) -> None:
+    before = signal.getsignal(sent)
     trainer = make(target, dataset, tmp_path, max_steps=4)
     take = trainer.step
 
     def interrupted() -> dict[str, Any]:
         if trainer.done == 1:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(sent)
         return take()
 
     trainer.step = interrupted  # type: ignore[method-assign]
@@ -461,7 +465,7 @@ def test_ctrl_c_ends_the_run_after_a_whole_step(target: Target, dataset: TokenDa
     assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [1, 2]
     again = make(target, dataset, tmp_path, max_steps=4)
     assert checkpoint.resume(again, tmp_path) and again.done == 2
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(sent) is before
 
 
 @pytest.mark.usefixtures("foreground")
