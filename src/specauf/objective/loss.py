@@ -66,8 +66,8 @@ class Objective:
 
     @property
     def needs_target(self) -> bool:
-        """Whether the loss reads the target's distribution at every slot."""
-        return self.rule.rows != ("ce",)
+        """Whether the loss or the credit reads the target's distribution at every slot."""
+        return self.rule.rows != ("ce",) or "target_prob" in self.rule.needs
 
     def require(self, target_hidden: Tensor | None, uniform: Tensor | None) -> None:
         """Raise `ValueError` when an input that the rule reads is not there."""
@@ -210,7 +210,10 @@ def weigh(
             rule.loss, Rows(**figures, valid=learnable(readout, blocks), outside=readout.outside), objective.options
         )
         reduced = [reduce(rows, credit, objective.reduction) for _, credit in parts]
-        weights = [torch.autograd.grad(num, list(leaves.values()), retain_graph=True) for num, _ in reduced]
+        weights = [
+            torch.autograd.grad(num, list(leaves.values()), retain_graph=True, materialize_grads=True)
+            for num, _ in reduced
+        ]
     return (
         torch.stack([num.detach() for num, _ in reduced]),
         torch.stack([den.detach() for _, den in reduced]),

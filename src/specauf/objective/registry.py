@@ -94,7 +94,7 @@ class Rule(NamedTuple):
     rows: tuple[str, ...] = ("ce",)
     """The fields of `Rows` that the loss is a function of. `kl` and `overlap` need the target's distribution."""
     needs: frozenset[str] = frozenset()
-    """Any of `rank` (of the label under the drafter), `uniform` (a draw per slot), `rollouts` (of the target, as data)."""
+    """Any of `rank` and `target_prob` (the label's, under drafter and target), `uniform` (draws), `rollouts` (as data)."""
     gamma: float | str | None = None
     """Position decay: None takes none, a number is the default, "by block size" is left to the caller."""
 
@@ -126,6 +126,7 @@ RULES: dict[str, Rule] = {
     "lk-lambda": Rule(credit.decay, lk_lambda, rows=("kl", "overlap"), gamma=LK_GAMMA),
 }
 
+NEEDS = frozenset({"rank", "target_prob", "uniform", "rollouts"})
 BELOW_ONE = math.nextafter(1, 0)
 LIMITS: dict[str, tuple[float, float]] = {
     "alpha": (0, 1),
@@ -153,8 +154,11 @@ def register(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: make the credit function below it the objective `name`. See `Rule` for the arguments.
 
-    Raises `ValueError` when the name is taken or ends in -decay, or when an option has no default or two different ones.
+    Raises `ValueError` when the name is taken or ends in -decay, for an unknown need, or when an option has no default or two
+    different ones.
     """
+    if unknown := sorted(set(needs) - NEEDS):
+        raise ValueError(f"objective {name!r} needs {unknown[0]!r}, which is none of {', '.join(sorted(NEEDS))}")
     if name.endswith("-decay"):
         raise ValueError(f"{name!r}: names that end in -decay belong to the rule before the ending, times the decay")
 

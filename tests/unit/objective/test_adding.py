@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from specauf.config import RunConfig
-from specauf.objective import RULES, Objective, Slots, auf
+from specauf.objective import RULES, Objective, Slots, auf, register
 from specauf.strict import ConfigError, from_dict
 from specauf.train.objectives import objectives_of
 from tests.unit.objective.test_loss import Case
@@ -115,3 +115,40 @@ def test_the_bounded_loss_and_its_gradient(workdir: Path) -> None:
     q = logits.softmax(-1).gather(-1, case.blocks.labels[..., None]).squeeze(-1)
     ((1 - q**0.25) / 0.25)[case.blocks.valid].mean().backward()
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_a_credit_may_read_the_targets_probabilities() -> None:
+    @register("trusted", needs={"target_prob"})
+    def trusted(slots: Slots) -> torch.Tensor:
+        assert slots.target_prob is not None
+        return slots.target_prob
+
+    case, objective = Case(3), Objective("trusted")
+    assert objective.needs_target
+    ours, theirs = case.hidden.clone().requires_grad_(), case.hidden.clone().requires_grad_()
+    case.terms(objective, ours).loss.backward()
+    logits, said = (torch.nn.functional.linear(h, case.weight, case.bias) for h in (theirs, case.target_hidden))
+    label = case.blocks.labels[..., None]
+    credit = said.softmax(-1).gather(-1, label).squeeze(-1) * case.blocks.valid
+    ce = -logits.log_softmax(-1).gather(-1, label).squeeze(-1)
+    ((credit * ce).sum() / credit.sum()).backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-12)
+    with pytest.raises(ValueError, match="'trusted' needs 'target_hidden'"):
+        case.terms(objective, target_hidden=None)
+
+
+def test_a_field_that_a_loss_names_and_does_not_use_pulls_nothing() -> None:
+    @register("idle", rows=("ce", "kl"))
+    def idle(slots: Slots) -> torch.Tensor:
+        return slots.valid.double()
+
+    case = Case(3)
+    ours, theirs = case.hidden.clone().requires_grad_(), case.hidden.clone().requires_grad_()
+    case.terms(Objective("idle"), ours).loss.backward()
+    case.terms(Objective("uniform"), theirs).loss.backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_an_unknown_need_is_refused() -> None:
+    with pytest.raises(ValueError, match="'odd' needs 'ranks', which is none of rank, rollouts, target_prob, uniform"):
+        register("odd", needs={"ranks"})
