@@ -46,7 +46,7 @@ imports: $(INSTALLED)  ## the layers in pyproject.toml hold
 
 check: lint types imports test  ## all that a change must pass
 
-bench: $(INSTALLED)  ## every benchmark, in ratios measured side by side (20 minutes on an idle machine)
+bench: $(INSTALLED)  ## every benchmark, in ratios measured side by side (half an hour or more, on an idle machine)
 	$(BIN)/python -m benchmarks
 
 study: $(INSTALLED)  ## run RECIPE's matrix of trainings and write its report: hours, resumable
