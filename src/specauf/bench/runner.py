@@ -268,8 +268,8 @@ def check_live(
     live: list[Generation] = []
     groups = [trajectories[i : i + batch_size] for i in range(0, len(trajectories), batch_size)]
     plain_seconds = live_seconds = 0.0
+    few = warm_tokens(target, limit)
     for warm in (None, proposer):  # kernels are compiled before any is timed
-        few = warm_tokens(target, limit)
         generate(target, warm, [t.prompt for t in groups[0]], sampling=sampling, max_new_tokens=few)
     for group in groups:
         prompts = [t.prompt for t in group]

@@ -206,7 +206,9 @@ def comparison_sentences(results: Results) -> list[str]:
         elif outcome == "undecided":
             sentences.append(f"{where}{a} against {b} is undecided: {numbers}, {bounds}.")
         else:
-            times = f"; {ratio:.2f} times as many draft tokens accepted a round (τ − 1) by point estimate" if ratio else ""
+            times = (
+                f"; {ratio:.2f} times as many draft tokens accepted a round (τ − 1) by point estimate" if ratio else ""
+            )
             sentences.append(f"{where}{a} is {outcome} than {b}: {numbers}, {bounds}{times}.")
     return sentences
 

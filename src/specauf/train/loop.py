@@ -358,10 +358,9 @@ def interrupts() -> Iterator[list[int]]:
             raise KeyboardInterrupt
 
     main, usual = threading.current_thread() is threading.main_thread(), (signal.default_int_handler, signal.SIG_DFL)
-    found = dict(zip((signal.SIGINT, signal.SIGTERM), usual, strict=True))
-    ours = {
-        n: before for n, before in found.items() if main and signal.getsignal(n) is before
-    }  # nobody else's, not ignored
+    found = zip((signal.SIGINT, signal.SIGTERM), usual, strict=True)
+    # Not where somebody else handles it, or where it is ignored.
+    ours = {number: before for number, before in found if main and signal.getsignal(number) is before}
     for number in ours:
         signal.signal(number, ask)
     try:
