@@ -135,7 +135,7 @@ class DrafterConfig:
     """Size of a reduced draft vocabulary, the most frequent labels of the data; the target's whole vocabulary when not
     given."""
     init_from: str | None = None
-    """A drafter's directory to take the initial weights from. Its geometry must match this section's."""
+    """A drafter's directory to take the initial weights from. Its geometry must match (a head: see docs/domino.md)."""
     init_layers: tuple[int, ...] | None = None
     """Target layers to copy into the drafter's layers, one for each, instead of random initial weights."""
 

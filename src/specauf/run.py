@@ -21,11 +21,11 @@ from specauf.data.rollouts import RolloutConfig, open_rollouts, rollout_meta
 from specauf.decode.generate import undecodable
 from specauf.decode.propose import DrafterProposer
 from specauf.decode.rollout import Advance, Roller, rollout
-from specauf.drafter.checkpoint import build_drafter, load_drafter, origin, weights_hash
+from specauf.drafter.checkpoint import build_drafter, load_drafter, weights_hash
 from specauf.drafter.config import DFlashConfig, DominoHead
 from specauf.drafter.dflash import DFlash
 from specauf.drafter.vocabulary import coverage, keep_tokens, most_frequent
-from specauf.drafter.warm import copy_layers
+from specauf.drafter.warm import copy_layers, start_from
 from specauf.files import atomic_write_text, recover_dir, set_aside
 from specauf.strict import ConfigError, UserError, to_dict
 from specauf.target import Target
@@ -41,15 +41,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Tick = Callable[[int], None]
-NOT_GEOMETRY = (
-    "extra",
-    "initializer_range",
-    "max_position_embeddings",
-    "bos_token_id",
-    "eos_token_id",
-    "block_size",
-)
-"""Fields of a drafter's configuration on which the shape of no weight depends."""
 
 
 def corpus_path(config: RunConfig) -> Path:
@@ -165,7 +156,7 @@ def new_drafter(config: RunConfig, target: Target) -> DFlash:
         draft_vocab_size=wanted.draft_vocab_size,
     )
     if wanted.init_from is not None:
-        return _warm(Path(wanted.init_from).expanduser(), geometry).to(target.device)
+        return start_from(Path(wanted.init_from).expanduser(), geometry, config.train.seed).to(target.device)
     if wanted.init_layers is None:
         return build_drafter(geometry, seed=config.train.seed).to(target.device)
     origin = {"init_layers": list(wanted.init_layers)}
@@ -181,21 +172,6 @@ def _head(config: RunConfig, target: Target) -> DominoHead | None:
         return None
     width, rank = wanted.gru_hidden_dim or max(256, hidden // 4), wanted.emb_dim or max(128, hidden // 16)
     return DominoHead(width, rank, wanted.pure_draft_prefix_len, wanted.shift_label)
-
-
-def _warm(directory: Path, geometry: DFlashConfig) -> DFlash:
-    """A drafter of this geometry with the weights of a checkpoint, whose origin it records.
-
-    No weight depends on the block size, so that may differ: longer blocks pay once tau has grown.
-    """
-    found = load_drafter(directory)
-    for name in (f.name for f in dataclasses.fields(DFlashConfig) if f.name not in NOT_GEOMETRY):
-        have, want = getattr(found.config, name), getattr(geometry, name)
-        if have != want:
-            raise ConfigError(f"drafter.init_from: {directory} has {name}={have}, the recipe needs {want}")
-    drafter = build_drafter(dataclasses.replace(geometry, extra={"init_from": origin(directory, found)}))
-    drafter.load_state_dict(found.state_dict())
-    return drafter
 
 
 def require_trainable(config: RunConfig, target: Target, prepared: Prepared) -> None:

@@ -18,6 +18,7 @@ from specauf.data.sources import Ledger
 from specauf.drafter.checkpoint import load_drafter, save_drafter
 from specauf.drafter.config import DFlashConfig
 from specauf.drafter.dflash import DFlash
+from specauf.drafter.domino import Domino
 from specauf.locks import claim, hold, turn
 from specauf.run import data_dir, new_drafter, open_run, require_trainable
 from specauf.strict import ConfigError, UserError
@@ -189,3 +190,39 @@ def test_what_the_main_process_finds_wrong_ends_the_others_without_a_word(
     with pytest.raises(SystemExit) if fails else contextlib.nullcontext(), Told(1, 2).first():
         went_on.append(1)
     assert bool(went_on) is not fails
+
+
+HEAD: dict[str, object] = {"kind": "domino", "gru_hidden_dim": 8, "emb_dim": 4}
+
+
+def test_domino_may_begin_as_a_dflash_drafter_that_its_head_does_not_correct_yet(
+    target: Target, checkpoint: Path
+) -> None:
+    first = load_drafter(checkpoint)
+    wanted = config(init_from=str(checkpoint), shift_label=False, **HEAD)
+    one, other = (new_drafter(dataclasses.replace(wanted, train=TrainConfig(seed=seed)), target) for seed in (0, 1))
+    assert isinstance(one, Domino) and isinstance(other, Domino)
+    for name, theirs in first.state_dict().items():
+        assert torch.equal(one.state_dict()[name], theirs.float()), name
+    assert not torch.equal(one.prefix_gru.weight_ih_l0, other.prefix_gru.weight_ih_l0), (
+        "the head is drawn from train.seed"
+    )
+    z, base = torch.randn(2, 3, first.config.hidden_size), torch.randn(2, 3, first.config.vocab_size)
+    _, logits = one.unroll(z, base, torch.randn(2, first.config.hidden_size), target.embed)
+    assert torch.equal(logits, base)
+
+
+def test_dflash_may_begin_as_dominos_body(target: Target, checkpoint: Path, tmp_path: Path) -> None:
+    domino = new_drafter(config(init_from=str(checkpoint), shift_label=False, **HEAD), target)
+    bare = new_drafter(config(init_from=str(save_drafter(domino, tmp_path / "domino"))), target)
+    assert all(torch.equal(tensor, domino.state_dict()[name]) for name, tensor in bare.state_dict().items())
+
+
+def test_shifted_labels_and_another_head_are_refused(target: Target, checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"slot 1 of .*, slot 0 in the recipe.*shift_label=false"):
+        new_drafter(config(init_from=str(checkpoint), **HEAD), target)
+    domino = save_drafter(new_drafter(config(**HEAD), target), tmp_path / "domino")
+    with pytest.raises(ConfigError, match=r"slot 0 of .*, slot 1 in the recipe"):
+        new_drafter(config(init_from=str(domino)), target)
+    with pytest.raises(ConfigError, match=r"has domino=DominoHead.*the recipe needs DominoHead"):
+        new_drafter(config(init_from=str(domino), **HEAD | {"emb_dim": 5}), target)

@@ -1,19 +1,25 @@
-"""A warm start: the drafter's layers begin as the target's, with the target's own last tap as their context.
+"""A warm start: from another drafter, or with layers that begin as the target's.
 
-A DFlash layer has the shape of the target's layers. A copied one knows before the first step which tokens follow each
-other; it has to learn to do without the layers that were left out. The paper begins with random weights.
+A DFlash layer has the shape of the target's layers. A copied one reads the target's own last tap as its context and knows
+before the first step which tokens follow each other; it has to learn to do without the layers that were left out. The paper
+begins with random weights.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from specauf.drafter.checkpoint import build_drafter, load_drafter, origin
+from specauf.drafter.config import DFlashConfig
 from specauf.drafter.dflash import DFlash, Layer
+from specauf.drafter.domino import Domino
 from specauf.strict import ConfigError
 
 if TYPE_CHECKING:
@@ -26,6 +32,45 @@ PROJECTIONS = (
     *(f"self_attn.{name}_proj.weight" for name in "qkvo"),
     *(f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")),
 )
+
+NOT_GEOMETRY = (
+    "extra",
+    "initializer_range",
+    "max_position_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "block_size",
+)
+"""Fields of a drafter's configuration on which the shape of no weight depends."""
+
+
+def start_from(directory: Path, geometry: DFlashConfig, seed: int) -> DFlash:
+    """A drafter of this geometry with the weights of a checkpoint, whose origin it records.
+
+    No weight depends on the block size, so that may differ: longer blocks pay once tau has grown. And where both label
+    their slots alike, Domino may begin as a DFlash drafter, with a head from `seed` that corrects nothing before the first
+    step, or a DFlash drafter as Domino's body without its head.
+
+    Raises `ConfigError` naming what differs, and `UserError` for a directory that holds no drafter.
+    """
+    found = load_drafter(directory)
+    one_head = (found.config.domino is None) != (geometry.domino is None)
+    if one_head and found.config.first_slot != geometry.first_slot:
+        raise ConfigError(
+            f"drafter.init_from: slot {found.config.first_slot} of {directory} predicts the token after the anchor, slot "
+            f"{geometry.first_slot} in the recipe: only drafter.shift_label=false joins Domino to DFlash"
+        )
+    for name in (f.name for f in dataclasses.fields(DFlashConfig) if f.name not in NOT_GEOMETRY):
+        have, want = getattr(found.config, name), getattr(geometry, name)
+        if have != want and not (one_head and name == "domino"):
+            raise ConfigError(f"drafter.init_from: {directory} has {name}={have}, the recipe needs {want}")
+    drafter = build_drafter(dataclasses.replace(geometry, extra={"init_from": origin(directory, found)}), seed=seed)
+    drafter.load_state_dict(found.state_dict(), strict=not one_head)
+    if one_head and isinstance(drafter, Domino):
+        nn.init.zeros_(drafter.expansion)
+    elif one_head:
+        log.warning("drafter.init_from: the head of %s, a Domino drafter, is left behind", directory)
+    return drafter
 
 
 @torch.no_grad()
