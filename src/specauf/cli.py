@@ -71,7 +71,7 @@ class Rollout:
     recipe: Recipe
     """The recipe whose target, corpus and data section to use, e.g. recipes/smollm2_cpu.yaml."""
     out: Path
-    """A new directory, e.g. runs/rollouts. The same command again resumes in it."""
+    """A new directory, e.g. runs/rollouts. The same command again resumes in it, and at the same time shares the work."""
     plan: Annotated[RolloutConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=RolloutConfig)
     drafter: Path | None = None
     """A drafter directory to speed up decoding with. The answers still follow the target's distribution."""

@@ -106,6 +106,8 @@ def test_a_file_system_without_locks_trains_all_the_same(tmp_path: Path, monkeyp
             shared,
         ):
             pass
+    with claim(tmp_path, optional=True) as mine, turn(tmp_path, lambda: None, optional=True):
+        assert mine
 
 
 def test_processes_that_see_different_checkpoints_stop_before_anything_is_written(

@@ -3,7 +3,7 @@
 A sequence only grows: prompt, sampled tokens with their end of turn, the template's text up to the next answer. Nothing is
 tokenised again, so training sees the tokens that were drawn. Draws are counter-based: a sample is a function of (seed,
 conversation, sample, position), whatever batch it was in. The plan is a function of the settings. So a new run can use the
-files of a killed one.
+files of a killed one, and several may share the work.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import pairwise, takewhile
 from pathlib import Path
@@ -28,7 +29,7 @@ from specauf.data.sources import Conversation, Ledger, Message
 from specauf.decode.generate import generate
 from specauf.decode.propose import Proposer
 from specauf.files import atomic_file, atomic_write_text
-from specauf.locks import hold
+from specauf.locks import claim, turn
 from specauf.objective.blocks import counter_hash
 from specauf.strict import UserError, to_dict
 from specauf.target import Target
@@ -162,10 +163,11 @@ def rollout(
 ) -> TokenDataset:
     """Answer the training conversations of `source` into the directory `out`. Its ledger balances afterwards.
 
-    Answers that `out` has already are kept if it was begun with the same settings, `drafter` (a digest) among them. With
-    `max_tokens`, the result is the shortest prefix of the conversations with that many generated tokens; an unfinished
-    directory may go on with another `max_tokens`. Raises `UserError` when `out` was begun with other settings or holds
-    something else, or when nothing is left to train on.
+    Answers that `out` has already are kept if it was begun with the same settings, `drafter` (a digest) among them. Several
+    processes may share `out`: each takes batches that no other has, and all return the same. With `max_tokens`, the result is
+    the shortest prefix of the conversations with that many generated tokens; an unfinished directory may go on with another
+    `max_tokens`. Raises `UserError` when `out` was begun with other settings or holds something else, or when nothing is left
+    to train on.
     """
     plan = roller.plan
     made_of = {
@@ -176,28 +178,34 @@ def rollout(
         "drafter": drafter,
         **to_dict(plan),
     }
-    lock = _claim(out, made_of)
-    if (out / META).is_file():
-        return TokenDataset.load(out)
+    with _turn(out):
+        _begin(out, made_of)
     made_by = provenance.collect()  # now: a commit made while this runs is not what it runs
     planned, queue = list[Planned](), _plan(roller, source.train)
     found = _answered(out / PARTS)
     tokens, seconds = 0, 0.0
-    while window := _window(queue, planned, plan, tokens, roller.data.max_length):
-        for batch in (window[i : i + plan.batch_size] for i in range(0, len(window), plan.batch_size)):
-            for sample in batch:
-                if told := found.get(sample.uid):
-                    (sample.ids, sample.mask, sample.stop, sample.messages), share = told
-                    seconds += share
-            spent = _part(roller, out / PARTS, [s for s in batch if not s.stop])
-            tokens, seconds = tokens + _generated(batch), seconds + spent
+    while not (out / META).is_file() and (window := _window(queue, planned, plan, tokens, roller.data.max_length)):
+        batches = [window[i : i + plan.batch_size] for i in range(0, len(window), plan.batch_size)]
+        for batch, spent, reused in _answer(roller, out, batches, found):
+            tokens, seconds = tokens + _generated(batch), seconds + spent + reused
             if on_progress:
                 on_progress(len(batch), _generated(batch), spent)
-    kept = _settle(planned, len(source.train), source.ledger, plan.max_tokens)
+    with _turn(out):
+        if not (out / META).is_file():
+            speed = {"generated": tokens, "seconds": seconds, "tokens_per_second": tokens / max(seconds, 1e-9)}
+            _save(
+                out, planned, source, made_of, {**made_by, "config_hash": digest(made_of), "rollout": made_of, **speed}
+            )
+        shutil.rmtree(out / PARTS, ignore_errors=True)  # another process may be looking for one
+    return TokenDataset.load(out)
+
+
+def _save(out: Path, planned: Sequence[Planned], source: Prompts, made_of: dict[str, Any], run: dict[str, Any]) -> None:
+    kept = _settle(planned, len(source.train), source.ledger, made_of["max_tokens"])
     if not kept:
         raise UserError("\n".join([f"{out}: no rollout is left to train on", *source.ledger.lines()]))
-    speed = {"generated": tokens, "seconds": seconds, "tokens_per_second": tokens / max(seconds, 1e-9)}
-    provenance.write(out / "run.json", {**made_by, "config_hash": digest(made_of), "rollout": made_of, **speed})
+    _begin(out, made_of)  # once more: another process may have changed max_tokens
+    provenance.write(out / "run.json", run)
     _write_text(out / TEXT, kept)
     write_heldout(out, source.heldout)
     meta = {name: source.meta[name] for name in INHERITED} | {
@@ -206,24 +214,23 @@ def rollout(
         "ledger": source.ledger.to_dict(),
         "rollout": {**made_of, "tokens": _generated(kept)},
     }
-    dataset = TokenDataset.from_rows([_row(s) for s in kept], meta)
-    dataset.save(out)
-    shutil.rmtree(out / PARTS)
-    lock.close()
-    return dataset
+    TokenDataset.from_rows([_row(s) for s in kept], meta).save(out)
 
 
-def _claim(out: Path, made_of: dict[str, Any]) -> Any:
-    """Write the settings into a new directory, or make sure that an old one was begun with them. Returns its lock, None when it
-    is finished.
+def _turn(directory: Path) -> AbstractContextManager[None]:
+    """A lock on `directory`. Where the disk has none, processes only repeat each other's work."""
+    return turn(directory, lambda: None, optional=True)
+
+
+def _begin(out: Path, made_of: dict[str, Any]) -> None:
+    """Write the settings into a new directory, or make sure that an old one was begun with them.
 
     `max_tokens` may change until the rollouts are finished: each number takes a prefix of the same samples.
     """
     path = out / SETTINGS
     found: dict[str, Any] = {}
-    if not path.is_file() and out.exists() and any(p.name != "lock" for p in out.iterdir()):
+    if not path.is_file() and any(p.name != "lock" for p in out.iterdir()):
         raise UserError(f"{out} holds something else than rollouts: choose another --out")
-    lock = None if (out / META).is_file() else hold(out)
     if path.is_file():
         found = json.loads(path.read_text(encoding="utf-8"))
         free = () if (out / META).is_file() else ("max_tokens",)
@@ -234,7 +241,6 @@ def _claim(out: Path, made_of: dict[str, Any]) -> Any:
             raise UserError(f"{out} was begun with {'; '.join(changed)}: repeat that command, or choose another --out")
     if found != made_of:
         atomic_write_text(path, json.dumps(made_of, indent=1) + "\n")
-    return lock
 
 
 def _question(messages: Sequence[Message]) -> list[Message]:
@@ -274,33 +280,85 @@ def _window(
     return sorted(window, key=lambda s: len(s.pending))
 
 
-def _part(roller: Roller, parts: Path, batch: list[Sample]) -> float:
-    """Answer the batch, if there is anything in it, and keep the answers. Returns the seconds it took."""
-    if not batch:
-        return 0.0
-    began = time.perf_counter()
-    roller.roll(batch)
-    seconds = time.perf_counter() - began
-    directory = parts / digest([s.uid for s in batch])
-    directory.mkdir(parents=True, exist_ok=True)
-    told = [{"stop": s.stop, "messages": _plain(s.messages)} for s in batch]
-    meta = {"key": directory.name, "seconds": seconds, "samples": told}
-    TokenDataset.from_rows([_row(s) for s in batch], meta).save(directory)
+def _answer(
+    roller: Roller, out: Path, batches: Sequence[list[Sample]], found: dict[int, tuple[Answered, float]]
+) -> Iterator[tuple[list[Sample], float, float]]:
+    """Answer the batches, those that another process has last. `found` are the answers on disk, which it adds to.
+
+    Yields each batch, the seconds spent on it, and those that its answers on disk took. Ends early when another process has
+    finished the rollouts.
+    """
+    others = []
+    for batch in batches:
+        reused = _reuse(batch, found)
+        if all(s.stop for s in batch):
+            yield batch, 0.0, reused
+            continue
+        with claim(part := _part(out, batch), optional=True) as mine:
+            told = _make(roller, out, part, batch, found) if mine else None
+        if told:
+            yield batch, told[0], reused + told[1]
+        else:
+            others.append((part, batch, reused))
+    for part, batch, reused in others:
+        with _turn(part):
+            told = _make(roller, out, part, batch, found)
+        if told is None:
+            return
+        yield batch, told[0], reused + told[1]
+
+
+def _reuse(batch: Sequence[Sample], found: dict[int, tuple[Answered, float]]) -> float:
+    """Give the samples the answers that are found. Returns the seconds that these took."""
+    seconds = 0.0
+    for sample in batch:
+        if not sample.stop and (told := found.get(sample.uid)):
+            (sample.ids, sample.mask, sample.stop, sample.messages), share = told
+            seconds += share
     return seconds
 
 
+def _make(
+    roller: Roller, out: Path, part: Path, batch: Sequence[Sample], found: dict[int, tuple[Answered, float]]
+) -> tuple[float, float] | None:
+    """What another process left of the batch in `part`, then the rest. Returns the seconds spent, and those that were spent
+    elsewhere; None when the rollouts are finished. The caller holds `part`."""
+    found.update(_read(part))
+    reused = _reuse(batch, found)
+    if not (rest := [s for s in batch if not s.stop]):
+        return 0.0, reused
+    if (out / META).is_file():
+        return None
+    began = time.perf_counter()
+    roller.roll(rest)
+    seconds = time.perf_counter() - began
+    told = [{"stop": s.stop, "messages": _plain(s.messages)} for s in rest]
+    meta = {"key": part.name, "seconds": seconds, "samples": told}
+    TokenDataset.from_rows([_row(s) for s in rest], meta).save(part)
+    return seconds, reused
+
+
+def _part(out: Path, batch: Sequence[Sample]) -> Path:
+    """Where the answers to a batch are, or will be."""
+    return out / PARTS / digest([s.uid for s in batch])
+
+
 def _answered(parts: Path) -> dict[int, tuple[Answered, float]]:
-    """The samples that the parts of an earlier run answer, by uid, each with its share of the seconds that they took."""
-    found = dict[int, tuple[Answered, float]]()
-    for directory in sorted(parts.iterdir()) if parts.is_dir() else []:
-        try:
-            part = TokenDataset.load(directory)
-        except UserError:  # cut by a kill
-            continue
-        share = float(part.meta["seconds"]) / len(part)
-        for i, (uid, told) in enumerate(zip(part.uid.tolist(), part.meta["samples"], strict=True)):
-            row, messages = part[i], [Message(**m) for m in told["messages"]]
-            found[uid] = (row.input_ids.tolist(), row.loss_mask.int().tolist(), told["stop"], messages), share
+    """The samples that all parts answer, by uid, each with its share of the seconds that they took."""
+    directories = sorted(parts.iterdir()) if parts.is_dir() else []
+    return {uid: told for directory in directories for uid, told in _read(directory).items()}
+
+
+def _read(part: Path) -> dict[int, tuple[Answered, float]]:
+    """The samples that one part answers; none when it is not there, or was cut by a kill."""
+    try:
+        data = TokenDataset.load(part)
+    except UserError:
+        return {}
+    share, found = float(data.meta["seconds"]) / len(data), dict[int, tuple[Answered, float]]()
+    for i, (uid, told) in enumerate(zip(data.uid.tolist(), data.meta["samples"], strict=True)):
+        row, messages = data[i], [Message(**m) for m in told["messages"]]
+        found[uid] = (row.input_ids.tolist(), row.loss_mask.int().tolist(), told["stop"], messages), share
     return found
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,6 @@ from specauf.data.sources import Ledger
 from specauf.decode.generate import generate
 from specauf.decode.propose import PromptLookup
 from specauf.decode.rollout import PARTS, SHORT, TEXT, Roller, Sample, rollout
-from specauf.locks import hold
 from specauf.strict import UserError
 from specauf.target import Target
 
@@ -243,12 +244,46 @@ def test_other_settings_or_a_directory_of_something_else_are_refused(world: Worl
         world.roll(GREEDY, ".")
 
 
-def test_two_processes_do_not_share_a_directory(world: World) -> None:
-    lock = hold(world.out / "out")
-    with pytest.raises(UserError, match="another process works there"):
-        world.roll(dataclasses.replace(GREEDY, turns=1))
-    lock.close()
-    world.roll(dataclasses.replace(GREEDY, turns=1))
+@pytest.mark.parametrize("plan", [GREEDY, dataclasses.replace(SAMPLED, max_tokens=150)])
+def test_processes_share_a_directory_and_answer_no_conversation_twice(
+    world: World, monkeypatch: pytest.MonkeyPatch, plan: RolloutConfig
+) -> None:
+    """Threads here, whose locks are as separate as those of processes."""
+    rolled, roll, whole = list[int](), Roller.roll, rows(world.roll(plan, "alone"))
+
+    def count(roller: Roller, batch: Sequence[Sample]) -> None:
+        rolled.extend(s.uid for s in batch)
+        time.sleep(0.05)  # so that each has something to wait for
+        roll(roller, batch)
+
+    monkeypatch.setattr(Roller, "roll", count)
+    with ThreadPoolExecutor(3) as pool:
+        made = list(pool.map(lambda _: rows(world.roll(plan)), range(3)))
+    assert made == [whole] * 3
+    assert len(set(rolled)) == len(rolled), "each sample was answered once"
+    assert not (world.out / "out" / PARTS).exists()
+    for name in FILES:
+        assert (world.out / "out" / name).read_bytes() == (world.out / "alone" / name).read_bytes(), name
+
+
+def test_a_batch_that_a_killed_process_had_taken_is_answered_by_another(
+    world: World, greedy: TokenDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    roll, begun = Roller.roll, list[int]()
+
+    def killed_once(roller: Roller, batch: Sequence[Sample]) -> None:
+        begun.append(len(batch))
+        if len(begun) == 1:
+            time.sleep(0.3)  # the other comes to wait for it
+            raise InterruptedError
+        roll(roller, batch)
+
+    monkeypatch.setattr(Roller, "roll", killed_once)
+    with ThreadPoolExecutor(2) as pool:
+        tried = [pool.submit(world.roll, GREEDY) for _ in range(2)]
+    killed = [future for future in tried if isinstance(future.exception(), InterruptedError)]
+    (made,) = [future.result() for future in tried if future not in killed]
+    assert rows(made) == rows(greedy)
 
 
 def test_a_template_that_rewrites_answers_still_lets_them_be_given(world: World, make_tokenizer: Any) -> None:
