@@ -67,6 +67,8 @@ class Sample:
     messages: list[Message] = field(default_factory=list)
     stop: str = ""
     """Why it ended; empty while it goes on."""
+    seconds: float = 0.0
+    """Its share of the time that its batch took."""
 
 
 @dataclass(frozen=True)
@@ -149,8 +151,8 @@ class Roller:
 
 Planned = tuple[str, list[Sample]]
 """Why a conversation is dropped (empty when it is not), and its samples."""
-Answered = tuple[list[int], list[int], str, list[Message]]
-"""Ids, mask, stop and messages of a `Sample` that has ended."""
+Answered = tuple[list[int], list[int], str, list[Message], float]
+"""Ids, mask, stop, messages and seconds of a `Sample` that has ended."""
 
 
 def rollout(
@@ -178,16 +180,19 @@ def rollout(
         "drafter": drafter,
         **to_dict(plan),
     }
+    there = {p.name for p in out.glob("[!.]*")} - {"lock"}
+    if there and SETTINGS not in there:
+        raise UserError(f"{out} holds something else than rollouts: choose another --out")
     with _turn(out):
         _begin(out, made_of)
     made_by = provenance.collect()  # now: a commit made while this runs is not what it runs
     planned, queue = list[Planned](), _plan(roller, source.train)
-    found = _answered(out / PARTS)
+    found = dict(answer for part in sorted((out / PARTS).glob("*")) for answer in _read(part).items())
     tokens, seconds = 0, 0.0
     while not (out / META).is_file() and (window := _window(queue, planned, plan, tokens, roller.data.max_length)):
         batches = [window[i : i + plan.batch_size] for i in range(0, len(window), plan.batch_size)]
-        for batch, spent, reused in _answer(roller, out, batches, found):
-            tokens, seconds = tokens + _generated(batch), seconds + spent + reused
+        for batch, spent in _answer(roller, out, batches, found):
+            tokens, seconds = tokens + _generated(batch), seconds + sum(s.seconds for s in batch)
             if on_progress:
                 on_progress(len(batch), _generated(batch), spent)
     with _turn(out):
@@ -229,8 +234,6 @@ def _begin(out: Path, made_of: dict[str, Any]) -> None:
     """
     path = out / SETTINGS
     found: dict[str, Any] = {}
-    if not path.is_file() and any(p.name != "lock" for p in out.iterdir()):
-        raise UserError(f"{out} holds something else than rollouts: choose another --out")
     if path.is_file():
         found = json.loads(path.read_text(encoding="utf-8"))
         free = () if (out / META).is_file() else ("max_tokens",)
@@ -281,84 +284,70 @@ def _window(
 
 
 def _answer(
-    roller: Roller, out: Path, batches: Sequence[list[Sample]], found: dict[int, tuple[Answered, float]]
-) -> Iterator[tuple[list[Sample], float, float]]:
-    """Answer the batches, those that another process has last. `found` are the answers on disk, which it adds to.
+    roller: Roller, out: Path, batches: Sequence[list[Sample]], found: dict[int, Answered]
+) -> Iterator[tuple[list[Sample], float]]:
+    """Answer the batches, those that another process has last. Yields each with the seconds that this process spent on it.
 
-    Yields each batch, the seconds spent on it, and those that its answers on disk took. Ends early when another process has
-    finished the rollouts.
+    `found` are the answers that are known to be on disk. Ends early when another process has finished the rollouts.
     """
     others = []
     for batch in batches:
-        reused = _reuse(batch, found)
-        if all(s.stop for s in batch):
-            yield batch, 0.0, reused
+        part = out / PARTS / digest([s.uid for s in batch])
+        if _reuse(batch, found):
+            yield batch, 0.0
             continue
-        with claim(part := _part(out, batch), optional=True) as mine:
-            told = _make(roller, out, part, batch, found) if mine else None
-        if told:
-            yield batch, told[0], reused + told[1]
+        with claim(part, optional=True) as mine:
+            spent = _make(roller, out, part, batch) if mine else None
+        if spent is None:
+            others.append((part, batch))
         else:
-            others.append((part, batch, reused))
-    for part, batch, reused in others:
+            yield batch, spent
+    for part, batch in others:
         with _turn(part):
-            told = _make(roller, out, part, batch, found)
-        if told is None:
+            spent = _make(roller, out, part, batch)
+        if spent is None:
             return
-        yield batch, told[0], reused + told[1]
+        yield batch, spent
 
 
-def _reuse(batch: Sequence[Sample], found: dict[int, tuple[Answered, float]]) -> float:
-    """Give the samples the answers that are found. Returns the seconds that these took."""
-    seconds = 0.0
-    for sample in batch:
-        if not sample.stop and (told := found.get(sample.uid)):
-            (sample.ids, sample.mask, sample.stop, sample.messages), share = told
-            seconds += share
+def _reuse(batch: Sequence[Sample], found: dict[int, Answered]) -> bool:
+    """Give the samples their answers in `found`. Returns whether these are all."""
+    for s in batch:
+        if not s.stop and s.uid in found:
+            s.ids, s.mask, s.stop, s.messages, s.seconds = found[s.uid]
+    return all(s.stop for s in batch)
+
+
+def _make(roller: Roller, out: Path, part: Path, batch: Sequence[Sample]) -> float | None:
+    """Answer what `part` lacks of the batch, and put it there. Returns the seconds spent, None when the rollouts are finished.
+
+    The caller holds `part`.
+    """
+    if _reuse(batch, _read(part)):
+        return 0.0
+    if (out / META).is_file():
+        return None
+    began, rest = time.perf_counter(), [s for s in batch if not s.stop]
+    roller.roll(rest)
+    seconds = time.perf_counter() - began
+    for s in rest:
+        s.seconds = seconds / len(rest)
+    told = [{"stop": s.stop, "messages": _plain(s.messages)} for s in batch]
+    meta = {"key": part.name, "seconds": sum(s.seconds for s in batch), "samples": told}
+    TokenDataset.from_rows([_row(s) for s in batch], meta).save(part)
     return seconds
 
 
-def _make(
-    roller: Roller, out: Path, part: Path, batch: Sequence[Sample], found: dict[int, tuple[Answered, float]]
-) -> tuple[float, float] | None:
-    """What another process left of the batch in `part`, then the rest. Returns the seconds spent, and those that were spent
-    elsewhere; None when the rollouts are finished. The caller holds `part`."""
-    found.update(_read(part))
-    reused = _reuse(batch, found)
-    if not (rest := [s for s in batch if not s.stop]):
-        return 0.0, reused
-    if (out / META).is_file():
-        return None
-    began = time.perf_counter()
-    roller.roll(rest)
-    seconds = time.perf_counter() - began
-    told = [{"stop": s.stop, "messages": _plain(s.messages)} for s in rest]
-    meta = {"key": part.name, "seconds": seconds, "samples": told}
-    TokenDataset.from_rows([_row(s) for s in rest], meta).save(part)
-    return seconds, reused
-
-
-def _part(out: Path, batch: Sequence[Sample]) -> Path:
-    """Where the answers to a batch are, or will be."""
-    return out / PARTS / digest([s.uid for s in batch])
-
-
-def _answered(parts: Path) -> dict[int, tuple[Answered, float]]:
-    """The samples that all parts answer, by uid, each with its share of the seconds that they took."""
-    directories = sorted(parts.iterdir()) if parts.is_dir() else []
-    return {uid: told for directory in directories for uid, told in _read(directory).items()}
-
-
-def _read(part: Path) -> dict[int, tuple[Answered, float]]:
-    """The samples that one part answers; none when it is not there, or was cut by a kill."""
+def _read(part: Path) -> dict[int, Answered]:
+    """The samples that a part answers, by uid; none when it is not there, or was cut by a kill."""
     try:
         data = TokenDataset.load(part)
     except UserError:
         return {}
-    share, found = float(data.meta["seconds"]) / len(data), dict[int, tuple[Answered, float]]()
+    share, found = float(data.meta["seconds"]) / len(data), dict[int, Answered]()
     for i, (uid, told) in enumerate(zip(data.uid.tolist(), data.meta["samples"], strict=True)):
         row, messages = data[i], [Message(**m) for m in told["messages"]]
-        found[uid] = (row.input_ids.tolist(), row.loss_mask.int().tolist(), told["stop"], messages), share
+        found[uid] = row.input_ids.tolist(), row.loss_mask.int().tolist(), told["stop"], messages, share
     return found
 
 
