@@ -275,7 +275,7 @@ def _window(
     if plan.max_tokens is not None:
         most = max_length if plan.turns == "all" else min(max_length, plan.turns * plan.max_new_tokens)
         left = plan.max_tokens - tokens
-        wanted = 0 if left <= 0 else min(wanted, max(plan.batch_size, left // most))
+        wanted = 0 if left <= 0 else min(wanted, max(1, left // (most * plan.batch_size)) * plan.batch_size)
     window: list[Sample] = []
     while len(window) < wanted and (entry := next(queue, None)):
         planned.append(entry)
