@@ -14,6 +14,7 @@ from specauf.bench.runner import LiveCheck, Recorded, check_live, comparison, me
 from specauf.bench.selection import selected
 from specauf.bench.tasks import describe_task, load_task, render_prompts
 from specauf.config import LOOKUP, EvalConfig, SamplingConfig
+from specauf.decode.generate import Generation
 from specauf.decode.propose import DrafterProposer, LookupFirst, PromptLookup
 from specauf.decode.replay import Replayable
 from specauf.decode.select import Selection
@@ -153,9 +154,10 @@ def evaluate(
         )
     passed = all(check["passed"] for check in results["checks"])
     atomic_write_text(out / "results.json", json_text(results))  # whatever happens to the live checks
+    plain: dict[str, list[Sequence[Generation]]] = {}
     for name, proposer in proposers.items():
         for recording in tasks.values() if live else ():
-            passed &= _live(target, name, proposer, recording, live, config, results, console)
+            passed &= _live(target, name, proposer, recording, live, config, results, plain, console)
     atomic_write_text(out / "results.json", json_text(results))
     return results, passed
 
@@ -210,16 +212,25 @@ def _live(
     count: int,
     config: EvalConfig,
     results: dict[str, Any],
+    plain: dict[str, list[Sequence[Generation]]],
     console: Progress,
 ) -> bool:
-    sampling, batch_size = config.sampling, config.batch_size
-    some = recording.trajectories[:count]
-    with console.progress(f"{name} live on {recording.label}", len(some)) as advance:
-        one = check_live(target, proposer, some, recording.limit, sampling=sampling, on_done=lambda n: advance(n, ""))
-    many = check_live(
-        target, proposer, recording.trajectories, recording.limit, sampling=sampling, batch_size=batch_size
-    )
-    for how, check in (("batch 1", one), (f"batch {min(batch_size, len(many.generations))}", many)):
+    """Decode live at batch 1 and in batches. `plain` keeps each task's plain decoding in both ways for the next method."""
+    everything, checks = recording.trajectories, list[LiveCheck]()
+    known = plain.get(recording.label, [(), ()])
+    for some, together, before in zip((everything[:count], everything), (1, config.batch_size), known, strict=True):
+        with console.progress(f"{name} live on {recording.label}, {len(some)} prompts", len(some)) as advance:
+            check = check_live(
+                *(target, proposer, some, recording.limit),
+                sampling=config.sampling,
+                batch_size=together,
+                plain=before,
+                on_done=lambda n, advance=advance: advance(n, ""),  # type: ignore[misc]
+            )
+        checks.append(check)
+    plain[recording.label] = [check.plain for check in checks]
+    one, many = checks
+    for how, check in (("batch 1", one), (f"batch {min(config.batch_size, len(many.generations))}", many)):
         rounds = sum(len(g.rounds) for g in check.generations)
         told = f"{len(check.generations)} prompts, {rounds} rounds, {len(check.near_ties)} near ties"
         results["checks"].append(

@@ -233,7 +233,6 @@ class LiveCheck:
     generations: list[Generation]
     plain: list[Generation]
     live_seconds: float
-    plain_seconds: float
     replay_seconds: float
     """With the features cached."""
     prefill_seconds: float
@@ -258,29 +257,29 @@ def check_live(
     *,
     sampling: SamplingConfig | None = None,
     batch_size: int = 1,
+    plain: Sequence[Generation] = (),
     on_done: Callable[[int], None] | None = None,
 ) -> LiveCheck:
     """Decode recorded prompts (T=0) live; compare tokens with plain decoding and the recording, and rounds with replay.
 
-    `sampling` is what the prompts were recorded with.
+    `sampling` is what the prompts were recorded with. `plain` are their plain decodings by an earlier check in the same
+    batches; without it they are made.
     """
-    plain: list[Generation] = []
-    live: list[Generation] = []
+    plain, live = list(plain), list[Generation]()
     groups = [trajectories[i : i + batch_size] for i in range(0, len(trajectories), batch_size)]
-    plain_seconds = live_seconds = 0.0
-    few = warm_tokens(target, limit)
-    for warm in (None, proposer):  # kernels are compiled before any is timed
-        generate(target, warm, [t.prompt for t in groups[0]], sampling=sampling, max_new_tokens=few)
+    live_seconds = 0.0
+    few = warm_tokens(target, limit)  # kernels are compiled before any is timed
+    generate(target, proposer, [t.prompt for t in groups[0]], sampling=sampling, max_new_tokens=few)
     for group in groups:
         prompts = [t.prompt for t in group]
+        if len(plain) == len(live):
+            plain += generate(target, None, prompts, sampling=sampling, max_new_tokens=limit, record_margins=True)
         began = _clock(target)
-        plain += generate(target, None, prompts, sampling=sampling, max_new_tokens=limit, record_margins=True)
-        between = _clock(target)
         live += generate(target, proposer, prompts, sampling=sampling, max_new_tokens=limit)
-        plain_seconds, live_seconds = plain_seconds + between - began, live_seconds + _clock(target) - between
+        live_seconds += _clock(target) - began
         if on_done:
             on_done(len(group))
-    check = LiveCheck(live, plain, live_seconds, plain_seconds, 0.0, 0.0, [], [], near_tie(target))
+    check = LiveCheck(live, plain, live_seconds, 0.0, 0.0, [], [], near_tie(target))
     for start in range(0, len(trajectories), CHUNK):
         part = trajectories[start : start + CHUNK]
         began = _clock(target)
@@ -296,13 +295,19 @@ def check_live(
             _compare_tokens(check, f"{trajectory.id}: the recording and plain decoding", recording, reference)
             if trajectory.tokens[: len(ours.tokens)] == ours.tokens:
                 known = features[i] if features else None
-                _compare_rounds(check, target, proposer, trajectory, known, ours, replayed[i])
+                _compare_rounds(check, target, proposer, trajectory, known, *within(limit, ours.rounds, replayed[i]))
     return check
 
 
 def parting(a: Sequence[Any], b: Sequence[Any]) -> int:
     """Index in `b` of the first entry that `a` does not share; the last index of `b` where `a` has all of it."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b) - 1))
+
+
+def within(limit: int, *texts: Sequence[Round]) -> list[list[Round]]:
+    """The rounds of each text without the draft tokens that the limit cuts off, which no check of tokens has compared."""
+    room = [[(r, limit - 1 - r.start) for r in rounds] for rounds in texts]
+    return [[r if r.accepted < left else Round(r.start, left) for r, left in rounds] for rounds in room]
 
 
 def _clock(target: Target) -> float:
@@ -329,13 +334,13 @@ def _compare_rounds(
     proposer: Replayable,
     trajectory: Trajectory,
     features: Tensor | None,
-    live: Generation,
+    live: list[Round],
     replayed: list[Round],
 ) -> None:
-    if live.rounds == replayed:
+    if live == replayed:
         return
-    number = min(parting(live.rounds, replayed), len(live.rounds) - 1)
-    at = live.rounds[number]
+    number = min(parting(live, replayed), len(live) - 1)
+    at = live[number]
     margin = float("inf")
     committed = trajectory.ids[: len(trajectory.prompt) + at.start + 1]
     if isinstance(proposer, LookupFirst) and proposer.asks_drafter(committed):  # a copied token is no near tie

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from specauf.strict import UserError
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
     from torch import Tensor
 
 ROOM = 64
@@ -46,3 +48,38 @@ def roomy_cache(config: Any) -> DynamicCache:
     cache = DynamicCache(config=config)
     cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+def without_holes(cache: DynamicCache, columns: Bool[Tensor, "b s"], used: int) -> Bool[Tensor, "b kept"]:
+    """`columns`, the cache's columns that hold a row's tokens, once those are moved to the front and most holes dropped.
+
+    `used` is their number in the fullest row. Nothing is moved while few are holes. Order does not matter to attention:
+    keys know their positions.
+    """
+    if columns.shape[1] <= used + used // 2 + ROOM:
+        return columns
+    order = (~columns).int().argsort(stable=True)[:, :used]
+    for layer in cache.layers:
+        assert isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None
+        layer.keys, layer.values = (t.take_along_dim(order[:, None, :, None], 2) for t in (layer.keys, layer.values))
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            layer.cumulative_length = used
+    return columns.gather(1, order)
+
+
+def narrowest_window(cache: DynamicCache, name: str, whole: bool = False) -> int | None:
+    """The narrowest window of the target's layers, in tokens; None when every layer sees everything.
+
+    Raises `UserError` unless every layer can drop its newest columns, as a rejected draft requires: a layer with a window
+    can until the window is full, one with a state cannot. With `whole`, also unless every layer keeps all of its columns.
+    """
+    kinds = {type(layer) for layer in cache.layers}
+    if kinds - {RoomyLayer, DynamicSlidingWindowLayer}:
+        raise UserError(
+            f"{name} has layers with linear or sparse attention, which specauf cannot decode: it takes back drafts"
+        )
+    if whole and kinds - {RoomyLayer}:
+        raise UserError("self-selection needs a target with full attention in every layer")
+    return min(
+        (layer.sliding_window for layer in cache.layers if isinstance(layer, DynamicSlidingWindowLayer)), default=None
+    )

@@ -15,10 +15,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from specauf.config import SamplingConfig
-from specauf.decode.cache import RoomyLayer, roomy_cache
+from specauf.decode.cache import narrowest_window, roomy_cache, without_holes
 from specauf.decode.propose import DrafterProposer, LookupFirst, Proposer
 from specauf.decode.select import Selection, along, build_tree, choose, keep_path, sample_candidates
 from specauf.decode.verify import (
@@ -121,7 +120,7 @@ def generate(
 
     # Prefill. Padding on the right is harmless under causal attention; its columns are masked from here on.
     first, cache = int(lengths.max()), roomy_cache(target.config)
-    window = _narrowest_window(cache, target.name, whole=selection is not None)
+    window = narrowest_window(cache, target.name, whole=selection is not None)
     seen = target.run(ids[:, :first], layer_ids, cache=cache)
     if cache.get_seq_length() != first:
         raise UserError(f"{target.name} puts no keys and values into the cache, so it would forget what it has read")
@@ -180,6 +179,7 @@ def generate(
             keep_path(cache, n, path[:, :most])
         _forget(cache, n - most)
         columns = torch.cat([columns, torch.arange(most, device=device) < gained[:, None]], 1)
+        columns = without_holes(cache, columns, int(anchors.max()))
 
 
 def warm_tokens(target: Target, limit: int) -> int:
@@ -191,28 +191,10 @@ def undecodable(target: Target) -> str | None:
     """Why the target cannot be decoded here, as far as its configuration says; None if it can."""
     try:
         _require_columns(target)
-        _narrowest_window(roomy_cache(target.config), target.name)
+        narrowest_window(roomy_cache(target.config), target.name)
     except UserError as error:
         return str(error)
     return None
-
-
-def _narrowest_window(cache: DynamicCache, name: str, whole: bool = False) -> int | None:
-    """The narrowest window of the target's layers, in tokens; None when every layer sees everything.
-
-    Raises `UserError` unless every layer can drop its newest columns, as a rejected draft requires: a layer with a window
-    can until the window is full, one with a state cannot. With `whole`, also unless every layer keeps all of its columns.
-    """
-    kinds = {type(layer) for layer in cache.layers}
-    if kinds - {RoomyLayer, DynamicSlidingWindowLayer}:
-        raise UserError(
-            f"{name} has layers with linear or sparse attention, which specauf cannot decode: it takes back drafts"
-        )
-    if whole and kinds - {RoomyLayer}:
-        raise UserError("self-selection needs a target with full attention in every layer")
-    return min(
-        (layer.sliding_window for layer in cache.layers if isinstance(layer, DynamicSlidingWindowLayer)), default=None
-    )
 
 
 def _forget(cache: DynamicCache, columns: int) -> None:

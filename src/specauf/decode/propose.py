@@ -184,7 +184,10 @@ class DrafterProposer:
 
 
 class PromptLookup:
-    """Copy what followed the latest earlier occurrence of the last three, else two, else one tokens."""
+    """Copy what followed the latest earlier occurrence of the last three, else two, else one tokens.
+
+    Where that reaches the end of the text, copying goes on with what was copied, as a loop does.
+    """
 
     layer_ids: Sequence[int] = ()
 
@@ -268,7 +271,7 @@ class _Ngrams:
         self.last: dict[tuple[int, ...], int] = {}
 
     def continuation(self, tokens: list[int], length: int) -> tuple[list[int], int]:
-        """(`length` tokens after the latest match, how many matched). The last token fills what cannot be copied."""
+        """(`length` tokens after the latest match, how many matched); the last token alone where nothing does."""
         for end in range(self.read + 1, len(tokens)):  # n-grams that end before the last token have a successor
             for n in range(1, self.longest + 1):
                 if end >= n:
@@ -277,6 +280,6 @@ class _Ngrams:
         for n in range(min(self.longest, len(tokens)), 0, -1):
             start = self.last.get(tuple(tokens[-n:]))
             if start is not None:
-                out = tokens[start : start + length]
-                return out + [tokens[-1]] * (length - len(out)), n
+                period = len(tokens) - start
+                return [tokens[start + i % period] for i in range(length)], n
         return [tokens[-1]] * length, 0

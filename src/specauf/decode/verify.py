@@ -27,10 +27,11 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
     from torch import Tensor
 
-ACCEPT, RESAMPLE, PROPOSE, CANDIDATE = 1, 2, 3, 4
+ACCEPT, RESAMPLE, PROPOSE, CANDIDATE = -1, -2, -3, -4
 """Streams of `uniform`. ACCEPT decides acceptance at a position, RESAMPLE draws the token that ends a round.
 
 PROPOSE and CANDIDATE draw draft tokens. They must share nothing with the first two, or the output loses the target's law.
+None is an epoch: anchors are drawn by (seed, epoch, uid, position), and those of a rollout must not know how its tokens fell.
 """
 
 
@@ -62,10 +63,10 @@ def warp(
         end = lengths[:, None] + torch.arange(1 - slots, 1, device=ids.device)  # b slots
         past = torch.arange(ids.shape[1], device=ids.device) < end[..., None]
         seen = torch.where(past, ids[:, None], ids[:, None, :1])  # pad with the first token: it is penalised once
-        flat = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)(seen.flatten(0, 1), flat)
+        flat = RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty))(seen.flatten(0, 1), flat)
     warpers: list[LogitsProcessor] = []
     if sampling.temperature not in (0.0, 1.0):
-        warpers.append(TemperatureLogitsWarper(sampling.temperature))
+        warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
     if sampling.temperature and sampling.top_k:
         warpers.append(TopKLogitsWarper(sampling.top_k))
     if sampling.temperature and sampling.top_p < 1:

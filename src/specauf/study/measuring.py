@@ -13,6 +13,7 @@ from typing import Any
 from specauf.bench.runner import check_live
 from specauf.config import digest
 from specauf.console import Console
+from specauf.decode.generate import Generation
 from specauf.decode.propose import DrafterProposer, PromptLookup
 from specauf.decode.replay import Replayable, Trajectory, replay, trajectory_features
 from specauf.drafter.checkpoint import load_drafter
@@ -138,7 +139,7 @@ def check_live_all(study: Study, target: Target, part: str, console: Console) ->
 
     Returns what is left to other processes.
     """
-    left: list[str] = []
+    left, plain = list[str](), dict[str, list[Generation]]()
     for subject in subjects(study, part, study.parts[part].seeds[:1]):
         for task in study.base.eval.tasks if study.live.prompts else ():
             about = describe(study, task, study.live_recording(), target)
@@ -146,7 +147,7 @@ def check_live_all(study: Study, target: Target, part: str, console: Console) ->
                 continue
             with claim(study.out / "measured" / subject.name) as mine:
                 if mine:
-                    _check_live(study, target, subject, task, about, console)
+                    plain[task] = _check_live(study, target, subject, task, about, plain.get(task, ()), console)
                 else:
                     left.append(f"{subject.name} live on {task}")
     return left
@@ -168,8 +169,15 @@ def _live_key(study: Study, subject: Subject, about: Mapping[str, Any]) -> str:
 
 
 def _check_live(
-    study: Study, target: Target, subject: Subject, task: str, about: Mapping[str, Any], console: Console
-) -> None:
+    study: Study,
+    target: Target,
+    subject: Subject,
+    task: str,
+    about: Mapping[str, Any],
+    plain: Sequence[Generation],
+    console: Console,
+) -> list[Generation]:
+    """Returns the prompts' plain decodings, which the next method needs too."""
     recorded = open_recorded(study, target, task, Recording(**about["recording"])).trajectories
     some = [recorded[i] for i in chosen(about["clusters"], study.live.prompts)]
     with console.progress(f"decoding for real: {subject.name}, {about['label']}", len(some)) as advance:
@@ -179,6 +187,7 @@ def _check_live(
             some,
             study.live.tokens,
             sampling=dataclasses.replace(study.base.eval.sampling, temperature=0.0),
+            plain=plain,
             on_done=lambda n: advance(n, ""),
         )
     found = {
@@ -189,3 +198,4 @@ def _check_live(
         "near_ties": check.near_ties,
     }
     atomic_write_text(_live_path(study, subject, task), json.dumps(found) + "\n")
+    return check.plain

@@ -34,6 +34,8 @@ from transformers import (
 from specauf.bench import runner
 from specauf.bench.runner import check_live
 from specauf.config import SamplingConfig
+from specauf.decode import cache
+from specauf.decode.cache import without_holes
 from specauf.decode.generate import Round, generate, undecodable
 from specauf.decode.propose import DrafterProposer, LookupFirst, PromptLookup, Proposer
 from specauf.decode.replay import (
@@ -47,6 +49,7 @@ from specauf.decode.replay import (
     walk,
 )
 from specauf.decode.select import Selection
+from specauf.decode.verify import ACCEPT, CANDIDATE, PROPOSE, RESAMPLE
 from specauf.drafter.checkpoint import build_drafter
 from specauf.drafter.config import DominoHead
 from specauf.drafter.dflash import DFlash
@@ -271,7 +274,9 @@ def test_an_empty_prompt_is_refused(target: Target) -> None:
         generate(target, None, [[1], []])
 
 
-def test_layers_with_a_window_are_decoded_until_it_is_full(prompts: list[list[int]]) -> None:
+def test_layers_with_a_window_are_decoded_until_it_is_full(
+    prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     geometry = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
     config = MistralConfig(vocab_size=61, num_key_value_heads=2, sliding_window=40, eos_token_id=60, **geometry)
@@ -281,6 +286,12 @@ def test_layers_with_a_window_are_decoded_until_it_is_full(prompts: list[list[in
         assert made.tokens == reference(target, prompt, 20, 1.0, target.eos_ids())
     with pytest.raises(UserError, match="windowed has layers that see the last 40 tokens alone"):
         generate(target, None, [prompts[0]], max_new_tokens=60, eos_ids=frozenset())
+    with pytest.raises(UserError, match=r"this takes 4[0-9]: long has a prompt of .* tokens"):  # before any is recorded
+        record(target, [("a", [1]), ("long", prompts[0])], limit=35, block_size=4, sampling=SamplingConfig())
+    monkeypatch.setattr(cache, "ROOM", 1)
+    loop = [[5, 6, 5, 6, 5, 6], [9, 1, 2], [7]]
+    made = generate(target, PromptLookup(5), loop, max_new_tokens=20, eos_ids=frozenset())
+    assert [g.tokens for g in made] == [reference(target, p, 20, 1.0, frozenset()) for p in loop]
 
 
 def test_learned_positions_are_used_to_the_last_and_no_further() -> None:
@@ -387,6 +398,8 @@ def test_prompt_lookup_copies_what_followed_the_latest_longest_match() -> None:
     lookup.start(1, 20)
     assert draft([4, 5, 6]) == [6, 6, 6]  # nothing to copy
     lookup.start(1, 20)
+    assert draft([7, 1, 2, 1, 2, 1, 2]) == [1, 2, 1]  # a loop shorter than the block goes on
+    lookup.start(1, 20)
     text = [9, 1, 2, 3, 5, 8, 1, 2, 3, 6, 9, 1, 2, 3]
     assert draft(text) == [6, 9, 1]  # of three tokens the latest: that four matched further back is not looked at
 
@@ -439,3 +452,46 @@ def test_a_live_check_compares_with_the_recording_under_its_sampling(
     assert not right.problems and not right.near_ties
     wrong = check_live(target, drafter, made, 12)
     assert any("the recording and plain decoding part at token" in told for told in wrong.problems)
+    again = check_live(target, drafter, made, 12, sampling=sampling, batch_size=batch_size, plain=right.plain)
+    assert again.plain == right.plain and not again.problems
+    elsewhere = check_live(target, drafter, made, 12, sampling=sampling, batch_size=batch_size, plain=wrong.plain)
+    assert elsewhere.problems, "the given plain decodings are what is compared"
+
+
+def test_a_live_check_looks_no_further_than_the_limit(target: Target, prompts: list[list[int]]) -> None:
+    (made,) = record(target, [("a", prompts[0])], limit=12, block_size=5, sampling=SamplingConfig())
+    exact = PromptLookup(5)
+    for at, problems in ((11, 1), (12, 0), (13, 0)):  # 12 is the first token beyond the limit
+        other = dataclasses.replace(made, tokens=[t + (i == at) for i, t in enumerate(made.tokens)])
+        assert len(check_live(target, exact, [other], 12).problems) == problems, at
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_the_cache_does_not_fill_with_holes(
+    target: Target, prompts: list[list[int]], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows accept differently, and each round keeps the luckiest row's columns."""
+    widths = list[tuple[int, int, int]]()
+
+    def spy(held: Any, columns: Any, used: int) -> Any:
+        left = without_holes(held, columns, used)
+        assert left.shape[1] == held.get_seq_length() and torch.equal(left.sum(1), columns.sum(1))
+        widths.append((columns.shape[1], left.shape[1], used))
+        return left
+
+    monkeypatch.setattr(cache, "ROOM", 1)
+    monkeypatch.setattr("specauf.decode.generate.without_holes", spy)
+    loop = [[5, 6, 5, 6, 5, 6], *prompts]
+    made = generate(target, proposers(target)[kind], loop, max_new_tokens=40, eos_ids=frozenset())
+    assert [g.tokens for g in made] == [reference(target, p, 40, 1.0, frozenset()) for p in loop]
+    assert any(after < before for before, after, _ in widths)
+    assert all(after <= used * 3 // 2 + 1 for _, after, used in widths)
+
+
+def test_whole_numbers_are_numbers(target: Target) -> None:
+    sampling = SamplingConfig(temperature=2, repetition_penalty=2)
+    assert generate(target, None, [[1, 2]], sampling=sampling, max_new_tokens=3, eos_ids=frozenset())[0].tokens
+
+
+def test_no_stream_of_draws_is_an_epoch() -> None:
+    assert max(ACCEPT, RESAMPLE, PROPOSE, CANDIDATE) < 0
