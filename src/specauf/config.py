@@ -104,7 +104,7 @@ class FeaturesConfig:
     max_gb: float = 4.0
     """Refuse to write a cache larger than this."""
     extras: bool = False
-    """Also store the final normed hidden state, the target's argmax and its log-probability of the data token."""
+    """Also store the final normed hidden state and the target's argmax."""
 
     def __post_init__(self) -> None:
         require(self.max_gb > 0, f"features.max_gb must be > 0, got {self.max_gb}")

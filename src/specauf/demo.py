@@ -31,7 +31,7 @@ from specauf.report import page
 from specauf.run import (
     data_dir,
     feature_cache,
-    new_drafter,
+    geometry_of,
     open_run,
     prepare_data,
     require_trainable,
@@ -163,7 +163,7 @@ def _variant(base: RunConfig, name: str) -> RunConfig:
 
 def _affordable(base: RunConfig, target: Target, prepared: Any, minutes: float) -> tuple[int, float]:
     """(How many conversations' features fit in their share of the budget, the measured tokens per second)."""
-    ids = new_drafter(base, target).config.target_layer_ids
+    ids = geometry_of(base, target).target_layer_ids
     sample = [prepared.train[i].input_ids for i in range(min(12, len(prepared.train)))]
     extract(target, sample[:4], ids)  # warm-up
     began = time.perf_counter()

@@ -55,9 +55,20 @@ def for_report(config_hash: str | None = None) -> dict[str, Any]:
     return {"commit": (found["git"] or {}).get("commit"), "version": found["specauf"], **kept}
 
 
-def write(path: str | Path, extra: Mapping[str, Any]) -> None:
-    """Write `collect()` with `extra` laid over it (its `config_hash`, say) to the JSON file `path`, atomically."""
-    atomic_write_text(path, json.dumps(collect() | dict(extra), indent=2, default=str) + "\n")
+def write(path: str | Path, extra: Mapping[str, Any], *, from_step: int = 0) -> None:
+    """Write `collect()` with `extra` laid over it (its `config_hash`, say) to the JSON file `path`, atomically.
+
+    A session that goes on `from_step` keeps what the file says of the earlier ones, under `earlier`, oldest first.
+    """
+    told: dict[str, Any] = collect() | dict(extra)
+    if from_step:
+        try:
+            before = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            before = {}
+        session = {key: before[key] for key in (*collect(), "from_step") if key in before}
+        told |= {"from_step": from_step, "earlier": [*before.get("earlier", ()), session]}
+    atomic_write_text(path, json.dumps(told, indent=2, default=str) + "\n")
 
 
 def version(distribution: str) -> str | None:

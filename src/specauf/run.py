@@ -140,11 +140,10 @@ def make_rollouts(
     return rollout(roller, source, out, drafter=drafted_by, on_progress=on_progress)
 
 
-def new_drafter(config: RunConfig, target: Target) -> DFlash:
-    """A drafter that fits the target. Its initial weights come from drafter.init_from or drafter.init_layers, or are random
-    from train.seed."""
+def geometry_of(config: RunConfig, target: Target) -> DFlashConfig:
+    """The geometry of the recipe's drafter for this target."""
     wanted = config.drafter
-    geometry = DFlashConfig.for_target(
+    return DFlashConfig.for_target(
         target.config,
         block_size=wanted.block_size,
         num_hidden_layers=wanted.num_hidden_layers,
@@ -155,6 +154,12 @@ def new_drafter(config: RunConfig, target: Target) -> DFlash:
         domino=_head(config, target),
         draft_vocab_size=wanted.draft_vocab_size,
     )
+
+
+def new_drafter(config: RunConfig, target: Target) -> DFlash:
+    """A drafter that fits the target. Its initial weights come from drafter.init_from or drafter.init_layers, or are random
+    from train.seed."""
+    wanted, geometry = config.drafter, geometry_of(config, target)
     if wanted.init_from is not None:
         return start_from(Path(wanted.init_from).expanduser(), geometry, config.train.seed).to(target.device)
     if wanted.init_layers is None:
@@ -226,7 +231,7 @@ def open_run(
     if len(set(ranks.gather(trainer.done))) > 1:
         raise UserError(f"the processes see different checkpoints in {out}: `out` has to be on a disk that they share")
     known = draft_vocabulary(drafter, target, prepared.train)
-    if ranks.main:
+    if ranks.main and trainer.done != trainer.max_steps:  # a finished run stays what it was
         atomic_write_text(out / "config.yaml", dump(config))
         made_from = {
             "config_hash": digest(config),
@@ -235,7 +240,7 @@ def open_run(
             "ledger": prepared.ledger.to_dict(),
         }
         processes = {"processes": ranks.world} if ranks.world > 1 else {}
-        provenance.write(out / "run.json", {**made_from, **processes, **known})
+        provenance.write(out / "run.json", {**made_from, **processes, **known}, from_step=trainer.done)
     return trainer
 
 
@@ -265,12 +270,12 @@ def feature_cache(
     """The cache if the recipe asks for one, else None. Each rank extracts its share of what is missing."""
     if not config.features.cache:
         return None
-    ranks, ids = ranks or Ranks(), new_drafter(config, target).config.target_layer_ids
+    ranks = ranks or Ranks()
     return build_features(
         target,
         prepared.train,
         assets.cache_dir() / "features",
-        ids,
+        geometry_of(config, target).target_layer_ids,
         config.features,
         examples=examples,
         on_progress=on_progress,

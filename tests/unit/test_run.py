@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from specauf import provenance
 from specauf.config import DataConfig, DrafterConfig, RunConfig, SamplingConfig, TrainConfig
 from specauf.data.dataset import Prepared, Prompt
 from specauf.data.sources import Ledger
@@ -123,6 +124,35 @@ def test_processes_that_see_different_checkpoints_stop_before_anything_is_writte
     assert told["data"] == "k" and told["ledger"] == Ledger().to_dict(), (
         "what was kept and dropped stands beside the run"
     )
+
+
+def test_run_json_tells_of_every_session_that_trained(
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = Prepared(make_dataset([(1, [5] * 9, [True] * 9)], {"key": "k", "template_hash": "t"}), [], Ledger(), False)
+    wanted = dataclasses.replace(
+        config(), out=str(tmp_path), train=TrainConfig(max_steps=3, batch_size=1, num_anchors=2)
+    )
+
+    def session(commit: str, until: int) -> dict[str, Any]:
+        monkeypatch.setattr(provenance, "git_state", lambda source: {"commit": commit, "dirty": False})
+        trainer = open_run(wanted, target, data, None)
+
+        def stop(row: dict[str, Any]) -> None:
+            if row["step"] == until:
+                raise KeyboardInterrupt
+
+        with contextlib.suppress(KeyboardInterrupt):
+            trainer.run(on_step=stop)
+        told: dict[str, Any] = json.loads((tmp_path / "run.json").read_text())
+        return told
+
+    session("a", 1)
+    session("b", 2)
+    told = session("c", 3)
+    assert (told["git"]["commit"], told["from_step"], told["data"]) == ("c", 2, "k")
+    assert [(s["git"]["commit"], s.get("from_step")) for s in told["earlier"]] == [("a", None), ("b", 1)]
+    assert session("d", 3) == told, "nothing is left to train"
 
 
 def test_a_mask_that_is_a_token_of_the_text_is_refused(target: Target, tmp_path: Path) -> None:

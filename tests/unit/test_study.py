@@ -436,6 +436,12 @@ def test_no_cell_reads_rollouts_of_the_prompts_that_all_are_measured_by(study: r
     corpus._require_kept_out(rollouts(None, base.train.meta["excluded_prompts"]), config)  # made before it was noted
     with pytest.raises(UserError, match="the prompts of pairs were not kept out of rollouts"):
         corpus._require_kept_out(rollouts(["birds"]), config)
+    other = rollouts(["birds", "pairs"])
+    other.train.meta["split"] = {"seed": 6, "heldout": 0.0}
+    corpus._require_kept_out(other, config)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, eval_every=10))
+    with pytest.raises(UserError, match=r"rollouts holds out other conversations .* than the study"):
+        corpus._require_kept_out(other, config)
 
 
 def test_the_time_of_a_method_is_found_once_whatever_changes_no_weight(study: recipe.Study) -> None:

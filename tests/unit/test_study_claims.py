@@ -98,8 +98,16 @@ def test_all_of_them_reproduce_and_say_why() -> None:
         ("auf__decay__1__gsm8k", "worse", {"T=1": "not reproduced"}),
         ("auf_decay__auf__1__macro", "undecided", {"inert": "undecided"}),
         ("auf_decay__auf__0__macro", "better", {"inert": "not reproduced"}),
-        ("auf__decay__0__macro", "undecided", {"primary": "undecided", "inversion": "undecided"}),
-        ("auf__decay__0__macro", "worse", {"primary": "not reproduced", "inversion": "not reproduced"}),
+        (
+            "auf__decay__0__macro",
+            "undecided",
+            {"primary": "undecided", "inversion": "undecided", "priors": "undecided"},
+        ),
+        (
+            "auf__decay__0__macro",
+            "worse",
+            {"primary": "not reproduced", "inversion": "not reproduced", "priors": "not reproduced"},
+        ),
         ("f_auf__decay_only__1__macro", "undecided", {"transfer": "undecided"}),
         ("s_auf_d__decay_only__0__macro", "equivalent", {"transfer": "not reproduced"}),
         ("b_auf__f_auf__0__macro", "worse", {"base": "not reproduced"}),
@@ -122,7 +130,7 @@ def test_a_position_prior_that_does_as_well_is_named() -> None:
         if row["b"] in PRIORS:
             row |= {"seeds": 1, "noise_floor": 0.06}
     told = claims(results)[7]
-    assert told["verdict"] == "undecided" and len(told["evidence"]) == 5
+    assert told["verdict"] == "undecided" and len(told["evidence"]) == 6
     assert (
         "first-1 +0.010 (undecided)" in told["because"]
         and "may lie 0.060 apart by their seeds alone" in told["because"]
@@ -174,6 +182,8 @@ def test_decay_cannot_be_called_inert_on_a_short_support() -> None:
             row["r_active"] = 0.29 if row["step"] > 8 else 0.9  # the end counts
     assert verdicts(results) == only(inert="undecided")
     assert "r_active ends at 0.29" in claims(results)[3]["because"]
+    results["comparisons"][find(results, "auf-decay", "auf", "0", "macro") or 0]["verdict"] = "better"
+    assert verdicts(results)["inert"] == "not reproduced", "a difference is one at any length"
 
 
 def test_the_inversion_needs_all_seeds_to_agree() -> None:

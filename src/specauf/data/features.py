@@ -63,7 +63,7 @@ class FeatureCache:
         return self.get(index, "features")
 
     def get(self, index: int, name: str) -> Tensor:
-        """`features` [s, taps * h]; with extras also `final` [s, h], `argmax` [s], `logprob` [s] (see `extras_of`)."""
+        """`features` [s, taps * h]; with extras also `final` [s, h] and `argmax` [s]."""
         shard, first, rows = self.where[index]
         if name not in self._shards[shard]:
             raise UserError(f"{self.directory} was written without {name!r}: set features.extras and build it again")
@@ -73,7 +73,7 @@ class FeatureCache:
 def estimate_gb(tokens: int, layer_ids: Sequence[int], hidden_size: int, config: FeaturesConfig) -> float:
     """Size of a cache of `tokens` tokens, in 10^9 bytes."""
     size = 4 if config.dtype == "float32" else 2
-    per_token = len(layer_ids) * hidden_size * size + (hidden_size * size + 8 if config.extras else 0)
+    per_token = len(layer_ids) * hidden_size * size + (hidden_size * size + 4 if config.extras else 0)
     return tokens * per_token / 1e9
 
 
@@ -113,26 +113,14 @@ def extract(
             n = len(sequences[i])
             out[i] = {"features": tapped.features[row, :n].cpu()}
             if extras:
-                out[i] |= extras_of(target, tapped.final[row, :n], ids[row, :n].to(target.device))
+                final = tapped.final[row, :n]
+                out[i] |= {"final": final.cpu(), "argmax": argmax_of(target, final).int().cpu()}
     return [out[i] for i in range(len(sequences))]
 
 
 def argmax_of(target: Target, final: Float[Tensor, "s h"]) -> Int[Tensor, " s"]:
     """The target's argmax for the token after each position, on its device."""
     return torch.cat([target.logits(rows).argmax(-1) for rows in final.split(LOGITS_ROWS)])
-
-
-def extras_of(target: Target, final: Float[Tensor, "s h"], ids: Int[Tensor, " s"]) -> dict[str, Tensor]:
-    """`final` hidden state; the target's `argmax` for the next token; its `logprob` of the data's next token (last: 0)."""
-    best, logprob = [], []
-    following = torch.cat([ids[1:], ids[:1]])
-    for rows, gold in zip(final.split(LOGITS_ROWS), following.split(LOGITS_ROWS), strict=True):
-        logits = target.logits(rows)
-        best.append(logits.argmax(-1))
-        logprob.append(logits.log_softmax(-1).gather(1, gold[:, None]).squeeze(1))
-    chance = torch.cat(logprob)
-    chance[-1] = 0
-    return {"final": final.cpu(), "argmax": torch.cat(best).int().cpu(), "logprob": chance.float().cpu()}
 
 
 def build_features(

@@ -30,8 +30,8 @@ _SEPARATOR = re.compile(r"[\s,]*")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _PART = re.compile(r"(.+)_\d+")
 """An id that may name a part: of a chat, as ShareGPT's QWJhYvA_12 does, or of a file, as train_12."""
-LONGEST_CHAT = 32, 0.01
-"""Ids that share a name are the parts of one chat if there are at most this many, or this share of the corpus."""
+LONGEST_CHAT = 128
+"""Ids that share a name are the parts of one chat if there are at most this many: ShareGPT's longest here has 89."""
 
 
 class Message(NamedTuple):
@@ -336,13 +336,8 @@ def read_conversations(path: Path, ledger: Ledger, excluded_prompts: Iterable[st
         kept.append(conversation)
     ledger.kept = len(kept)
     ledger.check()
-    shared, longest = Counter(c.id for c in kept), _longest_chat(len(kept))
-    return [c if shared[c.id] <= longest else c._replace(id=content_hash(c.messages)) for c in kept]
-
-
-def _longest_chat(conversations: int) -> float:
-    most, share = LONGEST_CHAT
-    return max(most, share * conversations)
+    shared = Counter(c.id for c in kept)
+    return [c if shared[c.id] <= LONGEST_CHAT else c._replace(id=content_hash(c.messages)) for c in kept]
 
 
 def split(
@@ -351,7 +346,7 @@ def split(
     """(train, held out), each in the given order. `heldout` is the expected share of *groups* that are held out.
 
     Conversations with the same first user turn, or with ids that name parts of one chat (`QWJhYvA_12`), are linked into one
-    group, so that neither a turn nor a chat occurs on both sides. Ids that number the records of a file (`train_12`) link
+    group, so that neither a first turn nor a chat occurs on both sides. Ids that number the records of a file (`train_12`) link
     nothing.
     Which groups are held out depends on the seed and on a group's own members, not on the order of the file.
     """
@@ -381,8 +376,8 @@ def split(
 def _chats(conversations: list[Conversation]) -> list[str]:
     """The chat that each conversation is part of; its own id where that names no part."""
     names = [part[1] if (part := _PART.fullmatch(c.id)) else c.id for c in conversations]
-    count, longest = Counter(names), _longest_chat(len(names))
-    return [name if count[name] <= longest else c.id for name, c in zip(names, conversations, strict=True)]
+    count = Counter(names)
+    return [name if count[name] <= LONGEST_CHAT else c.id for name, c in zip(names, conversations, strict=True)]
 
 
 def counter(seed: int, stream: str, key: object) -> float:

@@ -22,18 +22,18 @@ from specauf.strict import UserError
 def average_weights(checkpoints: Sequence[Path]) -> DFlash:
     """The drafter whose every weight is the mean, summed in float64, of those in `checkpoints`.
 
-    It has the first one's configuration, and records the others under `averaged_with`. Raises `UserError` when two differ in
-    configuration or target, or do not go on from one checkpoint.
+    It is in float32, has the first one's configuration, and records the others under `averaged_with`. Raises `UserError` when
+    two differ in configuration or target, or do not go on from one checkpoint.
     """
     first, *others = [load_drafter(path) for path in checkpoints]
     for path, other in zip(checkpoints[1:], others, strict=True):
         _require_branches(checkpoints[0], first, path, other)
     mean = {
-        name: torch.stack([tensor.double(), *(o.state_dict()[name].double() for o in others)]).mean(0).to(tensor.dtype)
+        name: torch.stack([tensor.double(), *(o.state_dict()[name].double() for o in others)]).mean(0).float()
         for name, tensor in first.state_dict().items()
         if tensor.is_floating_point()
     }
-    first.load_state_dict(mean, strict=False)
+    first.float().load_state_dict(mean, strict=False)
     record = [origin(path, other) for path, other in zip(checkpoints[1:], others, strict=True)]
     for trained in (o["trained"] for o in record):  # an ancestry that all share is told once
         if trained.get("init_from") == first.config.extra.get("init_from"):

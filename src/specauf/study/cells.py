@@ -11,12 +11,13 @@ import yaml
 from specauf.config import RunConfig
 from specauf.strict import ConfigError, from_dict, to_dict
 from specauf.study.recipe import Cell
+from specauf.train.checkpoint import FREE
 
 NOT_IDENTITY = (
     *(("out",), ("eval",), ("target", "device"), ("target", "trust_remote_code"), ("features", "max_gb")),
-    *(("objective", "logits_rows"), ("train", "save_every"), ("train", "eval_every")),
+    *((section, key) for section, keys in FREE.items() for key in keys),
 )
-"""Settings that may change once a cell's training has begun: none of them changes a weight."""
+"""Settings that may change once a cell's training has begun: none of them changes a weight, but for rounding."""
 
 
 def progress(out: Path) -> tuple[int, int | None]:

@@ -81,7 +81,7 @@ def inert(results: Results) -> Found:
     """AUF with and without decay are equivalent, where there is room for a difference."""
     indices = [find(results, "auf-decay", "auf", t, MACRO) for t in _temperatures(results, "auf-decay", "auf")]
     found = _decide(results, indices, {"equivalent"}, {"better", "worse"}, "AUF + decay against AUF, macro average")
-    if found.verdict == "not run":
+    if found.verdict in ("not run", "not reproduced"):  # a difference that is shown is one at any length of the support
         return found
     reach = [fmean(values.values()) for values in _end(results, "auf", "r_active").values()]
     if not reach:
@@ -144,7 +144,7 @@ def beyond_priors(results: Results) -> Found:
     Each is reported by name, since one that does as well says more than how many do not.
     """
     labels = {m["name"]: m.get("label", m["name"]) for m in results["methods"]}
-    found = {name: find(results, "auf", name, "0", MACRO) for name in PRIORS}
+    found = {name: find(results, "auf", name, "0", MACRO) for name in ("decay", *PRIORS)}
     known = {name: i for name, i in found.items() if i is not None}
     if not known:
         return Found("not run", "AUF is not compared with any weights by position")
@@ -153,7 +153,7 @@ def beyond_priors(results: Results) -> Found:
     because = f"AUF's macro-average tau minus that of {', '.join(each)}"
     if floors := [row["noise_floor"] for row in rows.values() if row["seeds"] == 1 and row["noise_floor"]]:
         because += f"; two runs of one method may lie {max(floors):.3f} apart by their seeds alone"
-    if absent := [labels.get(name, name) for name in PRIORS if name not in known]:
+    if absent := [labels.get(name, name) for name in found if name not in known]:
         because += f"; not run: {', '.join(absent)}"
     verdicts = {standing(row) for row in rows.values()}
     if verdicts & {"worse", "equivalent"}:
@@ -245,7 +245,10 @@ def _decide(results: Results, indices: Iterable[int | None], good: set[str], bad
     if len(rows) == 1:
         interval = " to ".join(map(_tau, rows[0]["interval"]))
         because = f"{what}: {verdicts[0]} ({_tau(low)} tau, 95 % interval {interval})"
-    if any(row["seeds"] == 1 and row["verdict"] != standing(row) for row in rows):
+    single = [row for row in rows if row["seeds"] == 1 and row["verdict"] != standing(row)]
+    if any(row["noise_floor"] is None for row in single):
+        because += "; single training runs decide nothing while the noise floor is not known"
+    elif single:
         because += "; single training runs within the noise floor decide nothing"
     if any(row["seeds"] == 2 for row in rows):
         because += "; two seeds are too few for a claim"

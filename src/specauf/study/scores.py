@@ -25,13 +25,12 @@ from specauf.bench.statistics import (
 )
 from specauf.config import LOOKUP
 from specauf.strict import UserError
-from specauf.study.claims import DOMINO, PRIORS, standing
+from specauf.study.claims import DOMINO, MACRO, PRIORS, standing
 from specauf.study.recipe import Part, Study
 from specauf.study.recordings import chosen, describe
 from specauf.study.records import Place, Subject, cell_subject, load_records, lookup_subjects
 from specauf.target import Target
 
-MACRO = "macro"
 NO_SEED = -1
 """Key of the only row of a method that is not trained."""
 PAIRS = (

@@ -72,6 +72,12 @@ class Corpus:
                 f"data.path: the prompts of {', '.join(seen)} were not kept out of {config.data.path}, and the study measures "
                 "by them: make the rollouts again with its eval.tasks (--set eval.tasks=...)"
             )
+        measured = "heldout" in base.eval.tasks or config.train.eval_every
+        if measured and meta.get("split") not in (None, ours["split"]):
+            raise UserError(
+                f"data.path: {config.data.path} holds out other conversations (data.seed, data.heldout) than the study, which "
+                f"measures by its own: make the rollouts again with {ours['split']}, here they have {meta['split']}"
+            )
 
     def features(self, config: RunConfig) -> FeatureCache | None:
         """The cache that the run asks for; cells with the same data and taps share one."""

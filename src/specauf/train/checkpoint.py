@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,28 +13,33 @@ from safetensors.torch import load_file
 from specauf.config import digest, dump
 from specauf.drafter.checkpoint import load_drafter, save_drafter
 from specauf.files import atomic_dir, atomic_write_text, recover_dir, save_tensors
-from specauf.strict import UserError
+from specauf.strict import UserError, to_dict
 
 if TYPE_CHECKING:
     from specauf.train.loop import Trainer
 
 
+FREE = {"objective": ("logits_rows",), "train": ("save_every", "eval_every", "common_every")}
+"""Settings that may change while a run is trained: they change no weight, but for rounding."""
+
+
 def identity(trainer: Trainer) -> dict[str, str]:
     """Digests of what must not change when a run is resumed.
 
-    Free are where it is written, how long it is, when it saves and replays, whether the target is sharded, and how the
-    micro-batches of a step are divided between accumulation and processes.
+    Free are where it is written, how long it is, `FREE`, whether the target is sharded, and how the micro-batches of a step
+    are divided between accumulation and processes.
     """
     config, drafter = trainer.config, trainer.drafter.config
     meta = trainer.batches.dataset.meta
-    free = ("max_steps", "minutes", "save_every", "eval_every", "shard_target", "accumulation")
+    free = ("max_steps", "minutes", "shard_target", "accumulation", *FREE["train"])
+    objective = {key: value for key, value in to_dict(config.objective).items() if key not in FREE["objective"]}
     parts = {
         "target": trainer.target.fingerprint(),
         "data": [dump(config.data), meta.get("key"), trainer.batches.examples],  # a path's data may be made anew
         "features": [config.features.cache, config.features.cache and config.features.dtype],
         "drafter": drafter.to_json() | {"specauf": drafter.extra.get("init_from", {}).get("weights")},
         "drafter.init_layers": config.drafter.init_layers,
-        "objective": dump(config.objective) + trainer.plugin,
+        "objective": [objective, trainer.plugin],
         "train": {key: value for key, value in vars(config.train).items() if key not in free},
         "train.accumulation times processes": config.train.accumulation * trainer.ranks.world,
     }
@@ -55,7 +61,9 @@ def provenance_of(trainer: Trainer) -> dict[str, Any]:
         **said[0],
         "reduction": config.objective.reduction,
         "labels": config.objective.labels,
-        "target": trainer.target.name,
+        "target": str(Path(trainer.target.name).resolve())
+        if Path(trainer.target.name).is_dir()
+        else trainer.target.name,
         "target_dtype": config.target.dtype,
         "target_fingerprint": trainer.target.fingerprint(),
         "template_hash": trainer.batches.dataset.meta.get("template_hash"),
@@ -126,7 +134,8 @@ def resume(trainer: Trainer, out: Path) -> bool:
         return False
     try:
         state = json.loads((directory / "state.json").read_text())
-        before, moments = state["identity"], load_file(directory / "optimizer.safetensors")
+        before, done, horizon = state["identity"], int(state["step"]), state["max_steps"]
+        moments = load_file(directory / "optimizer.safetensors")
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"{directory} is damaged ({error}): restore its files, or train with --fresh") from None
     now = identity(trainer)
@@ -140,21 +149,28 @@ def resume(trainer: Trainer, out: Path) -> bool:
             "choose another `out`"
         )
     wanted = trainer.max_steps
-    if wanted is not None and wanted != state["max_steps"]:
+    if wanted is not None and wanted != horizon:
         raise UserError(
-            f"{directory} follows a learning rate that ends at step {state['max_steps']}, not {wanted}: go on with "
-            f"train.max_steps={state['max_steps']}, or begin another `out` with drafter.init_from={directory}"
+            f"{directory} follows a learning rate that ends at step {horizon}, not {wanted}: go on with "
+            f"train.max_steps={horizon}, or begin another `out` with drafter.init_from={directory}"
         )
     trainer.drafter.load_state_dict(load_drafter(directory).state_dict())
     named = dict(trainer.drafter.named_parameters())
     for key, value in moments.items():
         name, _, field = key.partition("::")
         trainer.optimizer.state[named[name]][field] = value.to(named[name].device)
-    trainer.done, trainer.seconds = state["step"], state["seconds"]
-    trainer.max_steps, trainer.survival = state["max_steps"], state.get("survival", {})
+    trainer.done, trainer.max_steps, trainer.seconds = done, horizon, state.get("seconds", 0.0)
+    trainer.survival = state.get("survival", {})
     log = out / "log.jsonl"
     if log.is_file() and trainer.ranks.main:
-        # A line that a kill cut short has no newline, and is of a step after the checkpoint.
-        whole = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-        atomic_write_text(log, "".join(line for line in whole if json.loads(line)["step"] <= trainer.done))
+        lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+        atomic_write_text(log, "".join(line for line in lines if _step(line) <= done))
     return True
+
+
+def _step(line: str) -> float:
+    """The step that a line of the log is of; infinity for a line that a kill cut short, or that is not of the log."""
+    try:
+        return int(json.loads(line)["step"]) if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf

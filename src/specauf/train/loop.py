@@ -309,7 +309,7 @@ class Trainer:
 
         Ctrl-C or SIGTERM ends training after the current step, with the state saved; a second one ends it at once.
         """
-        train = self.config.train
+        train, began = self.config.train, self.done
         # The log of a run whose checkpoint is gone, or which died before its first one; what --fresh set aside stays.
         if self.out and not self.done and not (self.out / "log.jsonl.before").exists():
             set_aside(self.out / "log.jsonl")
@@ -326,13 +326,13 @@ class Trainer:
                         journal.write(json.dumps(row))
                     if on_step:
                         on_step(row)
-                    if self.out and self.done % train.save_every == 0:
+                    if self.out and self.done % train.save_every == 0 and self.done != self.max_steps:
                         self._save_or_warn(self.out)
             except KeyboardInterrupt:
                 if self.out and len(asked) < 2:
                     checkpoint.save(self, self.out)
                 raise
-        if self.out:
+        if self.out and self.done > began:
             checkpoint.save(self, self.out)
         if asked:  # during the last step: the run is complete, but nothing is to follow it
             raise KeyboardInterrupt

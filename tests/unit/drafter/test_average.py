@@ -52,6 +52,13 @@ def test_a_mean_of_one_drafter_with_itself_is_that_drafter(target: Target, tmp_p
     assert all(torch.equal(mean[name], tensor) for name, tensor in own.items())
 
 
+def test_the_mean_is_not_rounded_to_what_the_first_was_stored_in(target: Target, tmp_path: Path) -> None:
+    one, other = (branch(target, tmp_path / str(i), i) for i in (1, 2))
+    save_drafter(load_drafter(one).bfloat16(), one, load_drafter(one).config.extra)
+    ab, ba = (average_weights(pair).state_dict() for pair in ([one, other], [other, one]))
+    assert all(tensor.dtype == torch.float32 and torch.equal(tensor, ba[name]) for name, tensor in ab.items())
+
+
 def test_the_mean_of_means_is_a_branch_too(target: Target, tmp_path: Path) -> None:
     paths = [branch(target, tmp_path / str(i), i) for i in (1, 2)]
     merged = save_drafter(average_weights(paths), tmp_path / "merged")

@@ -363,6 +363,48 @@ def test_resuming_with_another_objective_is_refused(target: Target, dataset: Tok
         checkpoint.resume(make(target, dataset, tmp_path, objective="decay"), tmp_path)
 
 
+def test_what_changes_no_weight_may_change_on_the_way(target: Target, dataset: TokenDataset, tmp_path: Path) -> None:
+    make(target, dataset, tmp_path, max_steps=1).run()
+    smaller = {"name": "auf", "logits_rows": 8}
+    changed = make(
+        target, dataset, tmp_path, objective=smaller, max_steps=1, common_every=5, eval_every=2, save_every=3
+    )
+    assert checkpoint.resume(changed, tmp_path) and changed.done == 1
+
+
+def test_lines_of_the_log_that_are_not_its_own_stop_no_resume(
+    target: Target, dataset: TokenDataset, tmp_path: Path
+) -> None:
+    make(target, dataset, tmp_path, max_steps=1).run()
+    with (tmp_path / "log.jsonl").open("a") as log:
+        log.write('{"note": "mine"}\n{"step": 1, bad}\n3\n')
+    assert checkpoint.resume(make(target, dataset, tmp_path, max_steps=1), tmp_path)
+    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [1]
+
+
+def test_a_checkpoint_is_written_once_a_step_and_never_by_a_run_that_takes_none(
+    target: Target, dataset: TokenDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved, save = list[int](), checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda trainer, out: (saved.append(trainer.done), save(trainer, out)))
+    make(target, dataset, tmp_path, max_steps=4, save_every=2).run()
+    again = make(target, dataset, tmp_path, max_steps=4, save_every=2)
+    assert checkpoint.resume(again, tmp_path)
+    again.run()
+    assert saved == [2, 4]
+
+
+def test_a_local_targets_path_is_found_from_anywhere(
+    target: Target, dataset: TokenDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = copy.copy(target)
+    here.name = "models"
+    monkeypatch.chdir(tmp_path)
+    assert checkpoint.provenance_of(make(here, dataset))["target"] == "models", "of the hub, as far as one can tell"
+    (tmp_path / "models").mkdir()
+    assert checkpoint.provenance_of(make(here, dataset))["target"] == str(tmp_path / "models")
+
+
 def test_what_is_no_checkpoint_is_neither_resumed_nor_replaced(
     target: Target, dataset: TokenDataset, tmp_path: Path
 ) -> None:
@@ -377,9 +419,12 @@ def test_what_is_no_checkpoint_is_neither_resumed_nor_replaced(
 def test_a_damaged_checkpoint_is_named(target: Target, dataset: TokenDataset, tmp_path: Path, name: str) -> None:
     make(target, dataset, tmp_path, max_steps=1).run()
     path = tmp_path / "checkpoint" / name
-    path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(UserError, match=r"checkpoint is damaged .* restore its files, or train with --fresh"):
-        checkpoint.resume(make(target, dataset, tmp_path, max_steps=1), tmp_path)
+    whole = path.read_bytes()
+    for damaged in (whole[:40], whole.replace(b'"step"', b'"stop"')):
+        path.write_bytes(damaged)
+        if damaged != whole:
+            with pytest.raises(UserError, match=r"checkpoint is damaged .* restore its files, or train with --fresh"):
+                checkpoint.resume(make(target, dataset, tmp_path, max_steps=1), tmp_path)
 
 
 def test_resuming_on_another_target_or_to_another_horizon_is_refused(
