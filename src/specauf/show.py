@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.text import Text
 
-from specauf.bench.runner import near_tie, parting
+from specauf.bench.runner import departure, near_tie
 from specauf.bench.tasks import describe_task
 from specauf.config import EvalConfig, SamplingConfig
 from specauf.console import Terminal
@@ -63,10 +63,10 @@ def show(
     )
     if sampling.temperature > 0:
         return True
-    if out.tokens == plain.tokens:
+    at = departure(out.tokens, plain)
+    if at is None:
         terminal.say("the text is the target's own, token for token")
         return True
-    at = parting(out.tokens, plain.tokens)
     tie = plain.margins[at] <= near_tie(target)
     verdict = "is the target's own but for rounding" if tie else "is NOT the target's own"
     terminal.say(f"the text {verdict}: it leaves plain decoding's at token {at}, top-2 margin {plain.margins[at]:.2e}")

@@ -78,10 +78,6 @@ def evaluate(
     """
     if live and config.sampling.temperature:
         raise ConfigError("--live compares token for token, so it needs temperature 0")
-    require(
-        config.max_new_tokens >= 2,
-        "eval.max_new_tokens must be at least 2: the first token comes from the prefill, not from a round",
-    )
     require(live >= 0, f"--live must be at least 0, got {live}")
     if selection and any(isinstance(d, Domino) for d in drafters.values()):
         raise ConfigError("--candidates draws the slots of a block one by one: Domino's depend on one another")

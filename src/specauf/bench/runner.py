@@ -8,13 +8,22 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from specauf.config import EvalConfig, SamplingConfig, digest
-from specauf.decode.acceptance import before_loop, compare, prompt_taus, repeated_share, summarise, tau_interval
+from specauf.decode.acceptance import (
+    before_loop,
+    compare,
+    loop_onset,
+    prompt_taus,
+    repeated_share,
+    summarise,
+    tau_interval,
+)
 from specauf.decode.generate import Generation, Round, generate, warm_tokens
 from specauf.decode.propose import DrafterProposer, LookupFirst
 from specauf.decode.replay import (
@@ -62,6 +71,11 @@ class Recorded:
     def texts(self) -> list[list[int]]:
         """The generated tokens up to the limit."""
         return [t.tokens[: self.limit] for t in self.trajectories]
+
+    @cached_property
+    def onsets(self) -> list[int]:
+        """Where each text begins to repeat itself."""
+        return [loop_onset(text) for text in self.texts()]
 
     def chunks(self) -> Iterator[range]:
         """The trajectories' numbers, a chunk at a time; without `keep_features`, a chunk's features go before the next."""
@@ -178,7 +192,7 @@ def measure(
             "prompts": len(task.trajectories),
             "methods": {
                 method: summarise(found, tokens, proposers[method].block_size - 1, task.clusters).to_dict()
-                | _unlooped(before_loop(found, task.texts()), task.clusters)
+                | _unlooped(before_loop(found, task.onsets), task.clusters)
                 for method, found in rounds[name].items()
             },
             "repeated_share": repeated_share(task.texts()),
@@ -210,7 +224,7 @@ def comparison(
         for name, by_method in rounds.items():
             first, second = by_method[a], by_method[b]
             if part:
-                first, second = (before_loop(x, tasks[name].texts()) for x in (first, second))
+                first, second = (before_loop(x, tasks[name].onsets) for x in (first, second))
             found = compare(first, second, tasks[name].clusters)
             rows.append(
                 {
@@ -304,6 +318,11 @@ def parting(a: Sequence[Any], b: Sequence[Any]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b) - 1))
 
 
+def departure(tokens: Sequence[int], reference: Generation) -> int | None:
+    """Index of the first of the reference's tokens that `tokens` do not share; None when they are the same."""
+    return None if list(tokens) == reference.tokens else parting(tokens, reference.tokens)
+
+
 def within(limit: int, *texts: Sequence[Round]) -> list[list[Round]]:
     """The rounds of each text without the draft tokens that the limit cuts off, which no check of tokens has compared."""
     room = [[(r, limit - 1 - r.start) for r in rounds] for rounds in texts]
@@ -323,8 +342,7 @@ def _note(check: LiveCheck, text: str, margin: float) -> None:
 
 
 def _compare_tokens(check: LiveCheck, names: str, tokens: list[int], plain: Generation) -> None:
-    if tokens != plain.tokens:
-        at = parting(tokens, plain.tokens)
+    if (at := departure(tokens, plain)) is not None:
         _note(check, f"{names} part at token {at}", plain.margins[at])
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from specauf.bench.runner import Recorded, near_tie, parting
+from specauf.bench.runner import Recorded, departure, near_tie
 from specauf.config import EvalConfig
 from specauf.decode.acceptance import compare, summarise
 from specauf.decode.generate import Generation, Round, generate
@@ -62,8 +62,8 @@ def measure_selection(
 
 def _parting(live: Generation, text: Sequence[int], tie: float) -> str:
     """Where a live text departs from the recorded one by more than a near tie; empty when it does not."""
-    at = parting(text, live.tokens)
-    if live.tokens == list(text) or live.margins[at] <= tie:
+    at = departure(text, live)
+    if at is None or live.margins[at] <= tie:
         return ""
     return f"leaves the recorded text at token {at}, top-2 margin {live.margins[at]:.2e}"
 

@@ -56,7 +56,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from specauf.decode.resampling import deviations, student
+from specauf.decode.resampling import deviations, grouped, student
 
 MARGIN = 0.02
 """In tau: a smaller difference is not worth a claim. Fixed before any study was run."""
@@ -123,9 +123,8 @@ def hierarchical_bootstrap(
     rng = np.random.default_rng(seed)
     levels: list[tuple[Floats, int]] = []
     for cells, groups in values.values():
-        sizes = np.asarray(np.bincount(groups), dtype=np.float64)
-        sums = np.asarray(np.bincount(groups, weights=cells.mean(axis=0)), dtype=np.float64)
-        levels.append((deviations(sums, sizes, resamples, rng) / len(tasks), len(sizes)))
+        moved, units = grouped(cells.mean(axis=0), groups, resamples, rng)
+        levels.append((moved / len(tasks), units))
     if len(per_seed) > 1:
         levels.append((deviations(per_seed, np.ones_like(per_seed), resamples, rng), len(per_seed)))
     estimate = float(per_seed.mean())

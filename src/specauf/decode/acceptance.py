@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from specauf.decode.generate import Round
-from specauf.decode.resampling import deviations, student
+from specauf.decode.resampling import grouped, student
 from specauf.strict import UserError
 
 
@@ -86,16 +86,14 @@ def bootstrap(
     """
     kept = ~np.isnan(values)
     values, mean = values[kept], float(values[kept].mean())
-    owner = (
-        np.arange(len(values)) if clusters is None else np.unique(np.asarray(clusters)[kept], return_inverse=True)[1]
-    )
-    sums, sizes = (np.asarray(np.bincount(owner, each), dtype=np.float64) for each in (values, np.ones_like(values)))
-    if len(sums) < 2:
+    owners = np.arange(len(kept)) if clusters is None else np.asarray(clusters)
+    owner = np.unique(owners[kept], return_inverse=True)[1]
+    if owner.max() == 0:
         return math.nan, math.nan
     if np.ptp(values) == 0:
         return mean, mean
     rng = np.random.default_rng(seed)
-    moved = student([(deviations(sums, sizes, resamples, rng), len(sums))], rng)
+    moved = student([grouped(values, owner, resamples, rng)], rng)
     low, high = np.quantile(mean + moved, [0.025, 0.975]).tolist()
     return low, high
 
@@ -138,14 +136,12 @@ def loop_onset(tokens: Sequence[int], n: int = 8) -> int:
     return len(tokens)
 
 
-def before_loop(rounds: Sequence[Sequence[Round]], tokens: Sequence[Sequence[int]]) -> list[list[Round]]:
-    """The rounds that start before the text begins to repeat itself. `tokens[i]` is the generated text of prompt i.
+def before_loop(rounds: Sequence[Sequence[Round]], onsets: Sequence[int]) -> list[list[Round]]:
+    """The rounds that start before the text begins to repeat itself. `onsets[i]` is the `loop_onset` of prompt i's answer.
 
     Small targets loop, and a drafter that echoes one token is then accepted whole: one such prompt can carry a mean.
     """
-    return [
-        [r for r in row if r.start < onset] for row, onset in zip(rounds, (loop_onset(t) for t in tokens), strict=True)
-    ]
+    return [[r for r in row if r.start < onset] for row, onset in zip(rounds, onsets, strict=True)]
 
 
 def repeated_share(sequences: Sequence[Sequence[int]], n: int = 8) -> float:

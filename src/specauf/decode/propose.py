@@ -214,6 +214,11 @@ class PromptLookup:
         self.matched = [n for _, n in found]
         return torch.tensor([draft for draft, _ in found], device=ids.device)
 
+    def along(self, tokens: list[int], anchors: Sequence[int]) -> list[tuple[list[int], int]]:
+        """What a text's proposals are at its anchors, ascending, each with the number of tokens that matched."""
+        seen = _Ngrams(self.longest)
+        return [seen.continuation(tokens[: a + 1], self.block_size - 1) for a in anchors]
+
 
 class LookupFirst:
     """Prompt lookup where the last `ngram` tokens occurred before, the drafter elsewhere.
@@ -255,9 +260,7 @@ class LookupFirst:
 
     def asks_drafter(self, tokens: list[int]) -> bool:
         """Whether the drafter proposes after these committed tokens, taken as a sequence of its own."""
-        self.lookup.start(1, len(tokens))
-        self.lookup.propose(torch.tensor([tokens]), torch.tensor([len(tokens) - 1]))
-        return self.lookup.matched[0] < self.ngram
+        return self.lookup.along(tokens, [len(tokens) - 1])[0][1] < self.ngram
 
     def fill(self, draft: Int[Tensor, "b k"]) -> Int[Tensor, "b block_1"]:
         return F.pad(draft, (0, self.block_size - 1 - draft.shape[1]), value=self.filler)

@@ -204,7 +204,8 @@ def load_trajectories(directory: Path) -> tuple[list[Trajectory], dict[str, obje
         meta = json.loads((directory / "meta.json").read_text())
         tensors = load_file(directory / "trajectories.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{directory} holds no recorded trajectories: {error}") from None
+        told = f"{directory} holds no recorded trajectories ({error})"
+        raise UserError(f"{told}: delete it, and the same command records them again") from None
     flat, out, at = tensors["ids"].tolist(), [], 0
     for name, (p, n, ended) in zip(meta["ids"], tensors["sizes"].tolist(), strict=True):
         out.append(Trajectory(name, flat[at : at + p], flat[at + p : at + p + n], bool(ended)))
@@ -256,7 +257,9 @@ def acceptances(
     labels = ids[place.clamp(max=len(ids) - 1)]
     if isinstance(proposer, (PromptLookup, LookupFirst)):
         lookup = proposer.lookup if isinstance(proposer, LookupFirst) else proposer
-        copied, matched = _copies(lookup, ids, anchors)
+        found = lookup.along(trajectory.ids, anchors.tolist())
+        copied = torch.tensor([draft for draft, _ in found], dtype=torch.long).view(-1, lookup.block_size - 1)
+        matched = torch.tensor([n for _, n in found], dtype=torch.long)
         within = valid[:, : copied.shape[1]]
         run = leading_run((copied == labels[:, : copied.shape[1]]) & within, torch.ones_like(within))
         if isinstance(proposer, PromptLookup):
@@ -293,18 +296,6 @@ def acceptances(
         # Slots beyond the end of the recording are not holes: nothing can be accepted there.
         parts.append(leading_run(readout.hit[0], torch.ones_like(readout.hit[0])).cpu())
     return torch.cat(parts)
-
-
-def _copies(
-    lookup: PromptLookup, ids: Tensor, anchors: Tensor
-) -> tuple[Int[Tensor, "anchors k"], Int[Tensor, " anchors"]]:
-    """What prompt lookup proposes at every anchor, and how many tokens matched there. It has to see anchors in order."""
-    lookup.start(1, len(ids))
-    drafts, matched = [ids.new_zeros(0, lookup.block_size - 1)], []
-    for anchor in anchors:
-        drafts.append(lookup.propose(ids[None], anchor[None]))
-        matched += lookup.matched
-    return torch.cat(drafts), torch.tensor(matched, dtype=torch.long)
 
 
 def walk(accepted: Sequence[int], trajectory: Trajectory) -> list[Round]:

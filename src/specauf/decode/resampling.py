@@ -26,6 +26,12 @@ def deviations(sums: Floats, sizes: Floats, resamples: int, rng: np.random.Gener
     return (means - observed) * math.sqrt(n / (n - 1))
 
 
+def grouped(values: Floats, groups: NDArray[np.int64], resamples: int, rng: np.random.Generator) -> tuple[Floats, int]:
+    """A level for `student`: the deviations of the mean of `values` when groups, numbered from 0, are drawn whole."""
+    sizes, sums = np.bincount(groups).astype(np.float64), np.bincount(groups, weights=values).astype(np.float64)
+    return deviations(sums, sizes, resamples, rng), len(sizes)
+
+
 def student(levels: Sequence[tuple[Floats, int]], rng: np.random.Generator) -> Floats:
     """[resamples]: the sum of the levels' deviations, with Student's tails for each level's number of units."""
     total: Floats = np.sum([moved for moved, _ in levels], axis=0)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from specauf.decode.acceptance import before_loop
+from specauf.decode.acceptance import before_loop, loop_onset
 from specauf.decode.generate import Round
 from specauf.decode.replay import Trajectory
 from specauf.drafter.checkpoint import weights_hash
@@ -81,7 +81,7 @@ def records(
 ) -> list[dict[str, Any]]:
     """One record per trajectory."""
     texts = [t.tokens[:limit] for t in trajectories]
-    early = before_loop(rounds, texts)
+    early = before_loop(rounds, [loop_onset(text) for text in texts])
     return [
         {
             "accepted": _histogram(row, block_size),

@@ -92,8 +92,8 @@ def test_a_loop_sets_in_where_eight_tokens_first_repeat() -> None:
     text = [*range(20), *([7] * 20)]
     assert loop_onset(text) == 28  # nineteen 7s hold the first eight twice after nine of them
     assert loop_onset(list(range(50))) == 50
-    assert before_loop([[Round(3, 0), Round(27, 1), Round(29, 7)]], [text]) == [[Round(3, 0), Round(27, 1)]]
-    assert before_loop([[Round(28, 1)]], [text]) == [[]], "the text repeats itself with its first token"
+    assert before_loop([[Round(3, 0), Round(27, 1), Round(29, 7)]], [loop_onset(text)]) == [[Round(3, 0), Round(27, 1)]]
+    assert before_loop([[Round(28, 1)]], [loop_onset(text)]) == [[]], "the text repeats itself with its first token"
     assert repeated_share([[1] * 16, list(range(25))]) == pytest.approx(8 / 27), "of all n-grams, not of all texts"
     assert repeated_share([list(range(50))]) == 0 and repeated_share([[1] * 16]) == pytest.approx(8 / 9)
 
