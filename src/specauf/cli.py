@@ -6,7 +6,6 @@ Exit codes: 0 done, 1 a check failed, 2 an error that the message says how to fi
 # tyro shows the text above. The verbs only parse, call one function and print; nothing is decided in this file.
 from __future__ import annotations
 
-import errno
 import logging
 import sys
 import warnings
@@ -18,18 +17,17 @@ import tyro
 
 from specauf import config as configuration
 from specauf.config import EMBEDDED, LOOKUP, EvalConfig, SamplingConfig, TargetConfig, TargetOf
-from specauf.console import Terminal, exit_code, print_results, quiet_transformers
+from specauf.console import Terminal, exit_code, print_results, quiet_transformers, reported
 from specauf.data.rollouts import RolloutConfig, rollout_meta
 from specauf.data.sources import Ledger
-from specauf.files import FULL
-from specauf.strict import ConfigError, UserError, choose, gathered, require
+from specauf.strict import ConfigError, choose, gathered, require
 
 if TYPE_CHECKING:
     from specauf.target import Target
     from specauf.train.distributed import Ranks
 
-MENDABLE = (errno.EACCES, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EROFS, *FULL)
-"""File system errors that the user's path or disk causes. Any other is a bug of ours and keeps its traceback."""
+LISTS = ("--set", "--average-with", "--results", "--eval.tasks", "--stage", "--parts")
+"""Options that take several values."""
 Recipe = Annotated[Path, tyro.conf.Positional]
 Overrides = Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="SECTION.KEY=VALUE ...")]
 
@@ -378,22 +376,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point of the `specauf` command."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     warnings.filterwarnings("ignore", category=FutureWarning)
-    terminal = Terminal()
-    try:
-        given = gathered(sys.argv[1:] if arguments is None else arguments, "--set")
-        return tyro.cli(_verbs(), args=given, prog="specauf", description=__doc__).run(terminal)
-    except UserError as error:
-        print(f"specauf: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.errno not in MENDABLE:
-            raise
-        print(f"specauf: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        again = "the same command" + " without --fresh" * ("--fresh" in (arguments or sys.argv))
-        print(f"\nspecauf: interrupted; {again} goes on from here", file=sys.stderr)
-        return 130
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    for flag in LISTS:
+        given = gathered(given, flag)
+    return reported(lambda: tyro.cli(_verbs(), args=given, prog="specauf", description=__doc__).run(Terminal()), given)
 
 
 if __name__ == "__main__":

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 from rich.console import Console as Rich
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from specauf.files import FULL
+from specauf.strict import UserError
+
 PLAIN_EVERY = 15.0
 """Seconds between two plain progress lines."""
 
 FOUND_WITHIN = 1.0
 """What is reported in so few seconds was kept by an earlier run, and says nothing about the rate of this one."""
+
+
+PATHS = (errno.EACCES, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EROFS, errno.ELOOP)
+MENDABLE = (*PATHS, *FULL)
+"""File system errors that the user's path or disk causes. Any other is a bug of ours and keeps its traceback."""
+RESUMABLE = ("train", "rollout", "study", "demo", "eval")
+"""Verbs whose work is kept when they are interrupted."""
 
 
 class Console(Protocol):
@@ -34,7 +46,7 @@ class Terminal:
 
     def __init__(self, silent: bool = False) -> None:
         self.rich = Rich(highlight=False, quiet=silent)
-        self.lively = sys.stdout.isatty() and not silent
+        self.lively = sys.stdout is not None and sys.stdout.isatty() and not silent  # None when it was closed (>&-)
 
     def say(self, text: str) -> None:
         self.rich.print(text, markup=False, emoji=False, soft_wrap=True)
@@ -103,3 +115,23 @@ def quiet_transformers() -> None:
 
     notices.set_verbosity_error()
     notices.disable_progress_bar()
+
+
+def reported(work: Callable[[], int], arguments: Sequence[str]) -> int:
+    """The exit code of a command; what the user can mend is told in one line on stderr."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # tau, or a path, in a locale that has no such letter
+    try:
+        return work()
+    except UserError as error:
+        print(f"specauf: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in MENDABLE:
+            raise
+        print(f"specauf: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        again = "; the same command" + " without --fresh" * ("--fresh" in arguments) + " goes on from here"
+        print(f"\nspecauf: interrupted{again if {*RESUMABLE} & {*arguments[:1]} else ''}", file=sys.stderr)
+        return 130

@@ -49,7 +49,7 @@ def gathered(arguments: typing.Sequence[str], flag: str) -> list[str]:
     found, inside = 0, False
     for argument in arguments:
         name, _, value = argument.partition("=")
-        if name == flag:
+        if name.replace("_", "-") == flag:  # tyro takes either
             found, inside = found + 1, True
             values += [value] if value else []
         elif inside and not argument.startswith("-"):

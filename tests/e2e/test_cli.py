@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
 from tests.conftest import make_geometry
 
+from specauf import cli
 from specauf.cli import main
 from specauf.config import TargetConfig
 from specauf.decode.propose import DrafterProposer
@@ -220,6 +224,27 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(
     assert main([a.replace("{recipe}", str(world / "recipe.yaml")) for a in arguments]) == 2
     captured = capsys.readouterr()
     assert told in captured.err and "Traceback" not in captured.err
+
+
+def test_every_option_with_several_values_may_be_given_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr("specauf.export.export", lambda *paths, **options: seen.update(options))
+    assert (
+        main(["export", "a", "b", "--results", "c", "--average-with", "d", "--results", "e", "--average-with", "f"])
+        == 0
+    )
+    assert (seen["results"], seen["average_with"]) == ((Path("c"), Path("e")), (Path("d"), Path("f")))
+    lists = {
+        n for verb in get_args(cli._verbs()) for n, kind in options_of(get_args(verb)[0]) if get_origin(kind) is tuple
+    }
+    assert lists == {*cli.LISTS, "--checkpoints"}, "positional, the last"
+
+
+def options_of(kind: Any, prefix: str = "--") -> Iterator[tuple[str, Any]]:
+    for name, hint in get_type_hints(kind).items():
+        yield prefix + name.replace("_", "-"), hint
+        if is_dataclass(hint):
+            yield from options_of(hint, f"{prefix}{name}.")
 
 
 @pytest.mark.parametrize("verb", ["prepare", "rollout", "train", "eval", "generate", "report", "demo", "doctor"])

@@ -39,6 +39,7 @@ def test_a_repeated_flag_adds_to_what_was_set_before() -> None:
     assert gathered(arguments, "--set") == ["train", "r.yaml", "--fresh", "--set", "a=1", "b=2", "c=3", "d=4"]
     once = ["train", "--set", "a=1", "r.yaml"]
     assert gathered(once, "--set") == once
+    assert gathered(["--average_with", "c", "--average-with", "d"], "--average-with") == ["--average-with", "c", "d"]
 
 
 def test_an_output_directory_may_be_at_home(monkeypatch: pytest.MonkeyPatch) -> None:

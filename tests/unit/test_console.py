@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import sys
+
 import pytest
 
 from specauf import console
-from specauf.console import Terminal
+from specauf.console import Terminal, reported
 
 
 def test_what_was_there_before_cost_no_time(
@@ -28,3 +32,31 @@ def test_what_is_reported_at_once_was_found(
         advance(50, "reused")
         advance(10, "5 tokens/s")
     assert "tokens: 60/100, 80 s left" in capsys.readouterr().out
+
+
+def test_a_closed_output_and_one_without_greek_are_no_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    def work() -> int:
+        Terminal().say("\u03c4 of \udcc3.yaml")
+        return 0
+
+    monkeypatch.setattr(sys, "stdout", None)
+    assert reported(work, []) == 0
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out := io.BytesIO(), "ascii", write_through=True))
+    assert reported(work, []) == 0 and out.getvalue() == b"? of ?.yaml\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "arguments", "code", "told"),
+    [
+        (OSError(errno.ELOOP, "Too many links", "x"), ["export"], 2, "specauf: x: Too many links\n"),
+        (KeyboardInterrupt(), ["prepare"], 130, "\nspecauf: interrupted\n"),
+        (KeyboardInterrupt(), ["train", "--fresh"], 130, "the same command without --fresh goes on from here\n"),
+    ],
+)
+def test_what_ends_a_command_is_told_in_a_line(
+    error: BaseException, arguments: list[str], code: int, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work() -> int:
+        raise error
+
+    assert reported(work, arguments) == code and capsys.readouterr().err.endswith(told)
