@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from specauf.files import atomic_dir, atomic_file
+from specauf.files import at_home, atomic_dir, atomic_file
 from specauf.strict import UserError
 
 log = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ class Status(NamedTuple):
 
 def cache_dir() -> Path:
     """$SPECAUF_CACHE, or ~/.cache/specauf. It need not exist."""
-    return Path(os.environ.get("SPECAUF_CACHE") or "~/.cache/specauf").expanduser()
+    return at_home(os.environ.get("SPECAUF_CACHE") or "~/.cache/specauf")
 
 
 def offline() -> bool:

@@ -16,16 +16,35 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from specauf.strict import UserError
+
 log = logging.getLogger(__name__)
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """Errors of a full disk or quota, on which there may be room later."""
 
 
+def at_home(path: str | Path) -> Path:
+    """`path` with its leading ~ or ~name replaced. Raises `UserError` when that home directory is not known."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{path}: the home directory is not known: set HOME, or write the path in full") from None
+
+
+def make_dir(path: Path) -> Path:
+    """Make the directory and its parents. Raises `UserError` on a file system that takes none, such as /proc."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no directory can be made there") from None
+    return path
+
+
 def _destination(path: str | Path) -> Path:
     """The real path (links are followed, so that they survive); its parents are made."""
     real = Path(os.path.realpath(path))
-    real.parent.mkdir(parents=True, exist_ok=True)
+    make_dir(real.parent)
     return real
 
 
@@ -101,8 +120,11 @@ def save_tensors(tensors: Mapping[str, Any], path: Path, metadata: dict[str, str
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    path.touch()
+    mode = path.stat().st_mode
     try:
-        save_file(dict(tensors), path, metadata=metadata)
+        save_file(dict(tensors), path, metadata=metadata)  # makes a file that its owner alone can read
+        path.chmod(mode)
     except SafetensorError as error:
         if (number := re.search(r"os error (\d+)", str(error))) is None:
             raise

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import logging
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +27,7 @@ from specauf.drafter.config import DFlashConfig, DominoHead
 from specauf.drafter.dflash import DFlash
 from specauf.drafter.vocabulary import coverage, keep_tokens, most_frequent
 from specauf.drafter.warm import copy_layers, start_from
-from specauf.files import atomic_write_text, recover_dir, set_aside
+from specauf.files import at_home, atomic_write_text, make_dir, recover_dir, set_aside
 from specauf.strict import ConfigError, UserError, to_dict
 from specauf.target import Target
 from specauf.train import checkpoint
@@ -47,12 +48,14 @@ def corpus_path(config: RunConfig) -> Path:
     """The corpus on disk; `sharegpt` is the embedded one."""
     if config.data.path == "sharegpt":
         return assets.sharegpt()
-    path = Path(config.data.path).expanduser()
+    path = at_home(config.data.path)
     if rollout_meta(config.data.path):
         raise UserError(f"data.path: {path} holds rollouts already: give the corpus whose prompts are to be answered")
     if path.is_dir():
         raise UserError(f"data.path: {path} is a directory, and holds no rollouts: name a file in it")
     if not path.is_file():
+        if path.exists():
+            raise UserError(f"data.path: {path} is not a regular file")
         raise UserError(f"data.path: no such file: {path}. Give JSON, JSONL, parquet, rollouts, or 'sharegpt'")
     return path
 
@@ -63,10 +66,10 @@ def data_dir(config: RunConfig) -> Path:
     A file is identified by its absolute path, not as the recipe spells it: another project's `chats.jsonl` is another file.
     """
     if rollout_meta(config.data.path):
-        return Path(config.data.path).expanduser()
+        return at_home(config.data.path)
 
     def place(path: str | None) -> str | None:
-        return str(Path(path).expanduser().resolve()) if path and Path(path).expanduser().exists() else path
+        return os.path.realpath(at_home(path)) if path and at_home(path).exists() else path
 
     data = to_dict(config.data) | {"path": place(config.data.path)}
     tasks = [list(config.eval.tasks), place(config.eval.tasks_dir)]
@@ -161,7 +164,7 @@ def new_drafter(config: RunConfig, target: Target) -> DFlash:
     from train.seed."""
     wanted, geometry = config.drafter, geometry_of(config, target)
     if wanted.init_from is not None:
-        return start_from(Path(wanted.init_from).expanduser(), geometry, config.train.seed).to(target.device)
+        return start_from(at_home(wanted.init_from), geometry, config.train.seed).to(target.device)
     if wanted.init_layers is None:
         return build_drafter(geometry, seed=config.train.seed).to(target.device)
     origin = {"init_layers": list(wanted.init_layers)}
@@ -184,7 +187,7 @@ def require_trainable(config: RunConfig, target: Target, prepared: Prepared) -> 
 
     MASK must be an embedding row that text never uses, or the drafter learns to read it as that text.
     """
-    Path(config.out).mkdir(parents=True, exist_ok=True)
+    make_dir(Path(config.out))
     mask_token_id = target.mask_token_id(config.drafter.mask_token_id)
     if bool((prepared.train.ids == mask_token_id).any()):
         raise ConfigError(
@@ -216,8 +219,7 @@ def open_run(
     `horizon` overrides `train.max_steps`. Without `resume`, an existing checkpoint is set aside as `checkpoint.before`.
     """
     ranks = ranks or Ranks()
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = make_dir(Path(config.out))
     drafter = new_drafter(config, target)
     batches = Batches(prepared.train, features, config.train, stored_extras(config))
     trainer = Trainer(config, drafter, target, batches, out, ranks)

@@ -8,7 +8,6 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -21,6 +20,7 @@ from torch.nn import functional as F
 
 from specauf import assets
 from specauf.config import EMBEDDED, TargetConfig
+from specauf.files import at_home
 from specauf.objective.wavefront import head_logits
 from specauf.strict import ConfigError, UserError
 
@@ -50,7 +50,7 @@ def _path(config: TargetConfig) -> str:
     """What transformers loads. Raises `UserError` on a directory that does not exist."""
     if config.path == EMBEDDED:
         return str(assets.smollm2())
-    local = Path(config.path).expanduser()
+    local = at_home(config.path)
     if config.path.startswith(("/", "./", "../", "~")) and not local.is_dir():
         raise UserError(f"target.path: no such directory: {config.path}")
     return str(local) if local.is_dir() else config.path

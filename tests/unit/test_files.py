@@ -8,7 +8,17 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError
 
-from specauf.files import Journal, atomic_dir, atomic_file, atomic_write_text, recover_dir, save_tensors, set_aside
+from specauf.files import (
+    Journal,
+    at_home,
+    atomic_dir,
+    atomic_file,
+    atomic_write_text,
+    recover_dir,
+    save_tensors,
+    set_aside,
+)
+from specauf.strict import UserError
 
 
 def test_text_is_written_as_utf8_and_parents_are_made(tmp_path: Path) -> None:
@@ -38,7 +48,15 @@ def test_text_that_cannot_be_encoded_leaves_the_old_file(tmp_path: Path) -> None
 def test_a_new_file_is_as_readable_as_any_other(tmp_path: Path) -> None:
     (tmp_path / "plain").write_text("")
     atomic_write_text(tmp_path / "atomic", "")
-    assert (tmp_path / "atomic").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    save_tensors({}, tmp_path / "tensors")
+    assert {path.stat().st_mode for path in tmp_path.iterdir()} == {(tmp_path / "plain").stat().st_mode}
+
+
+def test_a_path_that_leads_nowhere_is_the_users_to_mend() -> None:
+    with pytest.raises(UserError, match="/proc/nope/x: no directory can be made there"):
+        atomic_write_text("/proc/nope/x/results.json", "")
+    with pytest.raises(UserError, match="~nosuch/x: the home directory is not known"):
+        at_home("~nosuch/x")
 
 
 def test_a_link_survives_and_its_target_is_replaced(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from specauf.data.chat import TemplateRefused, prompt_ids
 from specauf.data.dataset import HELDOUT
 from specauf.data.sources import Ledger, read_records
 from specauf.decode.replay import Dialogue
+from specauf.files import at_home
 from specauf.strict import ConfigError, UserError, nearest
 from specauf.target import Target
 
@@ -268,7 +269,7 @@ def _prompt(name: str, turns: Sequence[str]) -> BenchPrompt:
 def _file(name: str, tasks_dir: str | None) -> Path | None:
     if tasks_dir is None or name == "heldout":  # that name is the corpus's own
         return None
-    directory = Path(tasks_dir).expanduser()
+    directory = at_home(tasks_dir)
     if not directory.is_dir():
         raise UserError(f"eval.tasks_dir: no such directory: {tasks_dir}")
     path = directory / f"{name}.jsonl"
@@ -276,7 +277,7 @@ def _file(name: str, tasks_dir: str | None) -> Path | None:
 
 
 def _unknown(name: str, tasks_dir: str | None) -> ConfigError:
-    files = [p.stem for p in Path(tasks_dir).expanduser().glob("*.jsonl")] if tasks_dir else []
+    files = [p.stem for p in at_home(tasks_dir).glob("*.jsonl")] if tasks_dir else []
     known = sorted({*TASKS, *files})
     return ConfigError(
         f"unknown task {name!r}{nearest(name, known)} Valid: {', '.join(known)}, or a .jsonl in eval.tasks_dir"

@@ -6,10 +6,10 @@ import json
 import logging
 from dataclasses import dataclass, field
 from itertools import groupby
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from specauf.config import DataConfig, SamplingConfig, digest
+from specauf.files import at_home
 from specauf.strict import UserError, require
 
 if TYPE_CHECKING:
@@ -54,13 +54,13 @@ def rollout_meta(path: str) -> dict[str, Any] | None:
     `meta["rollout"]` says how they were made: `target` (fingerprint), `sampling`, `samples`, `turns`, `source` (key of
     the prepared corpus), `tokens` (generated), ... Raises `UserError` when the rollouts are not finished.
     """
-    directory = Path(path).expanduser()
+    directory = at_home(path)
     try:
         meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         meta = {}
-    if "rollout" in meta:
-        return dict(meta)
+    if isinstance(meta, dict) and isinstance(meta.get("rollout"), dict):
+        return meta
     if (directory / SETTINGS).is_file():
         raise UserError(f"{directory}: these rollouts are not finished; run the same `specauf rollout` command again")
     return None
@@ -77,7 +77,7 @@ def open_rollouts(config: DataConfig, target: Target) -> Prepared:
     from specauf.data.dataset import HELDOUT, Prepared, TokenDataset, read_heldout
     from specauf.data.sources import Ledger
 
-    directory = Path(config.path).expanduser()
+    directory = at_home(config.path)
     dataset, tokenizer = TokenDataset.load(directory), target.require_tokenizer()
     meta = dataset.meta
     for what, hashed in (("tokenizer", tokenizer_hash), ("chat template", template_hash)):

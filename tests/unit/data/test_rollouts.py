@@ -100,6 +100,8 @@ def test_only_rollouts_have_rollout_meta(directory: Path, tmp_path_factory: pyte
     elsewhere = tmp_path_factory.mktemp("prepared")
     (elsewhere / "meta.json").write_text(json.dumps({"key": "x"}))
     assert rollout_meta(str(elsewhere)) is None
+    (elsewhere / "meta.json").write_text("3")
+    assert rollout_meta(str(elsewhere)) is None
     (elsewhere / SETTINGS).write_text("{}")
     with pytest.raises(UserError, match="not finished"):
         rollout_meta(str(elsewhere))
