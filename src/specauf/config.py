@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -16,7 +18,8 @@ from typing import Any, Literal
 
 import yaml
 
-from specauf.strict import ConfigError, UserError, choose, from_dict, nearest, read_yaml, require, to_dict
+from specauf.files import at_home
+from specauf.strict import UserError, choose, from_dict, read_yaml, require, set_value, to_dict
 
 EMBEDDED = "smollm2-135m"
 """The name of the embedded target."""
@@ -32,6 +35,8 @@ OWN_DECAY = ("decay", "l2r-focal", "l2r-focal-separate", "lk-alpha", "lk-lambda"
 """Objectives with a position decay of their own. Any other takes one as `<name>-decay`."""
 VARIANTS = ("decay-only", "b-auf", "b-auf-d", "s-auf", "s-auf-d", "f-auf", "f-auf-d")
 """The names in `objective.branches.VARIANTS`."""
+LONGEST = 2**20
+"""New tokens of one answer; room for them is made beforehand."""
 REDUCTIONS = ("global", "block", "sequence")
 DEFAULT_GAMMA = {4: 2.0, 8: 4.0, 10: 5.0, 16: 7.0}
 """Decay length by block size B, from the DFlash paper for 16, 10 and 8. The values at 4 and at other sizes (0.45 B)
@@ -287,15 +292,17 @@ class SamplingConfig:
     Their tau are not comparable."""
 
     def __post_init__(self) -> None:
-        require(self.temperature >= 0, f"temperature must be >= 0, got {self.temperature}")
+        require(0 <= self.temperature < math.inf, f"temperature must be >= 0 and finite, got {self.temperature}")
         require(
             self.temperature > 0 or self.proposal == "greedy",
             "proposal 'sampled' draws from the drafter at the sampling temperature, so it needs temperature > 0",
         )
         require(0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}")
         require(self.top_k >= 0, f"top_k must be >= 0 (0 is off), got {self.top_k}")
-        require(self.repetition_penalty > 0, f"repetition_penalty must be > 0, got {self.repetition_penalty}")
-        require(self.seed < 2**63, f"sampling.seed must be below 2^63, got {self.seed}")
+        require(
+            0 < self.repetition_penalty < math.inf, f"repetition_penalty must be > 0, got {self.repetition_penalty}"
+        )
+        require(-(2**63) <= self.seed < 2**63, f"sampling.seed must be between -2^63 and 2^63, got {self.seed}")
 
 
 @dataclass(frozen=True)
@@ -310,9 +317,12 @@ class EvalConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def __post_init__(self) -> None:
-        require(bool(self.tasks), "eval.tasks is empty")
+        require(
+            bool(self.tasks), "eval.tasks is empty: write [heldout] to keep no task's prompts out of the training data"
+        )
         for name, least in (("prompts", 1), ("max_new_tokens", 2), ("batch_size", 1)):  # the first token is in no round
             require(getattr(self, name) >= least, f"eval.{name} must be >= {least}, got {getattr(self, name)}")
+        require(self.max_new_tokens <= LONGEST, f"eval.max_new_tokens must be <= {LONGEST}, got {self.max_new_tokens}")
 
 
 DOMINO = {
@@ -337,8 +347,13 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
-        if self.out.startswith("~/"):  # as in `--set out=~/x`, which no shell expands
-            object.__setattr__(self, "out", str(Path(self.out).expanduser()))
+        if self.out.startswith("~"):  # as in `--set out=~/x`, which no shell expands
+            object.__setattr__(self, "out", str(at_home(self.out)))
+        require(self.out != "", "out is empty: name a directory")
+        if (start := self.drafter.init_from) is not None:
+            written = [os.path.realpath(Path(self.out) / name) for name in ("checkpoint", "checkpoint.before")]
+            own = os.path.realpath(at_home(start)) in written
+            require(not own, f"drafter.init_from: {start} is what this run writes over: choose another `out`")
         require(
             not (self.train.shard_target and self.features.cache),
             "train.shard_target is for a target that runs in every step; with features.cache it does not: set one of them",
@@ -361,27 +376,13 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunConfig:
 
 
 def override(config: RunConfig, overrides: typing.Sequence[str]) -> RunConfig:
-    """`config` with `section.key=value` strings applied, values read as YAML. Errors name the override.
+    """`config` with `section.key=value` strings applied, values read as YAML except for text. Errors name the override.
 
     The result is checked once, after all of them are applied, so their order matters only where two set the same key.
     """
     data = to_dict(config)
     for item in overrides:
-        key, separator, value = item.partition("=")
-        require(bool(separator), f"override {item!r}: write it as section.key=value")
-        *parents, last = key.split(".")
-        node = data
-        for depth, parent in enumerate(parents):
-            if not isinstance(node.get(parent), dict):
-                path = ".".join(parents[: depth + 1])
-                raise ConfigError(f"override {item!r}: no section {path!r}{nearest(parent, node)}")
-            node = node[parent]
-        section = isinstance(node.get(last), dict) and last != "options"
-        require(not section, f"override {item!r}: {key!r} is a section; set its keys")
-        try:
-            node[last] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"override {item!r}: {error}") from None
+        set_value(RunConfig, data, item)
     return from_dict(RunConfig, data, f"override {', '.join(map(repr, overrides))}") if overrides else config
 
 

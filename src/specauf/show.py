@@ -10,7 +10,7 @@ from rich.text import Text
 
 from specauf.bench.runner import departure, near_tie
 from specauf.bench.tasks import describe_task
-from specauf.config import EvalConfig, SamplingConfig
+from specauf.config import LONGEST, EvalConfig, SamplingConfig
 from specauf.console import Terminal
 from specauf.data.chat import Rendered, colour, template_hash
 from specauf.data.dataset import TokenDataset, read_split
@@ -44,6 +44,7 @@ def show(
         max_new_tokens >= 2,
         "--max-new-tokens must be at least 2: the first token comes from the prefill, not from a round",
     )
+    require(max_new_tokens <= LONGEST, f"--max-new-tokens must be at most {LONGEST}, got {max_new_tokens}")
     options: dict[str, Any] = {"sampling": sampling, "max_new_tokens": max_new_tokens}
     stream, few = Stream(target, terminal), {**options, "max_new_tokens": warm_tokens(target, max_new_tokens)}
     for warm in (proposer, None):  # kernels are compiled, and caches filled, before either is timed

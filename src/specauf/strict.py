@@ -12,6 +12,7 @@ import json
 import math
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -86,7 +87,8 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         return value
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            raise ConfigError(f"{where}: expected a list, got {value!r}")
+            instead = f": write [{value}]" if isinstance(value, (int, float, str)) else ""
+            raise ConfigError(f"{where}: expected a list, got {value!r}{instead}")
         return tuple(_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
     if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         with contextlib.suppress(ValueError, OverflowError):  # YAML 1.1 reads 6e-4 as a string
@@ -102,9 +104,57 @@ def read_yaml(path: Path, missing: str, instead: str) -> Any:
     if not path.is_file():
         raise ConfigError(f"{missing}: {path}. {instead}")
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeys)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        return parse_yaml(path.read_text(encoding="utf-8"), f"{path} is not YAML")
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not YAML: {error}") from None
+
+
+def parse_yaml(text: str, refusal: str) -> Any:
+    """The content of a YAML text. Raises `ConfigError`, which begins with `refusal`, when it cannot be read."""
+    try:
+        return yaml.load(text, Loader=UniqueKeys)
+    except RecursionError:
+        raise ConfigError(f"{refusal}: nested too deeply") from None
+    except (
+        yaml.YAMLError,
+        ValueError,
+        AttributeError,
+    ) as error:  # also 2026-02-30 and 0x_, which yaml takes for values
+        raise ConfigError(f"{refusal}: {error}") from None
+
+
+def parse_value(kind: Any, text: str, refusal: str) -> Any:
+    """What an override gives to a field of type `kind`. A name or path is taken as it is, for YAML would read `runs #3` as
+    `runs`, and 2026-11-29 as a date."""
+    optional = kind == str | None
+    if not (kind in (str, Path) or optional) or text.startswith(("'", '"')):
+        return parse_yaml(text, refusal)
+    return None if optional and text.strip() in ("", "~", "null") else text
+
+
+def set_value(kind: type, data: dict[str, Any], item: str) -> None:
+    """Apply `section.key=value` to the content of a dataclass. Raises `ConfigError` that names the override."""
+    key, separator, value = item.partition("=")
+    require(bool(separator), f"override {item!r}: write it as section.key=value")
+    *parents, last = keys = key.split(".")
+    for depth, parent in enumerate(parents):
+        if not isinstance(data.get(parent), dict):
+            path = ".".join(parents[: depth + 1])
+            raise ConfigError(f"override {item!r}: no section {path!r}{nearest(parent, data)}")
+        data = data[parent]
+    found = field_type(kind, keys)
+    require(not is_dataclass(found), f"override {item!r}: {key!r} is a section; set its keys")
+    data[last] = parse_value(found, value, f"override {item!r}")
+
+
+def field_type(kind: Any, keys: typing.Sequence[str]) -> Any:
+    """The type of the field that `keys` lead to from a dataclass, None where there is none."""
+    for key in keys:
+        if is_dataclass(kind):
+            kind = typing.get_type_hints(kind).get(key)
+        else:
+            kind = typing.get_args(kind)[1] if typing.get_origin(kind) is Mapping else None
+    return kind
 
 
 class UniqueKeys(yaml.SafeLoader):

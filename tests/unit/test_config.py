@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -45,11 +46,26 @@ def test_a_repeated_flag_adds_to_what_was_set_before() -> None:
 def test_an_output_directory_may_be_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     assert override(RunConfig(), ["out=~/runs/x"]).out == "/home/me/runs/x"
+    with pytest.raises(UserError, match="the home directory is not known"):
+        override(RunConfig(), ["out=~nosuch/x"])
+
+
+@pytest.mark.parametrize("text", ["runs #3", "2026-11-29", "12", "no", "0x_", "null"])
+def test_an_override_takes_text_as_it_is(text: str) -> None:
+    assert override(RunConfig(), [f"out={text}"]).out == override(RunConfig(), [f"out='{text}'"]).out == text
+    assert override(RunConfig(), [f"drafter.init_from={text}"]).drafter.init_from == (text if text != "null" else None)
+
+
+@pytest.mark.parametrize("start", ["runs/a/checkpoint", "runs/b/../a/checkpoint.before"])
+def test_a_run_does_not_begin_with_what_it_writes_over(start: str) -> None:
+    with pytest.raises(ConfigError, match=r"init_from: .* is what this run writes over"):
+        override(RunConfig(), ["out=runs/a", f"drafter.init_from={start}"])
+    assert override(RunConfig(), ["out=runs/ab", f"drafter.init_from={start}"]).drafter.init_from == start
 
 
 runs = st.builds(
     RunConfig,
-    out=st.text(st.characters(codec="utf-8"), max_size=8),
+    out=st.text(st.characters(codec="utf-8", exclude_characters="~"), min_size=1, max_size=8),
     target=st.builds(TargetConfig, dtype=st.sampled_from(["float32", "bfloat16", "float16"])),
     data=st.builds(DataConfig, heldout=st.floats(0, 0.99), max_conversations=st.none() | st.integers(1, 10**6)),
     drafter=st.builds(
@@ -138,6 +154,8 @@ def test_an_override_wins_over_the_recipe_and_leaves_the_rest(tmp_path: Path) ->
 def test_an_override_sets_an_option_of_the_objective() -> None:
     run = override(RunConfig(), ["objective.name=dpace", "objective.options.alpha=0.3"])
     assert run.objective.options == {"alpha": 0.3}
+    both = ["drafter.kind=domino", "objective.final=first-k", "objective.final_options={k: 3}"]
+    assert override(RunConfig(), both).objective.final_options == {"k": 3}
 
 
 def test_the_last_of_two_overrides_wins() -> None:
@@ -172,7 +190,7 @@ def test_yaml_1_1_scientific_notation_is_a_number(tmp_path: Path, text: str) -> 
         ("objective: {options: [1]}", ["r.yaml.objective.options", "expected a mapping"]),
         ("target: {dtype: bf16}", ["r.yaml.target.dtype", "'bf16'", "'bfloat16'"]),
         ("drafter: {target_layer_ids: [1, x]}", ["r.yaml.drafter.target_layer_ids[1]", "expected int", "'x'"]),
-        ("drafter: {target_layer_ids: 3}", ["r.yaml.drafter.target_layer_ids", "expected a list"]),
+        ("drafter: {target_layer_ids: 3}", ["r.yaml.drafter.target_layer_ids", "expected a list", "write [3]"]),
         ("drafter: {shift_label: false}", ["drafter.shift_label", "set drafter.kind=domino"]),
         ("objective: {lambda_base_start: 0.5}", ["objective.lambda_base_start", "set drafter.kind=domino"]),
         ("objective: {variant: b-auf, support: base}", ["leave out objective.support"]),
@@ -180,6 +198,10 @@ def test_yaml_1_1_scientific_notation_is_a_number(tmp_path: Path, text: str) -> 
         ("train: [1]", ["r.yaml.train", "expected a mapping"]),
         ("[1, 2]", ["r.yaml", "expected a mapping"]),
         ("a: [", ["r.yaml", "not YAML"]),
+        ("out: 2026-02-30", ["r.yaml", "not YAML", "day is out of range"]),
+        ("[" * 5000, ["r.yaml", "not YAML", "nested too deeply"]),
+        ("out: ''", ["out is empty"]),
+        ("eval: {tasks: []}", ["eval.tasks is empty: write [heldout]"]),
     ],
 )
 def test_a_mistake_is_located_and_the_nearest_valid_name_given(tmp_path: Path, text: str, parts: list[str]) -> None:
@@ -238,6 +260,7 @@ def test_a_value_of_another_type_is_refused_and_not_cast(tmp_path: Path, text: s
         ("train", "warmup", 1.0),
         ("eval", "prompts", 0),
         ("eval", "max_new_tokens", 0),
+        ("eval", "max_new_tokens", 99999999999),
         ("eval", "batch_size", 0),
     ],
 )
@@ -246,10 +269,16 @@ def test_a_value_out_of_range_is_refused_by_name(section: str, key: str, value: 
         from_dict(RunConfig, {section: {key: value}})
 
 
-@pytest.mark.parametrize("values", [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}, {"top_k": -1}])
-def test_sampling_out_of_range_is_refused(values: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    "values",
+    [
+        *({"temperature": -1}, {"temperature": math.inf}, {"top_p": 0}, {"top_p": 1.1}, {"top_k": -1}),
+        *({"repetition_penalty": math.inf}, {"seed": -(2**63) - 1}, {"seed": 2**63}),
+    ],
+)
+def test_sampling_out_of_range_is_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(values))):
-        from_dict(SamplingConfig, values)
+        SamplingConfig(**values)
 
 
 @pytest.mark.parametrize(
@@ -260,6 +289,10 @@ def test_sampling_out_of_range_is_refused(values: dict[str, float]) -> None:
         ("train.lr.x=1", "'train.lr'"),
         ("train.lrr=1", "'lr'"),
         ("train.lr=[", "'train.lr=['"),
+        ("train.lr=2026-02-30", "day is out of range"),
+        ("train.lr=0x_", "'train.lr=0x_'"),
+        ("train.lr=" + "[" * 5000, "nested too deeply"),
+        ("train={lr: 1}", "'train' is a section"),
     ],
 )
 def test_a_wrong_override_says_what_is_wrong_with_it(item: str, part: str) -> None:

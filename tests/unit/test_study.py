@@ -607,12 +607,17 @@ def test_overrides_reach_into_the_recipe(world: Path, tmp_path: Path) -> None:
     for changed, told in (
         ("base.train.max_step=7", "unknown key 'max_step'; did you mean 'max_steps'"),
         ("parts.x.seeds=[3]", "unknown part 'x'"),
+        ("out=", "out is missing"),
         ("bas.train.lr=1", "unknown section 'bas'; did you mean 'base'"),
         ("parts=3", "'parts' is a section"),
         ("title", "write it as section.key=value"),
     ):
         with pytest.raises(ConfigError, match=told):
             recipe.load(path, [changed])
+    assert recipe.load(path, ["out=2026-11-29"]).out == Path("2026-11-29")
+    path.write_text("parts: {1: {}}")
+    with pytest.raises(ConfigError, match="unknown part 'a'"):
+        recipe.load(path, ["parts.a.prompts=3"])
     with pytest.raises(ConfigError, match="no such study"):
         recipe.load(tmp_path / "nothing.yaml")
     with pytest.raises(ConfigError, match="unknown part 'z'"):

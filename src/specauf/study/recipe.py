@@ -15,10 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from specauf.config import LOOKUP, RunConfig, digest, override
-from specauf.strict import ConfigError, choose, from_dict, nearest, read_yaml, require, to_dict
+from specauf.files import at_home
+from specauf.strict import ConfigError, choose, field_type, from_dict, nearest, parse_value, read_yaml, require, to_dict
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 """Names of methods and parts. They become directories, and keys of overrides, which a dot would split."""
@@ -227,7 +226,7 @@ def study_of(data: Any, where: str) -> Study:
         if key not in SECTIONS:
             raise ConfigError(f"{where}: unknown key {key!r}{nearest(str(key), SECTIONS)} Valid: {', '.join(SECTIONS)}")
     for key in ("title", "out"):
-        require(isinstance(data.get(key), str), f"{where}: {key} is missing, or no text")
+        require(isinstance(data.get(key), str) and data[key] != "", f"{where}: {key} is missing, or no text")
     base = data.get("base")
     require(not (isinstance(base, dict) and "out" in base), f"{where}: base.out is not allowed; `out` is beside `base`")
     methods = _named(Method, data, "methods", where)
@@ -238,7 +237,7 @@ def study_of(data: Any, where: str) -> Study:
         )
     study = Study(
         title=data["title"],
-        out=Path(data["out"]).expanduser(),
+        out=at_home(data["out"]),
         base=from_dict(RunConfig, base, f"{where}: base"),
         methods=methods,
         parts=_named(Part, data, "parts", where),
@@ -325,7 +324,7 @@ def known_parts(study: Study, names: Sequence[str]) -> list[str]:
 def known(name: str, choices: Iterable[str], what: str, where: str = "") -> str:
     """`name` if it is one of `choices`, else `ConfigError` with the nearest."""
     try:
-        return choose(name, list(choices), what)
+        return choose(name, [str(choice) for choice in choices], what)  # a recipe's key may be a number
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}" if where else str(error)) from None
 
@@ -346,7 +345,4 @@ def _override(data: dict[str, Any], item: str) -> None:
     require(bool(parents) or last in SECTIONS, f"override {item!r}: unknown key {last!r}{nearest(last, SECTIONS)}")
     whole = not parents and last in ("base", "methods", "parts", "live")
     require(not whole, f"override {item!r}: {key!r} is a section; set its keys")
-    try:
-        node[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {item!r}: {error}") from None
+    node[last] = parse_value(field_type(Study, [*parents, last]), value, f"override {item!r}")
