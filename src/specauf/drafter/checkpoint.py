@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,8 +39,6 @@ def save_drafter(drafter: DFlash, directory: str | Path, extra: Mapping[str, Any
     config["dtype"] = str(drafter.fc.weight.dtype).removeprefix("torch.")
     save_tensors(tensors, directory / "model.safetensors.tmp", metadata={"format": "pt"})
     (directory / "config.json.tmp").write_text(json.dumps(config, indent=2) + "\n")
-    # safetensors makes files that only their owner can read.
-    shutil.copymode(directory / "config.json.tmp", directory / "model.safetensors.tmp")
     os.replace(directory / "model.safetensors.tmp", directory / "model.safetensors")
     os.replace(directory / "config.json.tmp", directory / "config.json")
     return directory
@@ -52,12 +49,16 @@ def load_drafter(directory: str | Path, device: str | torch.device = "cpu") -> D
     directory = Path(directory)
     for name in ("config.json", "model.safetensors"):
         if not (directory / name).is_file():
-            raise UserError(f"{directory} is not a drafter checkpoint: {name} is missing")
+            inside = directory / "checkpoint"  # where `train` puts it in its run's directory
+            hint = f": give {inside}" if (inside / name).is_file() else ""
+            raise UserError(f"{directory} is not a drafter checkpoint: {name} is missing{hint}")
     try:
         fields = json.loads((directory / "config.json").read_text())
         tensors = load_file(directory / "model.safetensors", device=str(device))
     except (ValueError, SafetensorError) as error:
         raise UserError(f"{directory} is not a drafter checkpoint: {error}") from None
+    except OSError as error:
+        raise UserError(f"{directory} cannot be read: {error}") from None
     config = DFlashConfig.from_json(fields, str(directory / "config.json"))
     with torch.device("meta"):
         drafter = build_drafter(config)

@@ -222,6 +222,9 @@ class DFlashConfig:
         parts = (data, *(data.get(key, {}) for key in ("dflash_config", "specauf") if isinstance(data, Mapping)))
         if not all(isinstance(part, Mapping) for part in parts):
             raise ConfigError(f"{where} is not a drafter's configuration: it, dflash_config and specauf are mappings")
+        if not all(isinstance(data.get(key) or [], list) for key in ("architectures", "layer_types")):
+            raise ConfigError(f"{where}: architectures and layer_types are lists")
+        _require_history(data.get("specauf", {}), where)
         if "speculators_model_type" in data:
             raise ConfigError(f"{where} is in speculators' layout, which is written here and not read: give z-lab's")
         nested = data.get("dflash_config", {})
@@ -247,6 +250,8 @@ class DFlashConfig:
             raise ConfigError(f"{where}: only full_attention layers are supported, got {data['layer_types']}")
         rope = data.get("rope_parameters") or {}
         scaling = data.get("rope_scaling") or {}
+        if not isinstance(rope, Mapping) or not isinstance(scaling, Mapping):
+            raise ConfigError(f"{where}: rope_parameters and rope_scaling are mappings, got {rope!r} and {scaling!r}")
         kinds = {kind.get("rope_type", kind.get("type", "default")) for kind in (rope, scaling)}
         if kinds != {"default"} or rope.get("partial_rotary_factor") not in (None, 1):
             raise ConfigError(f"{where}: only the default rotary embedding is supported")
@@ -286,6 +291,19 @@ class DFlashConfig:
             draft_vocab_size=_reduced(data.get("draft_vocab_size"), get("vocab_size"), where),
             extra=data.get("specauf", {}),
         )
+
+
+def _require_history(told: Any, where: str) -> None:
+    """Raise `ConfigError` when a checkpoint's record of its training, or of what it was made from, has another shape."""
+    if not isinstance(told, Mapping) or not isinstance(told.get("data") or {}, Mapping):
+        raise ConfigError(f"{where}: `specauf`, and `data` in it, are mappings")
+    others = told.get("averaged_with") or []
+    given = [told.get("init_from"), *(others if isinstance(others, list) else [others])]
+    sources = [source for source in given if source]
+    if not all(isinstance(source, Mapping) for source in sources):
+        raise ConfigError(f"{where}: specauf.init_from is a mapping, specauf.averaged_with a list of mappings")
+    for source in sources:
+        _require_history(source.get("trained") or {}, where)
 
 
 def _of_all_layers(target: Any, name: str) -> Any:

@@ -179,6 +179,12 @@ def test_checkpoint_round_trip_keeps_every_tensor_and_field(target: Target, tmp_
         ({"head_dim": 7}, "head_dim 7 is odd"),
         ({"dflash_config": {"target_layer_ids": 3}}, "target_layer_ids is 3, which is no list of layers"),
         ({"speculators_model_type": "dflash"}, "in speculators' layout"),
+        ({"rope_parameters": "default"}, "rope_parameters and rope_scaling are mappings"),
+        ({"layer_types": 3}, "architectures and layer_types are lists"),
+        ({"architectures": 3}, "architectures and layer_types are lists"),
+        ({"specauf": {"data": [1]}}, "`data` in it, are mappings"),
+        ({"specauf": {"init_from": "x"}}, "specauf.init_from is a mapping"),
+        ({"specauf": {"averaged_with": [{"trained": {"data": 3}}]}}, "`data` in it, are mappings"),
     ],
 )
 def test_a_configuration_that_would_run_wrong_is_refused(target: Target, change: dict[str, Any], told: str) -> None:
@@ -204,6 +210,21 @@ def test_missing_and_unexpected_tensors_are_errors_that_name_them(target: Target
     save_file({**tensors, "lm_head.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=r"unexpected tensors lm_head\.weight"):
         load_drafter(tmp_path)
+
+
+def test_a_checkpoint_that_is_elsewhere_or_cannot_be_read_is_said(
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save_drafter(DFlash(make_geometry(target)), tmp_path / "checkpoint")
+    with pytest.raises(UserError, match=f"config.json is missing: give {path}"):
+        load_drafter(tmp_path)
+
+    def unreadable(*given: Any, **options: Any) -> None:
+        raise FileNotFoundError("No such file or directory")  # safetensors' own, without a number
+
+    monkeypatch.setattr("specauf.drafter.checkpoint.load_file", unreadable)
+    with pytest.raises(UserError, match="checkpoint cannot be read"):
+        load_drafter(path)
 
 
 @pytest.mark.parametrize(
