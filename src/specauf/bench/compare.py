@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -21,9 +24,11 @@ from specauf.decode.select import Selection
 from specauf.drafter.checkpoint import fingerprint, load_drafter
 from specauf.drafter.dflash import DFlash
 from specauf.drafter.domino import Domino
-from specauf.files import atomic_write_text, json_text
+from specauf.files import atomic_write_text, json_text, set_aside
 from specauf.strict import ConfigError, UserError, require, to_dict
 from specauf.target import Target
+
+log = logging.getLogger(__name__)
 
 
 class Progress(Protocol):
@@ -36,7 +41,9 @@ def open_checkpoints(checkpoints: Sequence[Path]) -> dict[str, DFlash]:
     Raises `UserError` when they differ in block size or thinking flag, or when a name occurs twice or is prompt lookup's.
     """
     if not checkpoints:
-        raise UserError("give at least one drafter directory")
+        raise UserError(
+            "give at least one drafter directory, before the options: a list such as --eval.tasks takes all that follows"
+        )
     names = [_name(path) for path in checkpoints]
     if LOOKUP in names:
         raise UserError(
@@ -149,6 +156,7 @@ def evaluate(
             target, made, tasks, rounds, selection, config, console.progress
         )
     passed = all(check["passed"] for check in results["checks"])
+    _keep_others(out / "results.json", results)
     atomic_write_text(out / "results.json", json_text(results))  # whatever happens to the live checks
     plain: dict[str, list[Sequence[Generation]]] = {}
     for name, proposer in proposers.items():
@@ -156,6 +164,22 @@ def evaluate(
             passed &= _live(target, name, proposer, recording, live, config, results, plain, console)
     atomic_write_text(out / "results.json", json_text(results))
     return results, passed
+
+
+def _keep_others(path: Path, results: dict[str, Any]) -> None:
+    """Set aside what is at `path` unless it measured the same as `results`."""
+
+    def measured(found: Any) -> Any:
+        methods = [(m["name"], m.get("weights")) for m in found["methods"]]
+        return methods, found["settings"], found["provenance"]["target"], list(found["evaluation"])
+
+    try:
+        same = measured(json.loads(path.read_text(encoding="utf-8"))) == measured(json.loads(json_text(results)))
+    except (ValueError, LookupError, TypeError, FileNotFoundError):
+        same = False
+    if path.exists() and not same:
+        set_aside(path)
+        log.warning("%s measured other drafters, tasks or settings: it is now %s.before", path, path.name)
 
 
 def record_tasks(
@@ -196,7 +220,7 @@ def _sampling(sampling: SamplingConfig) -> dict[str, Any]:
 
 def _name(path: Path) -> str:
     """`runs/x/auf/checkpoint` is `auf`; a trailing slash does not matter."""
-    parts = [p for p in path.resolve().parts if p != "checkpoint"]
+    parts = [p for p in Path(os.path.realpath(path)).parts if p != "checkpoint"]
     return parts[-1]
 
 

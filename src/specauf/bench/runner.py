@@ -144,13 +144,11 @@ def _covering(cache: Path, meta: Mapping[str, Any]) -> Path | None:
     for path in sorted(cache.glob("trajectories-*/meta.json")):
         try:
             other = json.loads(path.read_text())
-        except (OSError, ValueError):  # another user's, damaged or just being put in place
+            fits = all(other[k] == v for k, v in meta.items() if k != "block_size")
+            if fits and other["block_size"] >= meta["block_size"]:
+                return path.parent
+        except (OSError, ValueError, LookupError, TypeError):  # another user's, damaged or just being put in place
             continue
-        if (
-            all(other.get(k) == v for k, v in meta.items() if k != "block_size")
-            and other["block_size"] >= meta["block_size"]
-        ):
-            return path.parent
     return None
 
 

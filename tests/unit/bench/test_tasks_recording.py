@@ -22,6 +22,7 @@ from specauf.decode.generate import generate
 from specauf.decode.propose import DrafterProposer, LookupFirst, PromptLookup
 from specauf.decode.replay import Dialogue, Trajectory, record, replay, trajectory_features
 from specauf.drafter.dflash import DFlash
+from specauf.files import json_text
 from specauf.strict import UserError
 from specauf.target import Target
 
@@ -184,6 +185,9 @@ def test_what_a_recording_is_keyed_by(
         recorded(talker, "own", prompts, config, block, tmp_path)
         return bool(answered)
 
+    for name, content in (("3", "[]"), ("4", '{"target": "x"}')):  # of somebody else
+        (tmp_path / f"trajectories-{name}").mkdir()
+        (tmp_path / f"trajectories-{name}" / "meta.json").write_text(content)
     alone = [dialogues[1]]
     assert fresh(alone) and not fresh([alone[0][:2]]), "a single answer is keyed by its id and prompt alone"
     assert fresh(dialogues[:1]) and fresh([dialogues[0]._replace(later=("else",))])
@@ -286,6 +290,39 @@ def test_a_measurement_does_not_depend_on_how_many_features_are_held(
     tasks["own"].keep_features = True
     assert measure(target, proposers, tasks) == measure(target, proposers, tasks) == whole
     assert asked == [1] * 2 * len(prompts), "kept for the second of them"
+
+
+def test_results_of_something_else_are_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path, found = tmp_path / "results.json", results()
+    compare._keep_others(path, found)
+    for old in (found, found | {"created": "later"}):
+        path.write_text(json_text(old))
+        compare._keep_others(path, found)
+        assert path.exists() and not caplog.messages
+    for key, value in (
+        ("methods", [{"name": "a", "weights": "cd"}]),
+        ("settings", {"prompts": 9}),
+        ("evaluation", {"birds": {}, "heldout": {}}),
+        ("provenance", {}),
+    ):
+        path.write_text(json_text(found | {key: value}))
+        compare._keep_others(path, found)
+        assert json.loads((tmp_path / "results.json.before").read_text())[key] == value and not path.exists()
+    assert len(caplog.messages) == 4 and "it is now results.json.before" in caplog.text
+
+
+def results() -> dict[str, Any]:
+    return {
+        "methods": [{"name": "a", "weights": "ab"}, {"name": "prompt-lookup"}],
+        "settings": {"prompts": 3, "temperature": 0.0},
+        "evaluation": {"birds": {"tau": 1.2}},
+        "provenance": {"target": {"name": "tiny", "fingerprint": "ef"}},
+    }
+
+
+def test_a_loop_of_links_has_a_name(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert compare._name(tmp_path / "loop") == "loop"
 
 
 def test_an_evaluation_names_the_commit_at_which_it_begins(
