@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -56,6 +57,8 @@ def export(
     choose(dtype, DTYPES, "dtype")
     if out.is_dir() and (others := sorted({p.name for p in out.iterdir()} - WRITTEN)):
         raise UserError(f"{out} holds {others[0]}, which an export would delete: give a directory of its own")
+    if os.path.realpath(out) in map(os.path.realpath, (checkpoint, *average_with)):
+        raise UserError(f"{out} is a drafter to export, which the export would replace: give another directory")
     drafter = average_weights([checkpoint, *average_with]) if average_with else load_drafter(checkpoint)
     weights = fingerprint(drafter)
     drafter = drafter.to(getattr(torch, dtype))

@@ -229,4 +229,9 @@ def test_what_cannot_be_exported_is_said_and_nothing_is_written(
     with pytest.raises(UserError, match=r"holds state.json, which an export would delete"):
         (checkpoint / "state.json").write_text("{}")
         export(checkpoint, checkpoint)
+    (checkpoint / "state.json").unlink()
+    (tmp_path / "link").symlink_to(checkpoint)
+    for given in ({"checkpoint": checkpoint}, {"checkpoint": domino, "average_with": [checkpoint]}):
+        with pytest.raises(UserError, match="is a drafter to export, which the export would replace"):
+            export(out=tmp_path / "link", **given)  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
