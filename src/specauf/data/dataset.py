@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 FORMAT = 2
 """Part of the key: raised when the same corpus is read, split or rendered differently."""
+WHOLE = 1 << 30
+"""A corpus of fewer bytes is told from another by all of them."""
 TOKENS, META, HELDOUT = "tokens.safetensors", "meta.json", "heldout.json"
 
 
@@ -92,12 +94,12 @@ class TokenDataset:
     def load(cls, directory: Path) -> TokenDataset:
         """Raises `UserError` when `directory` holds no whole dataset."""
         try:
-            meta = json.loads((directory / META).read_text(encoding="utf-8"))
+            meta = dict(json.loads((directory / META).read_text(encoding="utf-8")))
             with safe_open(directory / TOKENS, "pt") as file:
                 if (file.metadata() or {}).get("key") != str(meta.get("key")):
                     raise ValueError("its two files do not belong together")
                 return cls(**{name: file.get_tensor(name) for name in file.keys()}, meta=meta)  # noqa: SIM118
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, ValueError, TypeError, SafetensorError) as error:
             raise UserError(f"{directory} holds no prepared data ({error}): run `specauf prepare` again") from None
 
 
@@ -320,15 +322,18 @@ def _heldout_prompts(
 
 
 def _fingerprint(source: Path) -> dict[str, Any]:
-    """Size, and a hash of the first and the last MiB: enough to notice another corpus without reading 100 GB."""
+    """A hash of the file. Of one that takes long to read: its size, time of change, and a hash of its first and last MiB."""
     if not source.is_file():
         raise UserError(f"no such data file: {source}")
-    size = source.stat().st_size
+    found = source.stat()
+    size = found.st_size
     with source.open("rb") as file:
+        if size < WHOLE:
+            return {"bytes": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
         hasher = hashlib.sha256(file.read(1 << 20))
         file.seek(max(0, size - (1 << 20)))
         hasher.update(file.read())
-    return {"bytes": size, "sha256_of_ends": hasher.hexdigest()}
+    return {"bytes": size, "sha256_of_ends": hasher.hexdigest(), "changed": found.st_mtime_ns}
 
 
 def _reuse(out: Path, key: str) -> Prepared | None:

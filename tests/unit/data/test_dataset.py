@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,18 @@ def test_nothing_changed_means_nothing_is_read_again(run: Prepare, monkeypatch: 
 def test_any_change_of_what_went_in_rebuilds(run: Prepare, change: dict[str, Any]) -> None:
     run()
     assert not run(**change).reused
+
+
+@pytest.mark.parametrize("whole", [dataset.WHOLE, 1])
+def test_an_edit_in_the_middle_of_a_long_corpus_is_noticed(tmp_path: Path, monkeypatch: Any, whole: int) -> None:
+    monkeypatch.setattr(dataset, "WHOLE", whole)
+    path = tmp_path / "corpus"
+    found = []
+    for letter, changed in ((b"a", 1), (b"b", 2)):
+        path.write_bytes(b" " * (1 << 20) + letter + b" " * (1 << 20))
+        os.utime(path, (changed, changed))
+        found.append(dataset._fingerprint(path))
+    assert found[0] != found[1]
 
 
 def test_another_template_rebuilds(run: Prepare, make_tokenizer: Callable[..., Any]) -> None:
