@@ -161,7 +161,7 @@ def _read_array(path: Path, ledger: Ledger) -> Iterator[Any]:
 
 def _read_lines(path: Path, ledger: Ledger) -> Iterator[Any]:
     bad, first, last, lost = 0, 0, 0, 0
-    number, cut = 0, False
+    number, records, cut = 0, 0, False
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -174,7 +174,11 @@ def _read_lines(path: Path, ledger: Ledger) -> Iterator[Any]:
                 ledger.records_in += 1
                 ledger.drop("not JSON")
                 continue
+            records += isinstance(record, dict)
             yield record
+    if bad and not records:
+        ledger.warnings.append(f"{path.name}: no line is a record. A single JSON object? Give an array or JSONL")
+        return
     if cut:
         ledger.warnings.append(f"{path.name}: the last line ({last:,}) is cut; its {lost:,} bytes are lost")
         bad -= 1
@@ -280,10 +284,12 @@ def normalise(record: Any, ledger: Ledger) -> Conversation | None:
     try:
         if not isinstance(record, dict):
             raise _Unusable("malformed")
-        lists = [record[k] for k in ("conversations", "messages") if isinstance(record.get(k), list)]
+        turns = [record[k] for k in ("conversations", "messages") if k in record]
+        lists = [found for found in turns if isinstance(found, list)]
         items = next(filter(None, lists), lists[0] if lists else None)
         if items is None:
-            raise _Unusable("neither conversations nor messages")
+            text = any(isinstance(found, str) for found in turns)
+            raise _Unusable("messages is text, not a list" if text else "neither conversations nor messages")
         raw = [_message(item) for item in items]
         if (system := record.get("system")) and not (raw and raw[0].role == "system"):
             raw.insert(0, _message({"role": "system", "content": system}))

@@ -101,6 +101,14 @@ def test_a_cut_last_line_is_reported_with_its_bytes(tmp_path: Path) -> None:
     assert ledger.warnings == [f"c.jsonl: the last line (2) is cut; its {len(cut)} bytes are lost"]
 
 
+@pytest.mark.parametrize("text", [json.dumps(pair("a"), indent=1), "not\nJSON"])
+def test_what_is_no_jsonl_at_all_is_not_called_cut(tmp_path: Path, text: str) -> None:
+    (tmp_path / "c.json").write_text(text)
+    ledger = Ledger()
+    assert read_conversations(tmp_path / "c.json", ledger) == []
+    assert ledger.warnings == ["c.json: no line is a record. A single JSON object? Give an array or JSONL"]
+
+
 def test_parquet_reads_as_the_same_conversations_as_json(tmp_path: Path, write_corpus: Callable[..., Path]) -> None:
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as parquet
@@ -188,6 +196,7 @@ def test_repairs_keep_the_record_and_are_counted(turns: str, kept: str, changed:
         (share(("human", "q"), ("tool", "t"), ("gpt", "a")), "tool turn"),
         (share(("human", "q"), ("narrator", "t"), ("gpt", "a")), "unknown role"),
         ({"text": "raw"}, "neither conversations nor messages"),
+        ({"messages": "[]"}, "messages is text, not a list"),
         ("a string", "malformed"),
         ({"messages": ["hello"]}, "malformed"),
         ({"messages": [{"role": "user", "content": 3}]}, "malformed"),
