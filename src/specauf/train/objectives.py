@@ -89,6 +89,8 @@ def _import(plugin: str) -> None:
             # Dataclasses look themselves up in sys.modules.
             module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
+        elif plugin.startswith("."):  # a relative import, of no package
+            raise ImportError("the name of a file ends in .py")
         else:
             importlib.import_module(plugin)
     except (ImportError, OSError, SyntaxError, ValueError) as error:

@@ -77,6 +77,8 @@ def test_a_recipe_of_a_plugin_is_checked_like_any_other(workdir: Path) -> None:
         plugin("half_auf.py", "half-auf", half=1)
     with pytest.raises(ConfigError, match=r"cannot import 'no\.py'"):
         plugin("no.py", "half-auf")
+    with pytest.raises(ConfigError, match=r"cannot import '\./half_auf': the name of a file ends in \.py"):
+        plugin("./half_auf", "half-auf")
 
 
 @pytest.mark.parametrize("floor", [0.0, 0.2, 0.5, 1.1])
