@@ -48,6 +48,7 @@ class Prepare:
         from specauf.show import show_conversation
         from specauf.target import load_tokenizer
 
+        require(self.show >= 0, f"--show must be at least 0, got {self.show}")
         config = configuration.load(self.recipe, self.set)
         quiet_transformers()
         tokenizer, made = load_tokenizer(config.target), rollout_meta(config.data.path)
@@ -189,6 +190,7 @@ class Eval:
             *(self.candidate_pool, self.lookup_first, self.lookup_block),
         )
         print_results(terminal, results)
+        terminal.say(f"\nwritten to {self.out / 'results.json'}")
         return 0 if passed else 1
 
 
@@ -300,7 +302,7 @@ class Demo:
         from specauf.report import page
 
         choose(self.drafter, ("dflash", "domino"), "drafter")
-        require(self.minutes >= 2, f"--minutes must be at least 2, got {self.minutes:g}")
+        require(2 <= self.minutes < float("inf"), f"--minutes must be at least 2, got {self.minutes:g}")
         out = self.out or Path("runs") / f"demo-{self.drafter}-b{self.block_size}-{self.minutes:g}min"
         kind = [f"drafter.block_size={self.block_size}", f"drafter.kind={self.drafter}"]
         base = demo_recipe([f"out={out}", *kind, *self.set])

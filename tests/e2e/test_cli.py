@@ -49,6 +49,7 @@ def test_prepare_train_eval_generate_and_report(world: Path, capsys: pytest.Capt
     capsys.readouterr()
     assert main(command) == 0
     told = capsys.readouterr().out
+    assert f"written to {world}/eval/results.json" in told
     assert "prompt lookup" in told and "ok: run, birds, batch 1" in told and "FAILED" not in told
     assert "ok: run, lookup first, birds, batch 1" in told
     with pytest.MonkeyPatch.context() as patch:
@@ -204,6 +205,11 @@ def test_rollouts_are_training_data_and_a_drafter_goes_on_from_another(
             "there are none (0 conversations",
         ),
         (["prepare", "{recipe}", "--set", "data.path=/no/such.json"], "no such file: /no/such.json"),
+        (["prepare", "{recipe}", "--set", "data.path=/dev/null"], "/dev/null is not a regular file"),
+        (["prepare", "{recipe}", "--show", "-5"], "--show must be at least 0, got -5"),
+        (["train", "{recipe}", "--set", "out=/proc/nope/x"], "/proc/nope/x: no directory can be made there"),
+        (["generate", "prompt-lookup", "hi", "--target.path", "~nosuch/x"], "the home directory is not known"),
+        (["eval", "--eval.tasks", "mbpp", "x"], "give at least one drafter directory, before the options"),
         (["prepare", "{recipe}", "--set", "data.path=/tmp"], "/tmp is a directory, and holds no rollouts"),
         (["prepare", "{recipe}", "--set", "target.path=./nothing"], "no such directory: ./nothing"),
         (["rollout", "{recipe}", "--out", "x", "--samples", "2"], "2 samples at temperature 0"),
