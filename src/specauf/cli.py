@@ -204,8 +204,8 @@ class Generate:
     target: TargetOf = field(default_factory=TargetOf)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     max_new_tokens: int = 128
-    block_size: int = 8
-    """Block size of prompt lookup; a drafter's is in its checkpoint."""
+    block_size: int = 0
+    """Block size of prompt lookup; 0 is the drafter's, and 8 without one."""
     enable_thinking: bool = False
     candidates: int = 1
     """K > 1 is self-selection: the target reads the drafter's greedy block and K - 1 drawn ones, and chooses one."""
@@ -228,13 +228,13 @@ class Generate:
         if drafter is None and (self.lookup_first or self.candidate_pool):
             raise ConfigError("--lookup-first and --candidate-pool need a drafter; prompt-lookup is not one")
         target = _target(self.target.of(drafter.config.extra if drafter else {"target": EMBEDDED}))
-        proposer: DrafterProposer | PromptLookup | LookupFirst = PromptLookup(self.block_size)
+        proposer: DrafterProposer | PromptLookup | LookupFirst = PromptLookup(self.block_size or 8)
         if drafter is not None:
             for warning in mismatches(target, drafter.config.extra, self.enable_thinking):
                 terminal.say(f"warning: {warning}")
             proposer = DrafterProposer(drafter.to(target.embed_weight), target, self.candidate_pool)
             if self.lookup_first:
-                proposer = LookupFirst(proposer, self.lookup_first, self.block_size)
+                proposer = LookupFirst(proposer, self.lookup_first, self.block_size or None)
         ids = prompt_ids(target.require_tokenizer(), [{"role": "user", "content": self.prompt}], self.enable_thinking)
         return 0 if show(terminal, target, proposer, ids, self.sampling, self.max_new_tokens, selection) else 1
 

@@ -311,7 +311,7 @@ class EvalConfig:
     tasks_dir: str | None = None
     """A directory of `<task>.jsonl` files of {"id", "turns"} records, to use instead of the built-in sources."""
     prompts: int = 16
-    """Prompts per task."""
+    """Prompts per task; a conversation of several turns is one."""
     max_new_tokens: int = 128
     batch_size: int = 16
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

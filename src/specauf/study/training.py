@@ -16,7 +16,7 @@ from specauf.data.dataset import Prepared
 from specauf.data.features import FeatureCache
 from specauf.data.rollouts import rollout_meta
 from specauf.drafter.checkpoint import load_drafter, weights_hash
-from specauf.files import atomic_write_text
+from specauf.files import at_home, atomic_write_text
 from specauf.locks import claim, turn
 from specauf.run import (
     draft_vocabulary,
@@ -151,7 +151,7 @@ def train_cells(study: Study, target: Target, corpus: Corpus, cells: Sequence[Ce
 def _awaits(study: Study, cell: Cell) -> str | None:
     """Why a method's own data cannot be read yet, None if it can: it is made by hand and perhaps later."""
     path = cell.config.data.path
-    if path in (study.base.data.path, "sharegpt") or finished(cell.out) or Path(path).expanduser().is_file():
+    if path in (study.base.data.path, "sharegpt") or finished(cell.out) or at_home(path).is_file():
         return None
     try:
         return None if rollout_meta(path) else f"its data.path {path} is not there"
