@@ -115,11 +115,8 @@ def parse_yaml(text: str, refusal: str) -> Any:
         return yaml.load(text, Loader=UniqueKeys)
     except RecursionError:
         raise ConfigError(f"{refusal}: nested too deeply") from None
-    except (
-        yaml.YAMLError,
-        ValueError,
-        AttributeError,
-    ) as error:  # also 2026-02-30 and 0x_, which yaml takes for values
+    # Not errors of yaml's own: 2026-02-30, which it takes for a date, and 0x_, for a number.
+    except (yaml.YAMLError, ValueError, AttributeError) as error:
         raise ConfigError(f"{refusal}: {error}") from None
 
 

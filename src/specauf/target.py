@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -158,6 +159,12 @@ class Target:
     def display_name(self) -> str:
         """The name for reports; the embedded default's says that its weights were quantised to 4 bits."""
         return assets.SMOLLM2_NAME if self.name == EMBEDDED else self.name
+
+    @property
+    def source(self) -> str:
+        """What loads it again: its name, or the whole path of a directory, which is found from any other."""
+        local = self.name != EMBEDDED and Path(self.name).is_dir()
+        return str(Path(self.name).resolve()) if local else self.name
 
     @property
     def config(self) -> Any:

@@ -61,9 +61,7 @@ def provenance_of(trainer: Trainer) -> dict[str, Any]:
         **said[0],
         "reduction": config.objective.reduction,
         "labels": config.objective.labels,
-        "target": str(Path(trainer.target.name).resolve())
-        if Path(trainer.target.name).is_dir()
-        else trainer.target.name,
+        "target": trainer.target.source,
         "target_dtype": config.target.dtype,
         "target_fingerprint": trainer.target.fingerprint(),
         "template_hash": trainer.batches.dataset.meta.get("template_hash"),

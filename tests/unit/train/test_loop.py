@@ -16,7 +16,7 @@ import pytest
 import torch
 from tests.conftest import make_dataset, make_geometry
 
-from specauf.config import OBJECTIVES, FeaturesConfig, RunConfig
+from specauf.config import EMBEDDED, OBJECTIVES, FeaturesConfig, RunConfig
 from specauf.data.dataset import TokenDataset
 from specauf.data.features import build_features
 from specauf.drafter.checkpoint import build_drafter
@@ -403,6 +403,9 @@ def test_a_local_targets_path_is_found_from_anywhere(
     assert checkpoint.provenance_of(make(here, dataset))["target"] == "models", "of the hub, as far as one can tell"
     (tmp_path / "models").mkdir()
     assert checkpoint.provenance_of(make(here, dataset))["target"] == str(tmp_path / "models")
+    here.name = EMBEDDED
+    (tmp_path / EMBEDDED).mkdir()
+    assert checkpoint.provenance_of(make(here, dataset))["target"] == EMBEDDED, "which no directory hides"
 
 
 def test_what_is_no_checkpoint_is_neither_resumed_nor_replaced(
