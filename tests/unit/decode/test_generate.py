@@ -274,13 +274,15 @@ def test_an_empty_prompt_is_refused(target: Target) -> None:
         generate(target, None, [[1], []])
 
 
-def test_layers_with_a_window_are_decoded_until_it_is_full(
-    prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def windowed(window: int) -> Target:
     torch.manual_seed(0)
     geometry = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
-    config = MistralConfig(vocab_size=61, num_key_value_heads=2, sliding_window=40, eos_token_id=60, **geometry)
-    target = Target(MistralForCausalLM(config), None, "windowed")
+    config = MistralConfig(vocab_size=61, num_key_value_heads=2, sliding_window=window, eos_token_id=60, **geometry)
+    return Target(MistralForCausalLM(config), None, "windowed")
+
+
+def test_layers_with_a_window_are_decoded_until_it_is_full(prompts: list[list[int]]) -> None:
+    target = windowed(40)
     for prompt in prompts[:3]:
         (made,) = generate(target, PromptLookup(3), [prompt], max_new_tokens=20)
         assert made.tokens == reference(target, prompt, 20, 1.0, target.eos_ids())
@@ -288,10 +290,6 @@ def test_layers_with_a_window_are_decoded_until_it_is_full(
         generate(target, None, [prompts[0]], max_new_tokens=60, eos_ids=frozenset())
     with pytest.raises(UserError, match=r"this takes 4[0-9]: long has a prompt of .* tokens"):  # before any is recorded
         record(target, [("a", [1]), ("long", prompts[0])], limit=35, block_size=4, sampling=SamplingConfig())
-    monkeypatch.setattr(cache, "ROOM", 1)
-    loop = [[5, 6, 5, 6, 5, 6], [9, 1, 2], [7]]
-    made = generate(target, PromptLookup(5), loop, max_new_tokens=20, eos_ids=frozenset())
-    assert [g.tokens for g in made] == [reference(target, p, 20, 1.0, frozenset()) for p in loop]
 
 
 def test_learned_positions_are_used_to_the_last_and_no_further() -> None:
@@ -459,18 +457,26 @@ def test_a_live_check_compares_with_the_recording_under_its_sampling(
 
 
 def test_a_live_check_looks_no_further_than_the_limit(target: Target, prompts: list[list[int]]) -> None:
-    (made,) = record(target, [("a", prompts[0])], limit=12, block_size=5, sampling=SamplingConfig())
-    exact = PromptLookup(5)
-    for at, problems in ((11, 1), (12, 0), (13, 0)):  # 12 is the first token beyond the limit
+    lookup = PromptLookup(5)
+
+    def last(prompt: list[int], limit: int) -> Round:
+        (made,) = generate(target, lookup, [prompt], max_new_tokens=limit, eos_ids=frozenset())
+        return made.rounds[-1]
+
+    # A round that the limit cuts: its last draft tokens are accepted beyond it.
+    prompt, limit = next((p, n) for p in prompts for n in range(8, 40) if last(p, n).start + last(p, n).accepted >= n)
+    (made,) = record(target, [("a", prompt)], limit=limit, block_size=5, sampling=SamplingConfig())
+    for at, problems in ((limit - 1, 1), (limit, 0)):
         other = dataclasses.replace(made, tokens=[t + (i == at) for i, t in enumerate(made.tokens)])
-        assert len(check_live(target, exact, [other], 12).problems) == problems, at
+        assert len(check_live(target, lookup, [other], limit).problems) == problems, at
 
 
-@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("kind", [*KINDS[1:], "windowed"])
 def test_the_cache_does_not_fill_with_holes(
     target: Target, prompts: list[list[int]], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows accept differently, and each round keeps the luckiest row's columns."""
+    target, how = (windowed(400), PromptLookup(5)) if kind == "windowed" else (target, proposers(target)[kind])
     widths = list[tuple[int, int, int]]()
 
     def spy(held: Any, columns: Any, used: int) -> Any:
@@ -482,7 +488,7 @@ def test_the_cache_does_not_fill_with_holes(
     monkeypatch.setattr(cache, "ROOM", 1)
     monkeypatch.setattr("specauf.decode.generate.without_holes", spy)
     loop = [[5, 6, 5, 6, 5, 6], *prompts]
-    made = generate(target, proposers(target)[kind], loop, max_new_tokens=40, eos_ids=frozenset())
+    made = generate(target, how, loop, max_new_tokens=40, eos_ids=frozenset())
     assert [g.tokens for g in made] == [reference(target, p, 40, 1.0, frozenset()) for p in loop]
     assert any(after < before for before, after, _ in widths)
     assert all(after <= used * 3 // 2 + 1 for _, after, used in widths)
