@@ -30,7 +30,7 @@ from specauf.train import loop
 from specauf.train.batches import Batches
 from specauf.train.loop import Trainer
 
-BLOCK, LIMIT = 5, 32
+BLOCK, LIMIT, STEPS = 5, 32, 240
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_a_memorised_text_is_accepted_whole(
 ) -> None:
     lookup = replay(PromptLookup(BLOCK), memorable, None, LIMIT)
     assert summarise(lookup, [LIMIT] * 8, BLOCK - 1).tau < 2, "the text repeats itself: memorising proves nothing"
-    by_replay, live = taus(chaotic, train(chaotic, memorable, objective, 300, tmp_path), memorable)
+    by_replay, live = taus(chaotic, train(chaotic, memorable, objective, STEPS, tmp_path), memorable)
     assert by_replay >= 0.95 * BLOCK
     assert live >= 0.95 * BLOCK
 
@@ -110,7 +110,7 @@ def test_a_memorised_text_is_accepted_whole(
 def test_a_domino_drafter_memorises_it_too(
     chaotic: Target, memorable: list[Trajectory], shift: bool, objective: dict[str, object], tmp_path: Path
 ) -> None:
-    drafter = train(chaotic, memorable, objective, 300, tmp_path, DominoHead(16, 16, 1, shift))
+    drafter = train(chaotic, memorable, objective, STEPS, tmp_path, DominoHead(16, 16, 1, shift))
     by_replay, live = taus(chaotic, drafter, memorable)
     assert min(by_replay, live) >= 0.95 * BLOCK
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -140,7 +140,7 @@ def test_labels_shifted_by_one_fail_the_same_test(
         return right(ids.roll(-1, 1), mask.roll(-1, 1), *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(loop, "build_blocks", shifted)
-    by_replay, live = taus(chaotic, train(chaotic, memorable, "auf", 300, tmp_path), memorable)
+    by_replay, live = taus(chaotic, train(chaotic, memorable, "auf", STEPS, tmp_path), memorable)
     assert max(by_replay, live) < 0.6 * BLOCK
 
 
