@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
 SCORES = 2**21
@@ -195,16 +196,23 @@ def flex_mask(anchors: Int[Tensor, "b n"], rows: int, slots: int, s: int) -> Blo
         return (column < reach[batch, row]) | (answers[column] == asks[row])
 
     row, column = _tiles(asks), _tiles(answers)
+    sees = _tiles(F.pad(reach, (0, -len(asks) % TILE)))  # a row that fills the last tile up sees nothing
+    start = torch.arange(0, len(answers), TILE, device=anchors.device)
     near = (row[:, :1] <= column[:, -1]) & (column[:, 0] <= row[:, -1:])
-    far = torch.arange(0, len(answers), TILE, device=anchors.device) < _tiles(reach).amax(-1)[..., None]
-    some = (near | far)[:, None].int()  # b 1 tiles_of_rows tiles_of_columns
+    some = near | (start < sees.amax(-1)[..., None])
+    full: tuple[Tensor | None, Tensor | None] = None, None
+    if len(asks) > TILE:  # decoding has one row of tiles, and waits for small operations more than for the predicate
+        whole = start + TILE <= sees.amin(-1)[..., None]  # context that every row sees: in training six tiles of seven
+        some, full = some & ~whole, _listed(whole)
     return BlockMask.from_kv_blocks(
-        some.sum(-1, dtype=torch.int32),
-        some.argsort(dim=-1, descending=True, stable=True).int(),
-        BLOCK_SIZE=TILE,
-        mask_mod=visible,
-        seq_lengths=(len(asks), len(answers)),
+        *_listed(some), *full, BLOCK_SIZE=TILE, mask_mod=visible, seq_lengths=(len(asks), len(answers))
     )
+
+
+def _listed(tiles: Bool[Tensor, "b rows columns"]) -> tuple[Tensor, Tensor]:
+    """How many tiles of each row of tiles are true, and their columns, which come first."""
+    some = tiles[:, None].int()
+    return some.sum(-1, dtype=torch.int32), some.argsort(dim=-1, descending=True, stable=True).int()
 
 
 def _tiles(x: Int[Tensor, "*batch length"]) -> Int[Tensor, "*batch tiles tile"]:

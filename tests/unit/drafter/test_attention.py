@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from typing import NamedTuple
 
 import pytest
@@ -272,3 +273,26 @@ def test_the_tiles_are_those_with_something_to_see(n: int, rows: int, slots: int
     assert torch.equal(mask.to_dense(), entry_by_entry.to_dense())
     if n > 9:
         assert not mask.to_dense().all()
+    if n * rows <= attention.TILE:
+        assert mask.full_kv_num_blocks is None
+        return
+    context = s // attention.TILE  # a block's own slots may fill a tile too; the predicate is evaluated there
+    mine, theirs = (
+        torch_flex._ordered_to_dense(m.full_kv_num_blocks, m.full_kv_indices, m.full_kv_indices.shape[-1])
+        for m in (mask, entry_by_entry)
+    )
+    assert torch.equal(mine[..., :context], theirs[..., :context]) and not mine[..., context:].any()
+    if n > 40:
+        assert mine.any()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+def test_the_fused_kernel_reads_full_tiles_and_partial_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its forward pass, which torch compiles for a CPU too."""
+    case, g = Case(b=2, heads=4, kv=2, n=40, q=12, slots=8, s=300, d=16), torch.Generator().manual_seed(0)
+    given, anchors = [t.detach() for t in case.tensors(g, torch.float32)], case.anchors(g).sort().values
+    want = block_attention(*given, anchors)
+    mask = attention._mask_of(anchors, 24, 8, 300)
+    assert mask.full_kv_num_blocks.any() and mask.kv_num_blocks.any()
+    monkeypatch.setattr(attention, "_kernel", lambda device: torch.compile(torch_flex.flex_attention, fullgraph=True))
+    torch.testing.assert_close(by_flex(given, anchors, monkeypatch), want)
