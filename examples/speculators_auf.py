@@ -60,7 +60,7 @@ def credited(term: Any, credit: Tensor) -> Any:
 
 
 def auf_over_support(slots: Slots) -> Tensor:
-    """AUF divided by its support, as the paper's: speculators divides by all valid slots, whatever their credit."""
+    """AUF divided by its support; speculators itself divides by all valid slots, whatever their credit."""
     credit = auf(slots)
     return credit * slots.valid.sum() / (credit * slots.valid).sum().clamp(min=1)
 

@@ -189,7 +189,7 @@ class ObjectiveConfig:
     options: dict[str, Any] = field(default_factory=dict)
     """This objective's options, among alpha, temperature, eps, k, window, focal, eta, per, ce_weight and kd_weight."""
     variant: str | None = None
-    """Domino: a row of the paper's Table 3, e.g. `b-auf-d`. It replaces the next three fields."""
+    """Domino: a row of the paper's Table 3, e.g. `b-auf-d`. It stands for `name`, `options` and the next three fields."""
     final: str | None = None
     """Domino: the objective of the final branch, if it differs from the base branch's, which is `name`."""
     final_options: dict[str, Any] = field(default_factory=dict)
@@ -220,7 +220,8 @@ class ObjectiveConfig:
         if self.variant is not None:
             choose(self.variant, VARIANTS, "variant")
             said = {"final": self.final, "options": self.options, "final_options": self.final_options}
-            given = [n for n, v in said.items() if v] + ["support"] * (self.support != "final")
+            said |= {"name": self.name != "auf", "support": self.support != "final"}
+            given = [name for name, value in said.items() if value]
             require(
                 not given,
                 f"objective.variant sets the objective of both branches: leave out objective.{', objective.'.join(given)}",

@@ -7,6 +7,8 @@ LM head belong to the target and are neither held nor saved here.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -54,6 +56,12 @@ def rotate(
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     first, second = x[..., :half], x[..., half:]
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+def autocast_now(device: str) -> Callable[[], torch.autocast]:
+    """Autocast as it is now, for rows that are computed later."""
+    now = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+    return functools.partial(torch.autocast, device, *now)
 
 
 class Attention(nn.Module):
@@ -142,11 +150,11 @@ class Pending:
         self.first = drafter.config.first_slot
         self.normed = self.layer.input_layernorm(x)
         self.block = self.layer.self_attn.block(self.normed, anchors)
-        self.autocast = torch.is_autocast_enabled(x.device.type)
+        self.autocast = autocast_now(x.device.type)
 
     def rows(self, todo: Bool[Tensor, "b n k"]) -> Float[Tensor, "rows h"]:
         """Final hidden states of the predictions where `todo` is true, in `nonzero` order; 0 is slot `first_slot`'s."""
-        with torch.autocast(self.x.device.type, torch.bfloat16, enabled=self.autocast):
+        with self.autocast():
             return self._rows(todo)
 
     def _rows(self, todo: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from specauf.drafter.config import DFlashConfig
-from specauf.drafter.dflash import DFlash
+from specauf.drafter.dflash import DFlash, autocast_now
 from specauf.objective.wavefront import RowSource
 
 if TYPE_CHECKING:
@@ -126,12 +126,11 @@ class Corrected:
     def __init__(self, drafter: Domino, hidden: RowSource, said: Float[Tensor, "b n k h"]) -> None:
         """`said` are the target's embeddings of the token before each predicted one, the anchor's first."""
         self.drafter, self.hidden = drafter, hidden
-        self.device = said.device.type
-        self.autocast = torch.is_autocast_enabled(self.device)
+        self.autocast = autocast_now(said.device.type)
         self.state = drafter.prefix(said.to(drafter.fc.weight.dtype))
 
     def rows(self, todo: Bool[Tensor, "b n k"]) -> Float[Tensor, "rows he"]:
         z = self.hidden.rows(todo)
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.autocast):
+        with self.autocast():
             code = self.drafter.codes(z, self.state[todo], todo.nonzero()[:, -1])
         return torch.cat([z, code.to(z.dtype)], -1)

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 Side = Literal["base", "final"]
 SIDES: tuple[Side, Side] = ("base", "final")
 PRIORS = ("uniform", "decay", "first-k")
+READ = ("ce", "hit", "prob")
 
 
 class Branch(NamedTuple):
@@ -120,7 +121,7 @@ def two_branch_loss(
             how = _reading([b.objective for b in readers], blocks, (cuts or {}).get(side), uniform)
             needs_target = any(b.objective.needs_target for b in readers)
             own = side == "base" and base in readers  # its head is frozen, so this pass can form its gradient
-            gates[side] = read(side, blocks.valid, needs_target, wants=base.objective.rule.rows if own else (), **how)
+            gates[side] = read(side, blocks.valid, needs_target, wants=base.objective.formed if own else (), **how)
 
     # The losses, over the slots that count.
     nothing = torch.zeros_like(blocks.valid)
@@ -137,16 +138,18 @@ def two_branch_loss(
         if side in gates and gates[side][0].grad:
             readout, rows = gates[side]
         elif side == "base":
-            readout, rows = read(side, counted, objective.needs_target, wants=objective.rule.rows)
+            readout, rows = read(side, counted, objective.needs_target, wants=objective.formed)
         else:
-            if not plain and side not in gates:
+            if not plain and branch.support != side:  # a pass for the other branch may have ended too early
                 gates[side] = read(side, blocks.valid, objective.needs_target, wants=())
-            figures = gates[side][0] if side in gates else unread
-            weights = weigh(figures, blocks, objective, parts)[2]
-            readout, rows = read(side, counted, objective.needs_target, wants=objective.rule.rows, weigh=weights)
+            weights = weigh(unread if plain else gates[side][0], blocks, objective, parts)[2]
+            readout, rows = read(side, counted, objective.needs_target, wants=objective.formed, weigh=weights)
         terms = finish(readout, rows, blocks, objective, parts, expansion if side == "final" else None)
-        if side in gates:  # report what it read: more than the counted rows, or left to right
-            terms = terms._replace(readout=gates[side][0]._replace(grad=None, order=None))
+        if side in gates:  # report all that was read of the branch: for the credits, and for the loss
+            gate = gates[side][0]
+            both = {name: torch.where(gate.evaluated, getattr(gate, name), getattr(readout, name)) for name in READ}
+            both["evaluated"] = gate.evaluated | readout.evaluated
+            terms = terms._replace(readout=gate._replace(**both, grad=None, order=None))
             if branch.support == side and objective.truncates:
                 terms = terms._replace(survival=survival(terms.readout, blocks, objective, uniform))
         found[side] = terms

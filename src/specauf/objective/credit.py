@@ -60,7 +60,7 @@ class Slots(NamedTuple):
         temperature: float = 1.0,
     ) -> Slots:
         """The drafter's fields from its full logits, for trainers that keep them. Labels may be anything where invalid."""
-        labels = labels.masked_fill(~valid, 0)
+        logits, labels = logits.detach(), labels.masked_fill(~valid, 0)
         gold = logits.gather(-1, labels[..., None])
         above = logits > gold
         tied = (logits == gold) & (torch.arange(logits.shape[-1], device=logits.device) < labels[..., None])

@@ -40,7 +40,7 @@ class Objective:
     name: str = "auf"
     gamma: float | None = None
     reduction: Reduction = "global"
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         rule = self.rule
@@ -68,6 +68,11 @@ class Objective:
     def needs_target(self) -> bool:
         """Whether the loss or the credit reads the target's distribution at every slot."""
         return self.rule.rows != ("ce",) or "target_prob" in self.rule.needs
+
+    @property
+    def formed(self) -> tuple[str, ...]:
+        """The gradients to form while the head's rows are in memory: none where autograd is off."""
+        return self.rule.rows if torch.is_grad_enabled() else ()
 
     def require(self, target_hidden: Tensor | None, uniform: Tensor | None) -> None:
         """Raise `ValueError` when an input that the rule reads is not there."""
@@ -128,9 +133,9 @@ def block_loss(
     of exactly 0.0.
 
     `rows_of` gives the head's row of each token, or -1 (see `read_head`): a label without a row fails, has no credit and is
-    in no denominator. Raises `ValueError` when an input is missing.
+    in no denominator. Under `torch.no_grad` no gradient is formed. Raises `ValueError` when an input is missing.
     """
-    rule, source = objective.rule, Recorded(hidden)
+    source = Recorded(hidden)
     objective.require(target_hidden, uniform)
     readout = read_head(
         source,
@@ -143,8 +148,8 @@ def block_loss(
         uniform=uniform,
         target_hidden=target_hidden if objective.needs_target else None,
         temperature=objective.options.get("temperature", 1.0),
-        wants=rule.rows,
-        ranks="rank" in rule.needs,
+        wants=objective.formed,
+        ranks="rank" in objective.rule.needs,
         softcap=softcap,
         logits_rows=logits_rows,
         rows_of=rows_of,
@@ -175,16 +180,17 @@ def finish(
 ) -> LossTerms:
     """The loss of rows that were already read, from the gradients formed then and the credits in `parts`."""
     nums, dens, weights = weigh(readout, blocks, objective, parts)
-    num = _WithGradient.apply(
-        rows,
-        expansion,
-        nums,
-        weights.flatten(2)[..., readout.order],
-        readout.expansion_grad,
-        *(readout.grad[kind] for kind in objective.rule.rows),  # type: ignore[index]
-    )
+    if weights is not None:
+        nums = _WithGradient.apply(
+            rows,
+            expansion,
+            nums,
+            weights.flatten(2)[..., readout.order],
+            readout.expansion_grad,
+            *(readout.grad[kind] for kind in objective.rule.rows),  # type: ignore[index]
+        )
     return LossTerms(
-        num,
+        nums,
         dens,
         readout.ce.new_tensor([scale for scale, _ in parts]),
         sum((scale * credit for scale, credit in parts), torch.zeros_like(readout.ce)),
@@ -197,28 +203,27 @@ def weigh(
     blocks: Blocks,
     objective: Objective,
     parts: Sequence[tuple[float, Float[Tensor, "b n k"]]],
-) -> tuple[Float[Tensor, " parts"], Float[Tensor, " parts"], Float[Tensor, "kinds parts b n k"]]:
+) -> tuple[Float[Tensor, " parts"], Float[Tensor, " parts"], Float[Tensor, "kinds parts b n k"] | None]:
     """The num and the den of every part, and the factor of each row's gradient, which autograd finds on [b, n, k].
 
-    For a plain cross entropy the factors follow from the credits alone, whatever the readout holds.
+    For a plain cross entropy the factors follow from the credits alone, whatever the readout holds. There are none where
+    autograd is off.
     """
-    rule = objective.rule
-    with torch.enable_grad():
-        leaves = {kind: getattr(readout, kind).clone().requires_grad_() for kind in rule.rows}
-        figures = {"ce": readout.ce, "kl": readout.kl, "overlap": readout.overlap, **leaves}
-        rows = call(
-            rule.loss, Rows(**figures, valid=learnable(readout, blocks), outside=readout.outside), objective.options
-        )
-        reduced = [reduce(rows, credit, objective.reduction) for _, credit in parts]
-        weights = [
+    rule, learns = objective.rule, torch.is_grad_enabled()
+    leaves = {kind: getattr(readout, kind).clone().requires_grad_(learns) for kind in rule.rows}
+    figures = {"ce": readout.ce, "kl": readout.kl, "overlap": readout.overlap, **leaves}
+    rows = call(
+        rule.loss, Rows(**figures, valid=learnable(readout, blocks), outside=readout.outside), objective.options
+    )
+    reduced = [reduce(rows, credit, objective.reduction) for _, credit in parts]
+    weights = None
+    if learns:
+        found = [
             torch.autograd.grad(num, list(leaves.values()), retain_graph=True, materialize_grads=True)
             for num, _ in reduced
         ]
-    return (
-        torch.stack([num.detach() for num, _ in reduced]),
-        torch.stack([den.detach() for _, den in reduced]),
-        torch.stack([torch.stack(kind) for kind in zip(*weights, strict=True)]),
-    )
+        weights = torch.stack([torch.stack(kind) for kind in zip(*found, strict=True)])
+    return torch.stack([num.detach() for num, _ in reduced]), torch.stack([den.detach() for _, den in reduced]), weights
 
 
 def reduce(

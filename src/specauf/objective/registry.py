@@ -154,18 +154,21 @@ def register(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: make the credit function below it the objective `name`. See `Rule` for the arguments.
 
-    Raises `ValueError` when the name is taken or ends in -decay, for an unknown need, or when an option has no default or two
-    different ones.
+    Raises `ValueError` when the name is taken or ends in -decay, for unknown rows or needs, or when an option has no default
+    or two different ones.
     """
     if unknown := sorted(set(needs) - NEEDS):
         raise ValueError(f"objective {name!r} needs {unknown[0]!r}, which is none of {', '.join(sorted(NEEDS))}")
+    if isinstance(rows, str) or not {*rows} <= {"ce", "kl", "overlap"}:
+        raise ValueError(f"objective {name!r}: rows are a tuple of ce, kl and overlap, got {rows!r}")
     if name.endswith("-decay"):
         raise ValueError(f"{name!r}: names that end in -decay belong to the rule before the ending, times the decay")
 
     def add(function: Callable[..., Any]) -> Callable[..., Any]:
-        if name in RULES and RULES[name].credit.__qualname__ != function.__qualname__:
+        held = RULES[name].credit if name in RULES else function  # a notebook's cell may be run again
+        if (held.__module__, held.__qualname__) != (function.__module__, function.__qualname__):
             raise ValueError(f"the objective {name!r} exists already")
-        rule = Rule(function, loss, survives, rows, frozenset(needs), gamma)
+        rule = Rule(function, loss, survives, tuple(rows), frozenset(needs), gamma)
         options_of(rule)
         RULES[name] = rule
         return function
@@ -226,8 +229,8 @@ def check_options(name: str, rule: Rule, given: Mapping[str, Any]) -> dict[str, 
                 raise ValueError(
                     f"objective {name!r}: {option} must be one of {', '.join(CHOICES[option])}, got {value!r}"
                 )
-        elif isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ValueError(f"objective {name!r}: {option} must be a number, got {value!r}")
+        elif isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError(f"objective {name!r}: {option} must be a finite number, got {value!r}")
         if option in LIMITS and not LIMITS[option][0] <= value <= LIMITS[option][1]:
             low, high = LIMITS[option]
             end = "1)" if high == BELOW_ONE else f"{high:g}]"

@@ -12,7 +12,7 @@ The head is most of a block drafter's training step. Two observations make it ch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -103,13 +103,13 @@ def read_head(
     At most `logits_rows` rows as wide as the vocabulary exist at a time. Rows are evaluated in stage-major order. Results
     do not depend on the cuts, up to the rounding of differently shaped matrix products.
 
-    Raises `ValueError` when `cuts` do not end at k, or `target_hidden` or `uniform` is not laid out by prediction (see
+    Raises `ValueError` when `cuts` do not ascend to k, or `target_hidden` or `uniform` is not laid out by prediction (see
     `before_labels`).
     """
     shape, device, k = valid.shape, valid.device, valid.shape[-1]
     cuts = [k] if cuts is None else list(cuts)
-    if cuts[-1:] != [k]:
-        raise ValueError(f"cuts are stage ends, the last of them {k}, the number of predictions; got {cuts}")
+    if cuts[-1:] != [k] or cuts != sorted(cuts):
+        raise ValueError(f"cuts are stage ends, ascending, the last of them {k}, the number of predictions; got {cuts}")
     for name, given in (("target_hidden", target_hidden), ("uniform", uniform)):
         if given is not None and given.shape[:3] != shape:
             raise ValueError(f"{name} has one row per prediction, {tuple(shape)} in front; got {tuple(given.shape)}")
@@ -125,10 +125,11 @@ def read_head(
     evaluated = torch.zeros(valid.numel(), dtype=torch.bool, device=device)
     alive = torch.ones(shape[:-1], dtype=torch.bool, device=device)
     expansion_grad = None
-    if expansion is not None and weigh is not None:
-        expansion_grad = expansion.new_zeros(
-            weigh.shape[1], *expansion.shape, dtype=torch.promote_types(expansion.dtype, torch.float32)
-        )
+    if expansion is not None:
+        if weigh is not None:
+            dtype = torch.promote_types(expansion.dtype, torch.float32)
+            expansion_grad = expansion.new_zeros(weigh.shape[1], *expansion.shape, dtype=dtype)
+        expansion = expansion.to(weight.dtype)
 
     def readout() -> Readout:
         fields: dict[str, Any] = {name: values.view(shape) for name, values in found.items()}
@@ -193,20 +194,17 @@ def _rows(
     # d logits / d (hidden W^T): 1 - tanh^2 under a soft cap.
     slope = None if softcap is None else 1 - (logits / softcap).square_()
     if expansion is not None:
-        logits = torch.addmm(logits, code.to(logits.dtype), expansion.t().to(logits.dtype), out=logits)
+        logits += code.to(weight.dtype) @ expansion.t()
 
     def back(gradient: Tensor) -> Tensor:
         to_hidden = (gradient if slope is None else gradient * slope).to(weight.dtype) @ weight
-        return to_hidden if expansion is None else torch.cat([to_hidden, gradient.to(expansion.dtype) @ expansion], 1)
+        return to_hidden if expansion is None else torch.cat([to_hidden, gradient.to(weight.dtype) @ expansion], 1)
 
-    def parts(kind: str) -> Iterable[tuple[Tensor, Tensor]]:
-        """For each part of the loss, its plane of the expansion's gradient and the rows' weights [rows, 1]."""
-        return () if expansion_grad is None else zip(expansion_grad, factors[kind][..., None], strict=True)
-
-    def widen(kind: str, gradient: Tensor, factor: Tensor | float = 1.0) -> None:
-        """Add to the expansion's gradient the share of `factor` x `gradient`, a term of d kind / d logits."""
-        for into, weights in parts(kind):
-            into.addmm_(gradient.t(), (weights * factor * code).to(gradient.dtype))
+    def widen(kind: str, gradient: Tensor) -> None:
+        """Add to the expansion's gradient, for each part of the loss, the share of `gradient`, d kind / d logits."""
+        if expansion_grad is not None:
+            for into, weights in zip(expansion_grad, factors[kind][..., None], strict=True):
+                into += gradient.to(weight.dtype).t() @ (weights * code).to(weight.dtype)
 
     index = labels[:, None]
     top, best = logits.max(-1, keepdim=True)
@@ -224,17 +222,12 @@ def _rows(
     values.setdefault("prob", torch.exp(-values["ce"]))
     grads: dict[str, Tensor] = {}
     if "ce" in wants:
-        if weight.dtype.itemsize < 4:
-            # In 16 bits, the difference of two products would be rounding alone where the label is all but certain.
-            grads["ce"] = back((soft / total).scatter_add_(1, index, -torch.ones_like(gold)))
-        else:  # the label's -1 is applied to the product, not to the probabilities: fewer passes over the vocabulary
-            said = weight[labels] if slope is None else weight[labels] * slope.gather(1, index).to(weight.dtype)
-            if expansion is not None:
-                said = torch.cat([said, expansion[labels]], 1)
-            grads["ce"] = back(soft) / total.to(weight.dtype) - said
-        widen("ce", soft, 1 / total)
-        for into, weights in parts("ce"):
-            into.index_add_(0, labels, (-weights * code).to(into.dtype))
+        # softmax - onehot before the product: the difference of two products, in the 16 bits of a head or of autocast,
+        # would be rounding alone where the label is all but certain.
+        gap = soft.div_(total) if target_hidden is None else soft / total
+        gap.scatter_add_(1, index, -torch.ones_like(gold))
+        grads["ce"] = back(gap)
+        widen("ce", gap)
     if target_hidden is not None:
         log_p = head_logits(target_hidden, weight, bias, softcap).log_softmax(-1)
         p, q = log_p.exp(), soft.div_(total)

@@ -35,6 +35,9 @@ def objectives_of(config: RunConfig) -> tuple[Branch, ...]:
         )
     else:
         found = (Branch(_objective(config, wanted.name, wanted.options), "base"),)
+    if wanted.gamma is not None and all(b.objective.gamma is None for b in found):
+        names = " and ".join(dict.fromkeys(b.objective.name for b in found))
+        raise ConfigError(f"objective.gamma is given, and {names} has no position decay; <name>-decay does")
     for side in ("base", "final"):
         read = [b.objective for b in found if b.support == side and not b.prior]
         try:

@@ -151,6 +151,31 @@ def test_a_field_that_a_loss_names_and_does_not_use_pulls_nothing() -> None:
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-12)
 
 
+def test_a_built_in_objective_is_not_replaced_by_a_namesake() -> None:
+    def dpace(slots: Slots) -> torch.Tensor:
+        return slots.valid.float()
+
+    dpace.__qualname__ = "dpace"
+    with pytest.raises(ValueError, match="'dpace' exists already"):
+        register("dpace")(dpace)
+    register("mine")(dpace)
+    register("mine")(dpace)  # a notebook's cell, run again
+
+
+@pytest.mark.parametrize("rows", ["ce", ("entropy",)])
+def test_unknown_rows_are_refused(rows: Any) -> None:
+    with pytest.raises(ValueError, match="'odd': rows are a tuple of ce, kl and overlap, got"):
+        register("odd", rows=rows)
+
+
+def test_a_gamma_that_nothing_reads_is_refused(workdir: Path) -> None:
+    for section in ({"plugin": "half_auf.py", "name": "half-auf"}, {"variant": "b-auf"}, {"final": "uniform"}):
+        kind = "dflash" if "plugin" in section else "domino"
+        config = from_dict(RunConfig, {"objective": {**section, "gamma": 3.0}, "drafter": {"kind": kind}})
+        with pytest.raises(ConfigError, match=r"objective.gamma is given, and .* no position decay"):
+            objectives_of(config)
+
+
 def test_an_unknown_need_is_refused() -> None:
     with pytest.raises(ValueError, match="'odd' needs 'ranks', which is none of rank, rollouts, target_prob, uniform"):
         register("odd", needs={"ranks"})

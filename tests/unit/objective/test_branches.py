@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from specauf.drafter.checkpoint import build_drafter
 from specauf.drafter.config import DominoHead
@@ -258,6 +260,10 @@ SOFT = {"temperature": 2.0, "alpha": 0.2}
         (Branch(Objective("griffin-exclusive", options={"k": 20}), "final"), Branch(AUF, "final")),
         (Branch(AUF, "final"), Branch(AUF, "base")),
         (Branch(Objective("griffin-windowed"), "base"), Branch(AUF, "base")),
+        # The base branch reads the final one, as far as it needs; the final branch's loss needs every slot.
+        (Branch(AUF, "final"), Branch(Objective("streak"), "base")),
+        (Branch(AUF, "final"), Branch(Objective("pard2"), "base")),
+        (Branch(AUF, "final"), Branch(Objective("lk-lambda", 3.0), "base")),
     ],
     ids=lambda pair: ", ".join(f"{b.objective.name} off {b.support}" for b in pair),
 )
@@ -281,6 +287,54 @@ def test_pairs_of_objectives_are_the_references_under_a_bias_and_a_soft_cap(pair
         torch.testing.assert_close(found, want, rtol=1e-10, atol=0)
         for (name, a), b in zip(gradients(found, s).items(), gradients(want, s).values(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_what_was_read_for_the_loss_and_for_the_other_branchs_credit_is_reported_together() -> None:
+    s = scene(4)
+    base, _ = dense(s.drafter, s.z, s.said, s.weight)
+    found = ours(s, (Branch(Objective("decay", 3.0), "base"), Branch(AUF, "base")), 0.5)
+    assert torch.equal(found.base.readout.evaluated, s.blocks.valid), "decay reads every slot, AUF's gate does not"
+    assert torch.equal(found.base.readout.hit, s.blocks.valid & (base.argmax(-1) == s.blocks.labels))
+    ce = F.cross_entropy(base.flatten(0, 2), s.blocks.labels.flatten(), reduction="none").view_as(s.blocks.valid)
+    torch.testing.assert_close(found.base.readout.ce, ce * s.blocks.valid)
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("variant", ["f-auf-d", "b-auf"])
+def test_the_loss_needs_no_gradient(variant: str, off: type) -> None:
+    s = scene(2)
+    want = ours(s, branches(variant, 3.0), 0.5).terms.loss
+    with off():
+        found = ours(s, branches(variant, 3.0), 0.5).terms
+    torch.testing.assert_close(found.loss, want.detach(), rtol=1e-12, atol=0)
+    assert not found.num.requires_grad
+
+
+def test_in_16_bits_the_corrections_products_are_the_heads_and_their_sum_is_not() -> None:
+    """W2's gradient is a sum over many reads of a few rows each, which 16 bits would round at each of them."""
+    s = scene(3, blocks=200)
+    grads, seen = [], set()
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default):
+                seen.add(args[0].dtype)
+            return op(*args, **(kwargs or {}))
+
+    for dtype in (torch.float64, torch.bfloat16):
+        w2 = s.drafter.expansion.detach().to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+        rows = torch.cat(
+            [s.z, torch.randn(*s.z.shape[:3], w2.shape[1], generator=torch.Generator().manual_seed(0))], -1
+        )
+        pair = (Branch(Objective("uniform"), "base"), Branch(Objective("uniform"), "final"))
+        given = Rows(s.z.detach().to(dtype)), Rows(rows.detach().to(dtype))
+        with Products() if dtype == torch.bfloat16 else contextlib.nullcontext():
+            found = two_branch_loss(*given, s.blocks, *pair, 0.0, s.weight.to(dtype), w2, logits_rows=4)
+        found.terms.loss.backward()
+        assert w2.grad is not None and w2.grad.dtype == w2.dtype
+        grads.append(w2.grad.double())
+    assert seen == {torch.bfloat16}
+    assert float((grads[1] - grads[0]).norm() / grads[0].norm()) < 0.02
 
 
 def test_a_loss_of_the_targets_distribution_on_the_final_branch() -> None:

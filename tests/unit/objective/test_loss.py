@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 from specauf import config
 from specauf.objective import RULES, Blocks, Objective, Slots, block_loss, block_metrics, read_head
+from specauf.objective.credit import dpace
 from specauf.objective.loss import LossTerms, credit_of
 from specauf.objective.metrics import leading_run
 from specauf.objective.wavefront import default_cuts
@@ -346,7 +348,8 @@ def test_lambda_is_of_the_overlap_averaged_over_what_it_is_said_to_be(per: str, 
         (("griffin-exclusive", None, "global", {"k": 0}), "k must be at least 1"),
         (("griffin-exclusive", None, "global", {"k": 1.5}), "whole number"),
         (("lk-lambda", None, "global", {"per": "head"}), "token, slot, all"),
-        (("dpace", None, "global", {"alpha": "much"}), "must be a number"),
+        (("dpace", None, "global", {"alpha": "much"}), "must be a finite number"),
+        (("lk-lambda", None, "global", {"eta": math.inf}), "must be a finite number"),
     ],
 )
 def test_objectives_that_cannot_be_meant_are_refused(arguments: tuple[Any, ...], told: str) -> None:
@@ -365,8 +368,10 @@ def test_what_an_objective_needs_is_asked_for_by_name(name: str, missing: str) -
 
 def test_inputs_that_are_laid_out_otherwise_are_refused() -> None:
     case = Case(1, slots=4)
-    with pytest.raises(ValueError, match=r"cuts are stage ends, the last of them 4, .* got \[1, 2\]"):
-        case.terms(Objective("auf"), cuts=[1, 2])
+    for cuts in ([1, 2], [3, 1, 4]):
+        told = rf"cuts are stage ends, ascending, the last of them 4, .* got {re.escape(str(cuts))}"
+        with pytest.raises(ValueError, match=told):
+            case.terms(Objective("auf"), cuts=cuts)
     with pytest.raises(ValueError, match=r"target_hidden has one row per prediction, \(2, 4, 4\)"):
         case.terms(Objective("pard2"), target_hidden=case.target_hidden[:, :, 0])
     with pytest.raises(ValueError, match="uniform has one row per prediction"):
@@ -382,6 +387,28 @@ def test_a_credit_that_is_nan_where_nothing_is_valid_stays_out(monkeypatch: pyte
     monkeypatch.setitem(RULES, "uniform", nan)
     found = case.terms(Objective("uniform"))
     assert torch.equal(found.loss, want.loss) and torch.equal(found.credit, want.credit)
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", ["auf", "streak", "pard2"])
+def test_the_loss_needs_no_gradient(name: str, off: type) -> None:
+    case = Case(1, slots=4)
+    want = case.terms(Objective(name)).loss
+    with off():
+        found = case.terms(Objective(name))
+    torch.testing.assert_close(found.loss, want.detach())
+    assert not found.num.requires_grad and found.readout.grad is None
+
+
+def test_credits_of_logits_that_have_a_gradient_are_constants() -> None:
+    logits = torch.randn(3, 4, 7, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    slots = Slots.of(logits, torch.randint(7, (3, 4)), torch.ones(3, 4, dtype=torch.bool))
+    assert not dpace(slots).requires_grad
+
+
+def test_an_objective_may_be_a_key() -> None:
+    same, other = Objective("dpace"), Objective("dpace", options={"alpha": 0.3})
+    assert {same: 1, other: 2}[Objective("dpace")] == 1 and same != other
 
 
 def test_a_second_derivative_is_refused_and_not_zero() -> None:

@@ -155,6 +155,27 @@ def test_a_confident_token_has_its_own_gradient_in_16_bits(name: str, dtype: tor
     assert float((grads[1] - grads[0]).norm() / grads[0].norm()) < 0.1
 
 
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_a_confident_token_has_its_own_gradient_under_autocast_too(softcap: float | None) -> None:
+    """A trainer of its own may call the loss under autocast, with the head in float32: the products are in 16 bits then."""
+    g = torch.Generator().manual_seed(2)
+    weight = torch.randn(2000, 64, generator=g)
+    labels = torch.randint(2000, (1, 8, 1), generator=g)
+    own = weight[labels]
+    sure = own * 16 / own.square().sum(-1, keepdim=True)
+    blocks = Blocks(torch.zeros(1, 8).long(), torch.ones(1, 8).bool(), labels, torch.ones(1, 8, 1).bool())
+    grads = []
+    for on in (False, True):
+        leaf = sure.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            terms = block_loss(leaf, blocks, Objective("uniform"), weight, softcap=softcap)
+        terms.loss.backward()
+        assert leaf.grad is not None
+        grads.append(leaf.grad)
+    assert float(terms.readout.prob.min()) > 0.9
+    assert float((grads[1] - grads[0]).norm() / grads[0].norm()) < 0.1
+
+
 def test_float16_holds_the_normaliser_of_a_large_vocabulary() -> None:
     vocab, width = 151_936, 4
     weight = torch.zeros(vocab, width, dtype=torch.float16)
