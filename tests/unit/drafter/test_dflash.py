@@ -272,6 +272,21 @@ def test_taps_out_of_order_are_refused_as_engines_would_sort_them(target: Target
         DFlashConfig.for_target(target.config, block_size=4, num_hidden_layers=1, mask_token_id=3, target_layer_ids=ids)
 
 
+def test_rows_that_are_asked_for_later_are_computed_in_the_precision_of_the_pass(target: Target) -> None:
+    drafter, anchors = DFlash(make_geometry(target)), torch.tensor([[6]])
+    features, positions = torch.randn(1, 12, drafter.fc.in_features), torch.arange(12)[None]
+    everything = torch.ones(1, 1, drafter.config.num_predictions, dtype=torch.bool)
+    for dtype in (torch.float16, torch.bfloat16):
+        with torch.autocast("cpu", dtype):
+            embeds = target.embed(torch.tensor([[[3] + [59] * (drafter.config.block_size - 1)]]))
+            pending = drafter.pending(embeds, anchors, drafter.context(features, positions))
+        seen: list[torch.dtype] = []
+        hook = pending.layer.mlp.down_proj.register_forward_hook(lambda _, __, out, to=seen: to.append(out.dtype))
+        pending.rows(everything)
+        hook.remove()
+        assert seen == [dtype]
+
+
 def test_pending_rows_are_the_whole_forwards_rows_with_the_same_gradients(target: Target) -> None:
     """Whatever slots are asked for, in whatever stages: the last layer's query side for them alone."""
     g = torch.Generator().manual_seed(5)
