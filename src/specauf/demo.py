@@ -40,7 +40,8 @@ from specauf.run import (
 )
 from specauf.strict import UserError, from_dict, require, to_dict
 from specauf.target import Target
-from specauf.train.loop import Trainer, calibrate
+from specauf.train.calibration import calibrate
+from specauf.train.loop import Trainer
 
 SHARE_FEATURES, SHARE_TRAINING = 0.26, 0.45
 """Shares of the budget for writing the target's features and for both trainings. The rest records, replays and decodes."""

@@ -32,8 +32,9 @@ from specauf.strict import ConfigError, UserError, to_dict
 from specauf.target import Target
 from specauf.train import checkpoint
 from specauf.train.batches import Batches, require_batch
+from specauf.train.calibration import calibrate
 from specauf.train.distributed import Ranks
-from specauf.train.loop import Trainer, calibrate
+from specauf.train.loop import Trainer
 from specauf.train.objectives import stored_extras
 
 if TYPE_CHECKING:
@@ -183,7 +184,7 @@ def _head(config: RunConfig, target: Target) -> DominoHead | None:
 
 
 def require_trainable(config: RunConfig, target: Target, prepared: Prepared) -> None:
-    """Raise `UserError`, before hours go into features, when training could not begin.
+    """Raise `UserError`, before hours go into features, when training could not begin or would stop at some text.
 
     MASK must be an embedding row that text never uses, or the drafter learns to read it as that text.
     """
@@ -193,6 +194,13 @@ def require_trainable(config: RunConfig, target: Target, prepared: Prepared) -> 
         raise ConfigError(
             f"mask_token_id {mask_token_id} occurs in the training data: set drafter.mask_token_id to an unused row"
         )
+    rows, most = target.embed_weight.shape[0], int(prepared.train.ids.max())
+    if most >= rows:
+        raise UserError(
+            f"the training data holds the token {most}, and {target.name}'s embedding has {rows} rows: its tokenizer does "
+            "not belong to its weights"
+        )
+    target.require_reach(int(prepared.train.offsets.diff().max()), "lower data.max_length")
     require_batch(len(prepared.train), config.train)
     require_heldout(config, prepared)
     why = undecodable(target)

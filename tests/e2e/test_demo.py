@@ -12,7 +12,7 @@ from specauf.console import Terminal
 from specauf.demo import demo_recipe, run_demo
 from specauf.report import page
 from specauf.strict import UserError
-from specauf.train.loop import calibrate
+from specauf.train.calibration import calibrate
 
 
 @pytest.mark.parametrize("kind", ["dflash", "domino"])

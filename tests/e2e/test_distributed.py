@@ -83,6 +83,32 @@ with ranks_of_run() as ranks:
     assert "waits for the others" not in done.stdout
 
 
+def test_a_mistake_that_one_rank_alone_finds_is_said_too(tmp_path: Path) -> None:
+    """And said first: a peer that loses the connection would have torchrun end this one before it speaks."""
+    script = tmp_path / "mistake.py"
+    script.write_text("""
+import torch
+from torch import distributed
+
+from specauf.console import reported
+from specauf.strict import UserError
+from specauf.train.distributed import ranks_of_run
+
+
+def work():
+    with ranks_of_run() as ranks:
+        if ranks.main:
+            raise UserError("this recording is damaged")
+        distributed.all_reduce(torch.ones(1))
+    return 0
+
+
+raise SystemExit(reported(work, []))
+""")
+    done = subprocess.run([sys.executable, *TORCHRUN, str(script)], capture_output=True, text=True, timeout=300)
+    assert done.returncode and done.stderr.count("specauf: this recording is damaged") == 1
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="thread names are Linux's")
 def test_no_thread_of_the_ranks_outlives_their_block(tmp_path: Path) -> None:
     """One that is still there when Python ends may abort the process after all the work is done."""

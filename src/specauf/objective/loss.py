@@ -105,10 +105,10 @@ class LossTerms(NamedTuple):
         """The loss, if these terms are the whole optimizer step; 0 where nothing is valid."""
         return (self.scale * self.num / torch.where(self.den > 0, self.den, 1)).sum()
 
-    def mixed(self) -> LossTerms:
-        """The parts combined into one; exact when no other micro-batch adds to their denominators."""
+    def mixed(self, den: Float[Tensor, " parts"]) -> LossTerms:
+        """The parts combined into one of denominator 1, for when their denominators in the whole step are known: `den`."""
         one = self.den.new_ones(1)
-        return self._replace(num=self.loss[None], den=one, scale=one)
+        return self._replace(num=self._replace(den=den).loss[None], den=one, scale=one)
 
 
 def block_loss(

@@ -269,8 +269,12 @@ def default_cuts(num_predictions: int) -> list[int]:
     return cuts
 
 
-LAUNCH_ROWS = 8.0
-"""What starting a stage costs, in head rows: reading the head's weight once (measured by benchmarks/objective.py)."""
+LAUNCH_ROWS, LAUNCH_ROWS_GPU = 8.0, 256.0
+"""What starting a stage costs, in head rows: to read the head's weight once.
+
+On a CPU it is measured (benchmarks/objective.py). For GPUs it is arithmetic: while it reads the weight in 16 bits, an A100
+could multiply some 150 rows by it, an H100 some 300.
+"""
 
 
 def plan_cuts(survival: Sequence[float], blocks: int, launch_rows: float = LAUNCH_ROWS) -> list[int]:

@@ -32,7 +32,8 @@ from specauf.study.cells import finished, identity, progress
 from specauf.study.recipe import Cell, Study
 from specauf.target import Target
 from specauf.train.batches import Batches
-from specauf.train.loop import Trainer, calibrate
+from specauf.train.calibration import calibrate
+from specauf.train.loop import Trainer
 from specauf.train.objectives import stored_extras
 
 CALIBRATION = "calibration.json"

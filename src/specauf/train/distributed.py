@@ -115,8 +115,9 @@ class Ranks:
 def ranks_of_run() -> Iterator[Ranks]:
     """The ranks that torchrun started, or this process alone. One GPU per rank, by LOCAL_RANK; without GPUs, gloo.
 
-    Raises `UserError` when there are fewer GPUs than processes on this machine. Of other errors a rank's peers know nothing: it
-    says what happened and is gone, and torchrun ends them. To take NCCL's group down would wait for them instead.
+    Raises `UserError` when there are fewer GPUs than processes on this machine, or WORLD_SIZE is set and torchrun's other
+    variables are not. Of an error its peers may know nothing: the rank says what happened and is gone, and torchrun ends
+    them. To take NCCL's group down would wait for them instead.
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
@@ -129,14 +130,17 @@ def ranks_of_run() -> Iterator[Ranks]:
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
     importlib.import_module("torch.distributed.nn.functional")  # see _forget_groups
-    dist.init_process_group(backend, timeout=PATIENCE)
+    try:
+        dist.init_process_group(backend, timeout=PATIENCE)
+    except ValueError as error:
+        raise UserError(f"WORLD_SIZE={world} is set, and {error}. Start with torchrun, or unset it") from None
     try:
         yield Ranks(dist.get_rank(), world)
-    except (UserError, SystemExit, KeyboardInterrupt):  # all ranks come here
+    except (SystemExit, KeyboardInterrupt):  # all ranks come here, but for one that has told the user why
         _leave()
         raise
-    except BaseException:
-        atexit.register(_vanish)
+    except BaseException as error:
+        atexit.register(_vanish, 2 if isinstance(error, UserError) else 1)
         raise
     else:
         _leave()
@@ -147,10 +151,10 @@ def _leave() -> None:
     _forget_groups()
 
 
-def _vanish() -> None:
+def _vanish(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1)
+    os._exit(code)
 
 
 def _forget_groups() -> None:

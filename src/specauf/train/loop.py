@@ -1,8 +1,8 @@
 """The optimizer step, readable from top to bottom, and the run around it.
 
 Everything random is a function of counters and the learning rate a function of the global step. So the state of a run is
-its weights, its optimizer moments, the step count and the running survival that plans the head's stages: a resumed run is
-bitwise the run that was not interrupted.
+its weights, its optimizer moments, the step count and the running survival that plans the head's stages: on a CPU, a resumed
+run is bitwise the run that was not interrupted.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import signal
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,7 +43,7 @@ from specauf.objective.blocks import (
 from specauf.objective.branches import Shared, Side, lambda_base, two_branch_loss
 from specauf.objective.loss import LossTerms, block_loss
 from specauf.objective.metrics import block_metrics
-from specauf.objective.wavefront import RowSource, plan_cuts, read_head
+from specauf.objective.wavefront import LAUNCH_ROWS, LAUNCH_ROWS_GPU, RowSource, plan_cuts, read_head
 from specauf.strict import ConfigError, UserError
 from specauf.target import Target
 from specauf.train import checkpoint
@@ -133,8 +133,13 @@ class Trainer:
 
     def autocast(self) -> torch.autocast:
         """The drafter's precision, as train.precision says. It also holds for rows that are requested later."""
-        device, wanted = self.drafter.fc.weight.device.type, self.config.train.precision
-        return torch.autocast(device, torch.bfloat16, wanted == "bfloat16" or (wanted == "auto" and device == "cuda"))
+        wanted = self.config.train.precision
+        on = wanted == "bfloat16" or (wanted == "auto" and self.device == "cuda")
+        return torch.autocast(self.device, torch.bfloat16, on)
+
+    @property
+    def device(self) -> str:
+        return self.drafter.fc.weight.device.type
 
     def hidden(self, batch: Batch, blocks: Blocks) -> Pending:
         """Conversation -> target features -> blocks -> the drafter's hidden states, of the slots that are requested later."""
@@ -201,15 +206,18 @@ class Trainer:
         window = Window(list(self.drafter.parameters()), train.accumulation, self.ranks)
         tokens = blocks_seen = 0
         # Planned once a step, from checkpointed state: a resumed run has the same cuts, and so the same rounding.
-        cuts = {name: plan_cuts(s, train.batch_size * train.num_anchors) for name, s in self.survival.items()}
+        launch = LAUNCH_ROWS if self.device == "cpu" else LAUNCH_ROWS_GPU
+        cuts = {name: plan_cuts(s, train.batch_size * train.num_anchors, launch) for name, s in self.survival.items()}
         objective = self.config.objective
         lam = lambda_base(self.done, self.max_steps, objective.lambda_base_start, objective.lambda_base_decay_ratio)
         self.drafter.train()
         for micro in range(train.accumulation):
             batch = self.batch((self.done * train.accumulation + micro) * self.ranks.world + self.ranks.rank)
             blocks = self.blocks_of(batch)
-            hidden = self.hidden(batch, blocks)
-            terms, views = self.loss(hidden, batch, blocks, lam, cuts)
+            # Autocast keeps the copies it makes of weights until its outermost context ends: one copy for all stages.
+            with torch.autocast(self.device, torch.bfloat16, enabled=False):
+                hidden = self.hidden(batch, blocks)
+                terms, views = self.loss(hidden, batch, blocks, lam, cuts)
             window.add(terms)
             supervised, length = int(batch.loss_mask.sum()), batch.loss_mask.shape[1]
             tokens += supervised
@@ -368,31 +376,3 @@ def interrupts() -> Iterator[list[int]]:
     finally:
         for number, before in ours.items():
             signal.signal(number, before)
-
-
-def calibrate(
-    trainers: Sequence[Trainer], steps: int = 6, warmup: int = 2, weights: Mapping[str, Tensor] | None = None
-) -> list[float]:
-    """Median seconds per step of each trainer, with alternating steps so that all meet the same machine conditions.
-
-    A truncating objective's step takes longer as tau grows. So `weights`, those of a trained drafter, stand in for those of
-    every trainer whose geometry they fit. Weights and counters are put back afterwards, and the optimizers' moments cleared:
-    for trainers that have not taken a step, calibration leaves no trace.
-    """
-    seconds: list[list[float]] = [[] for _ in trainers]
-    before = [{k: v.clone() for k, v in t.drafter.state_dict().items()} for t in trainers]
-    counters = [(t.done, t.max_steps, t.seconds, dict(t.survival)) for t in trainers]
-    for trainer, kept in zip(trainers, before, strict=True):
-        trainer.max_steps = trainer.max_steps or 10**6
-        if weights and {k: v.shape for k, v in kept.items()} == {k: v.shape for k, v in weights.items()}:
-            trainer.drafter.load_state_dict(weights)
-    for turn in range(warmup + steps):
-        for trainer, times in zip(trainers, seconds, strict=True):
-            row = trainer.step()
-            if turn >= warmup:
-                times.append(row["seconds"])
-    for trainer, kept, counted in zip(trainers, before, counters, strict=True):
-        trainer.drafter.load_state_dict(kept)
-        trainer.done, trainer.max_steps, trainer.seconds, trainer.survival = counted
-        trainer.optimizer.state.clear()
-    return [sorted(times)[len(times) // 2] for times in seconds]

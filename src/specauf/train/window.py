@@ -37,8 +37,8 @@ class Window:
     """(num, den, un-normalised gradient) of every part of the loss.
 
     Parts whose denominators differ cannot be mixed before the window's end, so each has its own gradient buffer. Every
-    further part costs one more backward pass through the body and the memory of the gradients. A window of a single
-    micro-batch knows its denominators at once and pays neither.
+    further part costs one more backward pass through the body and the memory of the gradients. With one micro-batch a rank
+    the ranks tell each other their denominators before the backward pass, and pay neither.
     """
 
     parameters: Sequence[nn.Parameter]
@@ -48,8 +48,10 @@ class Window:
     parts: list[Part] = field(default_factory=list)
 
     def add(self, terms: LossTerms) -> None:
-        if self.micro_batches * self.ranks.world == 1 and len(terms.num) > 1:
-            terms = terms.mixed()
+        if self.micro_batches == 1 and len(terms.num) > 1:
+            dens = zip(*self.ranks.gather(terms.den.tolist()), strict=True)
+            terms = terms.mixed(terms.den.new_tensor([sum(theirs) for theirs in dens]))
+            terms = terms._replace(den=terms.den * self.ranks.main)  # summed over the ranks it is 1
         self.parts.extend(Part() for _ in range(len(terms.num) - len(self.parts)))
         # The scale of one of Domino's two parts may be 0 for now.
         counted = [i for i, scale in enumerate(terms.scale.tolist()) if scale]
@@ -69,8 +71,6 @@ class Window:
         sums = self.ranks.gather([(part.num, part.den) for part in self.parts])
         for part, terms in zip(self.parts, zip(*sums, strict=True), strict=True):
             part.num, part.den = (sum(values) for values in zip(*terms, strict=True))
-            if part.grads is not None:
-                part.grads = self.ranks.add(part.grads, self.parameters)
         for i, parameter in enumerate(self.parameters):
             parameter.grad = None
             for part in self.parts:
@@ -79,6 +79,9 @@ class Window:
                     continue
                 grad.div_(part.divisor)
                 parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
-            if parameter.grad is None and not all(part.scale for part in self.parts):
-                parameter.grad = torch.zeros_like(parameter)  # not None, so that the optimizer's moments still change
+        summed = self.ranks.add([parameter.grad for parameter in self.parameters], self.parameters)
+        for parameter, total in zip(self.parameters, summed, strict=True):
+            if total is None and not all(part.scale for part in self.parts):
+                total = torch.zeros_like(parameter)  # not None, so that the optimizer's moments still change
+            parameter.grad = total
         return sum(part.num / part.divisor for part in self.parts)

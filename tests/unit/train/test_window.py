@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -12,8 +14,8 @@ from torch import Tensor, nn
 
 from specauf.objective.loss import LossTerms
 from specauf.objective.wavefront import Readout
-from specauf.strict import ConfigError
-from specauf.train.distributed import Ranks
+from specauf.strict import ConfigError, UserError
+from specauf.train.distributed import Ranks, ranks_of_run
 from specauf.train.window import Window
 
 SCALE = (0.3, 0.7)
@@ -22,21 +24,22 @@ NUM = torch.tensor([[1.0, -2.0, 0.5], [0.25, 3.0, -1.0]])  # parts x weights: wh
 
 @dataclass(frozen=True)
 class Two(Ranks):
-    """One of two ranks; what the other one has is handed to it."""
+    """One of two ranks, each a thread; they meet wherever ranks communicate."""
 
     world: int = 2
-    other: Window | None = field(default=None, compare=False)
-    asked: list[int] = field(default_factory=list, compare=False)
+    meeting: threading.Barrier = field(default_factory=lambda: threading.Barrier(2, timeout=60), compare=False)
+    held: dict[int, Any] = field(default_factory=dict, compare=False)
 
     def gather(self, value: Any) -> list[Any]:
-        assert self.other is not None
-        return [value, [(part.num, part.den) for part in self.other.parts]]
+        self.held[self.rank] = value
+        self.meeting.wait()
+        found = [self.held[0], self.held[1]]
+        self.meeting.wait()
+        return found
 
     def add(self, tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | None]:
-        assert self.other is not None
-        theirs = self.other.parts[len(self.asked)].grads or []  # part by part
-        self.asked.append(len(tensors))
-        return [a if b is None else b if a is None else a + b for a, b in zip(tensors, theirs, strict=True)]
+        pairs = zip(*self.gather([None if t is None else t.clone() for t in tensors]), strict=True)
+        return [a if b is None else b if a is None else a + b for a, b in pairs]
 
 
 def terms(weight: nn.Parameter, factor: float, den: Sequence[float], parts: int) -> LossTerms:
@@ -54,23 +57,43 @@ def test_sums_are_taken_before_the_ratio(
 ) -> None:
     """Denominators below one are as good as any."""
     others = [(0.5, (0.3, 0.02))] * len(batches) if ranks == 2 else []
-    weight = nn.Parameter(torch.tensor([0.5, -1.0, 2.0]))
-    far = Window([weight], len(batches), Two())
-    for factor, den in others:
-        far.add(terms(weight, factor, den, parts))
-    near = Window([weight], len(batches), Two(other=far) if ranks == 2 else Ranks())
-    for factor, den in batches:
-        near.add(terms(weight, factor, den, parts))
-    loss = near.close()
+    weights = [nn.Parameter(torch.tensor([0.5, -1.0, 2.0])) for _ in range(ranks)]
 
-    leaf = weight.detach().clone().requires_grad_()
+    def window(rank: Ranks, weight: nn.Parameter, mine: list[tuple[float, tuple[float, float]]]) -> float:
+        found = Window([weight], len(mine), rank)
+        for factor, den in mine:
+            found.add(terms(weight, factor, den, parts))
+        assert len(found.parts) == (1 if len(mine) == 1 else parts), (
+            "one backward pass where the denominators are known"
+        )
+        return found.close()
+
+    if ranks == 1:
+        losses = [window(Ranks(), weights[0], batches)]
+    else:
+        first = Two()
+        with ThreadPoolExecutor(2) as pool:
+            losses = list(pool.map(window, (first, replace(first, rank=1)), weights, (batches, others)))
+
+    leaf = weights[0].detach().clone().requires_grad_()
     want = torch.zeros(())
     for part in range(parts):
         num = sum(factor * (NUM[part] * leaf**2).sum() for factor, _ in batches + others)
         want = want + SCALE[part] * num / sum(den[part] for _, den in batches + others)
     want.backward()
-    assert loss == pytest.approx(float(want.detach()), rel=1e-5)
-    torch.testing.assert_close(weight.grad, leaf.grad)
+    for loss, weight in zip(losses, weights, strict=True):
+        assert loss == pytest.approx(float(want.detach()), rel=1e-5)
+        torch.testing.assert_close(weight.grad, leaf.grad)
+
+
+def test_half_of_what_torchrun_sets_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with (
+        pytest.raises(UserError, match=r"WORLD_SIZE=2 is set, and .*RANK.*Start with torchrun, or unset it"),
+        ranks_of_run(),
+    ):
+        pass
 
 
 def test_one_gpu_for_all_ranks_is_refused() -> None:
