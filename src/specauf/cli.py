@@ -227,6 +227,8 @@ class Generate:
         drafter = None if str(self.checkpoint) == LOOKUP else load_drafter(self.checkpoint)
         if drafter is None and (self.lookup_first or self.candidate_pool):
             raise ConfigError("--lookup-first and --candidate-pool need a drafter; prompt-lookup is not one")
+        if drafter is not None and self.block_size and not self.lookup_first:
+            raise ConfigError("--block-size is prompt lookup's, alone or first: a drafter has its own")
         target = _target(self.target.of(drafter.config.extra if drafter else {"target": EMBEDDED}))
         proposer: DrafterProposer | PromptLookup | LookupFirst = PromptLookup(self.block_size or 8)
         if drafter is not None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -46,7 +48,7 @@ from specauf.train.loop import Trainer
 SHARE_FEATURES, SHARE_TRAINING = 0.26, 0.45
 """Shares of the budget for writing the target's features and for both trainings. The rest records, replays and decodes."""
 LIVE_PROMPTS, LIVE_TOKENS = 2, 64
-"""Prompts per task that are also decoded live, and tokens of each."""
+"""Prompts per task that are also decoded live, and tokens of each, if so many were recorded."""
 EQUAL_STEPS = "auf@decay-steps"
 VARIANTS = {"decay": "decay-only", "auf": "b-auf-d"}
 """The two objectives for a Domino drafter: the paper's baseline, and its best variant under greedy decoding."""
@@ -141,7 +143,7 @@ def run_demo(base: RunConfig, minutes: float, console: Console) -> Path:
     results = {
         "title": "Two drafters, one target, the same minutes",
         "created": box["created"],
-        "command": f"make demo MINUTES={plan.minutes:g}",
+        "command": shlex.join(["specauf", *sys.argv[1:]]),
         "provenance": box,
         "settings": {**settings_of(base), "conversations": plan.examples, "minutes": plan.minutes},
         "ledger": prepared.ledger.to_dict(),
@@ -248,7 +250,12 @@ def _decode_live(
         for name, task in tasks.items():
             some = task.trajectories[:LIVE_PROMPTS]
             checks[name] = check_live(
-                target, proposer, some, LIVE_TOKENS, sampling=sampling, on_done=lambda n: advance(n, "")
+                target,
+                proposer,
+                some,
+                min(LIVE_TOKENS, task.limit),
+                sampling=sampling,
+                on_done=lambda n: advance(n, ""),
             )
     return checks
 

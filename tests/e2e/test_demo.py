@@ -70,7 +70,9 @@ def test_the_demo_trains_decay_then_auf_for_the_same_time(
     )
     assert plan["seconds_per_step"] == {"decay": 1.0, "auf": 2.0, "decay, trained": 3.0}
     assert calls == [[0], [0, 27]], "AUF's share is found when decay is trained, once"
-    methods = {m["name"]: m for m in page.read(index.parent)["methods"]}
+    results = page.read(index.parent)
+    assert all(check["passed"] for check in results["checks"])
+    methods = {m["name"]: m for m in results["methods"]}
     assert (
         methods["decay"]["steps"] == 27 and methods["auf"]["steps"] == 40 and methods["auf@decay-steps"]["steps"] == 27
     )

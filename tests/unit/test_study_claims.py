@@ -246,12 +246,15 @@ def test_single_runs_count_beyond_the_noise_floor_alone() -> None:
         row["seeds"], row["noise_floor"] = 1, 0.2
     found = claims(results)
     assert {row["verdict"] for row in found} == {"undecided"}
-    assert "within the noise floor decide nothing" in found[0]["because"]
+    assert "fewer than three seeds decide nothing within the noise floor" in found[0]["because"]
     for row in results["comparisons"]:
         row["seeds"], row["noise_floor"] = 2, None
     found = claims(results)
     assert {row["verdict"] for row in found} == {"undecided"}
-    assert "two seeds are too few" in found[0]["because"]
+    assert "fewer than three seeds decide nothing while the noise floor is not known" in found[0]["because"]
+    two = {"seeds": 2, "noise_floor": 0.2}
+    assert standing(comparison("a", "b", "0", "macro", "better", difference=0.3, **two)) == "better", "as of one"
+    assert standing(comparison("a", "b", "0", "macro", "better", difference=0.1, **two)) == "undecided"
 
 
 def test_the_part_with_most_seeds_speaks() -> None:

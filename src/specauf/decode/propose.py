@@ -225,7 +225,7 @@ class LookupFirst:
 
     This measures what a drafter adds to the competitor that costs nothing. Both proposals depend on the committed text
     alone, so verification is as exact for the two together as for each. Where one proposes fewer tokens than the other, its
-    block is filled with the drafter's mask token, which no target emits.
+    block is filled with the drafter's mask token, which hardly any target emits.
     """
 
     def __init__(self, drafter: DrafterProposer, ngram: int, block_size: int | None = None) -> None:

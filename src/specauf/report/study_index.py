@@ -156,7 +156,10 @@ def alpha(results: Results, part: dict[str, Any], temperature: str, name: str) -
 
 
 def thin_slots(score: dict[str, Any], curve: Sequence[float | None]) -> set[int]:
-    """Slots k, from 1, whose alpha rests on fewer than `THIN` rounds that reach them."""
+    """Slots k, from 1, whose alpha rests on fewer than `THIN` rounds that reach them, by an estimate.
+
+    Survival weighs prompts and tasks alike, so where a few prompts have most rounds the estimate is off.
+    """
     rounds, reached, found = real(score.get("rounds")), 1.0, set()
     for k, a in enumerate(curve, start=1):
         if rounds is not None and rounds * reached < THIN:

@@ -39,9 +39,9 @@ BEFORE_LOOP = (
 COMPARED = (
     "Differences of τ, a minus b, paired by prompt and seed. Equivalent, asked first: the 90 % interval lies within "
     "±{margin}, a margin set before the run. Better and worse: the 95 % interval excludes zero and, where p is corrected, "
-    "the Holm-adjusted p is below 0.05. Undecided: everything else. Two single runs show a difference between their methods "
-    "only beyond the noise floor (“seed ±”), and never that the methods are equivalent; brackets hold what the interval "
-    "says of these runs alone. The last column is the same comparison before the text loops."
+    "the Holm-adjusted p is below 0.05. Undecided: everything else. With one or two seeds, runs show a difference between "
+    "their methods only beyond the noise floor (“seed ±”), and never that the methods are equivalent; brackets hold what the "
+    "interval says of these runs alone. The last column is the same comparison before the text loops."
 )
 ONE_SEED = "Where a method has one seed, its intervals are over prompts alone. {floor}"
 FLOOR = (
@@ -56,7 +56,7 @@ BUDGETS = (
 MEASURED = (
     "τ, with and without loops, and acceptance are averages over the benchmarks, each prompt weighing the same within a "
     "benchmark and each benchmark the same; engine τ and the cut share pool a benchmark's rounds; rounds and prompts are sums. "
-    f"α in brackets rests on fewer than {THIN} rounds."
+    f"α in brackets rests on fewer than about {THIN} rounds."
 )
 
 SUPPORT_LABEL, ACTIVE_LABEL = "Support accuracy, a_support", "Active ratio, r_active"
@@ -69,7 +69,7 @@ CAPTIONS = {
     "of a block that carries loss, and {tau}. {lines}",
     "alpha": "{figure}Conditional acceptance α_k at T = {temperature}, prompts equal within a benchmark and benchmarks equal: "
     "of the rounds whose first k − 1 draft tokens were accepted, the share whose k-th was accepted too. Small pale marks rest "
-    f"on fewer than {THIN} rounds.",
+    f"on fewer than about {THIN} rounds.",
     "bars": "Tokens emitted per verify round at T = {temperature}. Bars begin at τ = 1, where no draft token is ever accepted, "
     "so that their length is the accepted length; lines are 95 % intervals, dots single seeds. The axis is the drafters': "
     "prompt lookup may go beyond it, with an arrow.",

@@ -39,7 +39,7 @@ CAPTIONS = {
     "tau": "Tokens emitted per verify round, τ, with its 95 % interval over prompts. At τ = 1 no draft token is ever "
     "accepted. A hollow mark is the same objective at another number of steps; prompt lookup has no parameters.",
     "alpha": "Conditional acceptance α_k: of the rounds whose first k − 1 draft tokens were accepted, the share whose "
-    f"k-th was accepted too. Small pale marks rest on fewer than {THIN} rounds.",
+    f"k-th was accepted too. Small pale marks rest on fewer than about {THIN} rounds.",
     "training": "Training, step by step: raw values faint, running means solid. Losses of different objectives average "
     "over different slots and are not comparable with one another; the other panels are.",
     "support": "The path of training, from the open mark to the full one. A method with a fixed support can only move "

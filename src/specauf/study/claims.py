@@ -1,8 +1,8 @@
 """The paper's claims, each as a function of a study's results: reproduced here, not reproduced, undecided, or not run.
 
-A comparison counts with its verdict in the table, with one exception. A difference of two single training runs counts only
-when it exceeds the noise floor, the spread of seeds, and not at all while that is unknown: its interval is about those two
-runs, but a claim is about the methods.
+A comparison counts with its verdict in the table, with one exception. With one or two seeds a difference counts only when it
+exceeds the noise floor, the spread of seeds, and not at all while that is unknown: its interval is about those runs, but a
+claim is about the methods.
 
 Methods are found by name: `decay`, `auf`, `auf-decay` on DFlash; `decay-only`, `b-auf`, `b-auf-d`, `s-auf`, ... on Domino.
 The last two claims are not the paper's but what it leaves open: whether AUF beats fixed position priors (`PRIORS`), and
@@ -215,9 +215,9 @@ def find(results: Results, a: str, b: str, temperature: str, task: str) -> int |
 
 
 def standing(row: Mapping[str, Any]) -> str:
-    """The comparison's verdict as a claim may use it: with one seed only beyond the noise floor, with two seeds never.
+    """The comparison's verdict as a claim may use it: with one or two seeds only beyond the noise floor.
 
-    The bootstrap of two seeds is too narrow (docs/statistics.md), and the difference between them is no noise floor.
+    The bootstrap of two seeds is too narrow (docs/statistics.md). The floor is one of single runs, so it is wide for two.
     """
     if row["seeds"] > 2 or row["verdict"] == "undecided":
         return str(row["verdict"])
@@ -245,13 +245,11 @@ def _decide(results: Results, indices: Iterable[int | None], good: set[str], bad
     if len(rows) == 1:
         interval = " to ".join(map(_tau, rows[0]["interval"]))
         because = f"{what}: {verdicts[0]} ({_tau(low)} tau, 95 % interval {interval})"
-    single = [row for row in rows if row["seeds"] == 1 and row["verdict"] != standing(row)]
-    if any(row["noise_floor"] is None for row in single):
-        because += "; single training runs decide nothing while the noise floor is not known"
-    elif single:
-        because += "; single training runs within the noise floor decide nothing"
-    if any(row["seeds"] == 2 for row in rows):
-        because += "; two seeds are too few for a claim"
+    few = [row for row in rows if row["verdict"] != standing(row)]
+    if any(row["noise_floor"] is None for row in few):
+        because += "; fewer than three seeds decide nothing while the noise floor is not known"
+    elif few:
+        because += "; fewer than three seeds decide nothing within the noise floor"
     if any(v in bad for v in verdicts):
         return Found("not reproduced", because, known)
     return Found("reproduced" if all(v in good for v in verdicts) else "undecided", because, known)

@@ -1,7 +1,7 @@
 """What is kept of a replay: one record per trajectory, from which every number of the report is a sum.
 
 A record says how many rounds accepted 0, 1, ... tokens, with and without those that start after the text began to loop. A part
-that later asks for more prompts adds records; nothing is replayed twice.
+that later asks for more prompts adds records, as far as they were recorded; a larger recording is replayed from the start.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def subjects(study: Study, part: str, seeds: Sequence[int]) -> list[Subject]:
 
 
 def lookup_subjects(study: Study, part: str) -> list[Subject]:
-    return [Subject(study.lookup(size), size, f"lookup-{size}") for size in study.block_sizes(part)]
+    # Lookup has no weights: its rule stands for them, under another name whenever its proposals change.
+    return [Subject(study.lookup(size), size, f"lookup-{size}-round") for size in study.block_sizes(part)]
 
 
 @functools.cache

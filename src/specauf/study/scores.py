@@ -175,7 +175,7 @@ def scores(measured: Measured) -> list[dict[str, Any]]:
 def _score(by_task: ByTask) -> dict[str, Any]:
     first = next(iter(by_task.values()))
     taus = {task: counts.tau() for task, counts in by_task.items()}
-    interval = list(_bootstrap(by_task, taus, None).interval)  # first: it says what is wrong when a task has no round
+    low, high = _bootstrap(by_task, taus, None).interval  # first: it says what is wrong when a task has no round
     early = {task: counts.tau(before_loop=True) for task, counts in by_task.items()}
     survival = np.mean([counts.survival() for counts in by_task.values()], axis=0)
     previous = np.concatenate([[1.0], survival[:-1]])
@@ -183,7 +183,7 @@ def _score(by_task: ByTask) -> dict[str, Any]:
     return {
         "seeds": list(first.seeds),
         "tau": macro(taus),
-        "interval": interval,
+        "interval": [max(1.0, low), high],  # few seeds give wide ones, and a round gives a token at least
         "tau_before_loop": macro(early),
         "survival": survival.tolist(),
         "alpha": [float(s / p) if p > 0 else None for s, p in zip(survival, previous, strict=True)],
@@ -198,7 +198,10 @@ def _score(by_task: ByTask) -> dict[str, Any]:
 
 
 def comparisons(measured: Measured) -> list[dict[str, Any]]:
-    """The `comparisons` of a study's results: each method against its part's baseline, and `PAIRS`, each once."""
+    """The `comparisons` of a study's results: each method against its part's baseline, and `PAIRS`.
+
+    A pair that is not a method and its baseline may stand there the other way round too.
+    """
     rows: list[dict[str, Any]] = []
     for key, part in measured.study.parts.items():
         names = methods_of(measured.study, key)
@@ -229,7 +232,7 @@ def _family(
     rows = []
     for task, told in found.items():
         means = [macro(taus) if task == MACRO else task_mean(taus[task]) for taus in (taus_a, taus_b)]
-        alone = len(seeds) <= 1
+        few = len(seeds) <= 2
         row = {
             "part": key,
             "temperature": f"{temperature:g}",
@@ -244,7 +247,7 @@ def _family(
             "p_holm": adjusted[task],
             "verdict": verdict(told.interval, MARGIN, adjusted[task], told.equivalence_interval),
             "seeds": max(1, len(seeds)),
-            "noise_floor": floor(measured, key, temperature, task, before_loop) if alone else None,
+            "noise_floor": floor(measured, key, temperature, task, before_loop) if few else None,
         }
         rows.append(row | {"standing": standing(row)})
     return rows

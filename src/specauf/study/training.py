@@ -97,7 +97,10 @@ class Corpus:
 
 
 def check_source(study: Study, cell: Cell) -> None:
-    """Raise `ConfigError` when a trained cell was made from another cell that has been retrained since."""
+    """Raise `ConfigError` when a trained cell was made from other weights than now stand where it began.
+
+    That is a cell that was retrained since, or a drafter (`drafter.init_from`) that another one has replaced.
+    """
     method, path = study.methods[cell.method], cell.out / "checkpoint" / "config.json"
     if not path.is_file():
         return
@@ -114,6 +117,11 @@ def check_source(study: Study, cell: Cell) -> None:
             raise ConfigError(
                 f"{cell.out} was made from an earlier training of {there.name}: delete {cell.out} to train it again"
             )
+    began = cell.config.drafter.init_from if method.start_from is None else None
+    if began and (at_home(began) / "model.safetensors").is_file() and weights_hash(at_home(began)) != made_from:
+        raise ConfigError(
+            f"{cell.out} began with other weights than {began} holds now: put those back, or delete {cell.out}"
+        )
 
 
 def train_cells(study: Study, target: Target, corpus: Corpus, cells: Sequence[Cell], console: Console) -> list[str]:
