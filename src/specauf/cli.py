@@ -129,7 +129,7 @@ class Train:
             target = _target(config.target)
             terminal.say(f"data: reading {config.data.path} ...")
             prepared = run.prepare_data(config, target)
-            run.require_trainable(config, target, prepared)
+            run.require_trainable(config, target, prepared, resume=not self.fresh)
             lock = hold(Path(config.out)) if ranks.main else None
         terminal.say("data: prepared before" if prepared.reused else "\n".join(prepared.ledger.lines()))
         with terminal.progress("features", float(len(prepared.train.ids)) if config.features.cache else 0) as advance:

@@ -183,6 +183,14 @@ def set_aside(path: Path) -> None:
         os.replace(path, before)
 
 
+def read_json(path: Path, remedy: str) -> Any:
+    """What a JSON file of ours holds. Raises `UserError` with the `remedy` when something else has written in it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): {remedy}") from None
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSON-lines log, up to the first line that a kill cut short; none when there is no log."""
     rows = []

@@ -183,12 +183,14 @@ def _head(config: RunConfig, target: Target) -> DominoHead | None:
     return DominoHead(width, rank, wanted.pure_draft_prefix_len, wanted.shift_label)
 
 
-def require_trainable(config: RunConfig, target: Target, prepared: Prepared) -> None:
+def require_trainable(config: RunConfig, target: Target, prepared: Prepared, *, resume: bool = False) -> None:
     """Raise `UserError`, before hours go into features, when training could not begin or would stop at some text.
 
     MASK must be an embedding row that text never uses, or the drafter learns to read it as that text.
     """
-    make_dir(Path(config.out))
+    out = make_dir(Path(config.out))
+    if resume:
+        checkpoint.require_same_recipe(out, config)
     mask_token_id = target.mask_token_id(config.drafter.mask_token_id)
     if bool((prepared.train.ids == mask_token_id).any()):
         raise ConfigError(

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from specauf import provenance
-from specauf.config import DataConfig, DrafterConfig, RunConfig, SamplingConfig, TrainConfig
+from specauf.config import DataConfig, DrafterConfig, RunConfig, SamplingConfig, TrainConfig, dump
 from specauf.data.dataset import Prepared, Prompt
 from specauf.data.sources import Ledger
 from specauf.drafter.checkpoint import load_drafter, save_drafter
@@ -179,6 +179,31 @@ def test_text_that_the_target_cannot_read_is_refused_before_hours_of_training(
         monkeypatch.setattr(target, "reach", 16)
         with pytest.raises(UserError, match=told):
             require_trainable(wanted, target, data)
+
+
+def test_a_run_that_could_not_be_resumed_is_refused_before_features_and_the_settings_named(
+    target: Target, tmp_path: Path
+) -> None:
+    wanted = dataclasses.replace(config(), out=str(tmp_path), train=TrainConfig(max_steps=4, batch_size=1))
+    data = Prepared(make_dataset([(1, [7, 5, 7], [False, True, True])]), [], Ledger(), False)
+    (tmp_path / "config.yaml").write_text(dump(wanted))
+    other = dataclasses.replace(
+        wanted, train=TrainConfig(max_steps=9, batch_size=1, lr=0.5, save_every=3, accumulation=2)
+    )
+    require_trainable(other, target, data, resume=True)  # nothing is trained there yet
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "state.json").write_text("{}")
+    require_trainable(other, target, data)  # --fresh
+    require_trainable(
+        dataclasses.replace(other, train=dataclasses.replace(other.train, lr=wanted.train.lr)),
+        target,
+        data,
+        resume=True,
+    )
+    with pytest.raises(
+        UserError, match=r"another recipe \(train\.lr: 0\.0006 then, 0\.5 now\): resume with the same recipe"
+    ):
+        require_trainable(other, target, data, resume=True)
 
 
 def test_replay_that_cannot_be_had_is_refused_before_features(

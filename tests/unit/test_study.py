@@ -510,6 +510,18 @@ def test_a_drafter_that_cells_began_with_is_not_replaced_unseen(world: Path, tin
     run_study(recipe.study_of(data, "test"), ["train"], [], tiny, Quiet())
 
 
+@pytest.mark.parametrize("name", ["cells/auf-s0/checkpoint/state.json", "measured/auf-s0/birds-t0-n10.json"])
+def test_a_damaged_file_is_named(
+    whole: tuple[recipe.Study, dict[str, Any]], tiny: Target, tmp_path: Path, name: str
+) -> None:
+    study = dataclasses.replace(whole[0], out=shutil.copytree(whole[0].out, tmp_path / "study"))
+    path = study.out / name
+    assert path.is_file(), sorted(p.name for p in path.parent.iterdir())
+    path.write_text('{"records": ')
+    with pytest.raises(UserError, match=rf"{path.name} is damaged \(.*\): delete "):
+        run_study(study, ["train", "measure"], [], tiny, Quiet())
+
+
 def test_a_claim_ends_with_its_process(tmp_path: Path) -> None:
     code = (
         "import sys, time, pathlib\n"

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from specauf.config import RunConfig
-from specauf.strict import ConfigError, from_dict, to_dict
+from specauf.config import RunConfig, load
+from specauf.files import read_json
+from specauf.strict import ConfigError, differences, to_dict
 from specauf.study.recipe import Cell
 from specauf.train.checkpoint import FREE
 
@@ -23,7 +21,7 @@ NOT_IDENTITY = (
 def progress(out: Path) -> tuple[int, int | None]:
     """(Steps in the last checkpoint, the horizon), (0, None) when there is none."""
     try:
-        state = json.loads((out / "checkpoint" / "state.json").read_text())
+        state = read_json(out / "checkpoint" / "state.json", f"delete {out} to train it again")
     except FileNotFoundError:  # also while the process that trains it replaces the checkpoint
         return 0, None
     return int(state["step"]), state["max_steps"]
@@ -54,10 +52,8 @@ def check_unchanged(cell: Cell) -> None:
     path = cell.out / "config.yaml"
     if not path.is_file():
         return
-    # Read as a recipe, so that a field that did not exist then has its default.
-    before = identity(from_dict(RunConfig, yaml.safe_load(path.read_text(encoding="utf-8")), str(path)))
-    now = identity(cell.config)
-    changed = [f"{key}: {old!r} then, {new!r} now" for key, old, new in _differences(before, now)]
+    before, now = identity(load(path)), identity(cell.config)  # a field that did not exist then has its default
+    changed = [f"{key}: {old!r} then, {new!r} now" for key, old, new in differences(before, now)]
     if changed:
         raise ConfigError(
             f"{cell.out} was trained from another recipe ({'; '.join(changed)}). Change the recipe back, give the changed "
@@ -72,21 +68,10 @@ def check_same_data(cell: Cell, data: str, target: str) -> None:
     out, or an earlier version of specauf read the corpus differently.
     """
     path = cell.out / "run.json"
-    before = json.loads(path.read_text()) if path.is_file() else {}
+    before = read_json(path, f"delete {cell.out} to train it again") if path.is_file() else {}
     for what, now in (("data", data), ("target", target)):
         if before.get(what, now) != now:
             raise ConfigError(
                 f"{cell.out} was trained on another state of the {what} ({before[what]} then, {now} now): its neighbours would "
                 "not be comparable. Restore the files, eval.tasks or specauf version of that time, or delete that directory"
             )
-
-
-def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
-    found = []
-    for key in dict.fromkeys([*a, *b]):
-        old, new = a.get(key), b.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += _differences(old, new, f"{prefix}{key}.")
-        elif old != new:
-            found.append((prefix + key, old, new))
-    return found

@@ -17,7 +17,7 @@ from specauf.decode.generate import Generation
 from specauf.decode.propose import DrafterProposer, PromptLookup
 from specauf.decode.replay import Replayable, Trajectory, replay, trajectory_features
 from specauf.drafter.checkpoint import load_drafter
-from specauf.files import atomic_write_text
+from specauf.files import atomic_write_text, read_json
 from specauf.locks import claim
 from specauf.study.recipe import Recording, Study
 from specauf.study.recordings import chosen, describe, open_recorded
@@ -156,7 +156,7 @@ def check_live_all(study: Study, target: Target, part: str, console: Console) ->
 def read_live(study: Study, subject: Subject, task: str, about: Mapping[str, Any]) -> dict[str, Any] | None:
     """`prompts`, `rounds`, `problems` and `near_ties` of a live check of this drafter; None when there was none."""
     path = _live_path(study, subject, task)
-    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    found: dict[str, Any] = read_json(path, "delete it, and it is made again") if path.is_file() else {}
     return found if found.get("key") == _live_key(study, subject, about) else None
 
 

@@ -18,7 +18,7 @@ from specauf.config import EvalConfig, digest
 from specauf.console import Console
 from specauf.decode.acceptance import repeated_share
 from specauf.decode.replay import Dialogue, check_reach
-from specauf.files import atomic_write_text
+from specauf.files import atomic_write_text, read_json
 from specauf.locks import claim
 from specauf.run import data_dir
 from specauf.strict import UserError, to_dict
@@ -36,7 +36,7 @@ def describe(study: Study, task: str, wanted: Recording, target: Target | None =
     path = _path(study, task, wanted.temperature)
     if not path.is_file():
         return None
-    found: dict[str, Any] = json.loads(path.read_text())
+    found: dict[str, Any] = read_json(path, "delete it, and it is made again")
     fits = Recording(**found["recording"]).covers(wanted, len(set(found["clusters"])))
     if fits and target:
         fits = found["made_of"] == _made_of(study, target, _prompts(study, task), wanted)

@@ -17,7 +17,7 @@ from specauf.decode.acceptance import before_loop, loop_onset
 from specauf.decode.generate import Round
 from specauf.decode.replay import Trajectory
 from specauf.drafter.checkpoint import weights_hash
-from specauf.files import atomic_write_text
+from specauf.files import atomic_write_text, read_json
 from specauf.study.cells import finished
 from specauf.study.recipe import Study
 
@@ -104,7 +104,7 @@ def _histogram(rounds: Sequence[Round], block_size: int) -> list[int]:
 def load_records(study: Study, subject: Subject, place: Place) -> Records:
     """The records of this subject on this recording; empty when those stored are of other weights or another recording."""
     path = place.path(study, subject)
-    found = json.loads(path.read_text()) if path.is_file() else {}
+    found = read_json(path, "delete it, and it is measured again") if path.is_file() else {}
     if (found.get("recording"), found.get("weights")) != (place.recording, subject.weights):
         return {}
     return {int(number): record for number, record in found["records"].items()}

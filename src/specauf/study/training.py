@@ -15,7 +15,7 @@ from specauf.data.dataset import Prepared
 from specauf.data.features import FeatureCache
 from specauf.data.rollouts import rollout_meta
 from specauf.drafter.checkpoint import load_drafter, weights_hash
-from specauf.files import at_home, atomic_write_text
+from specauf.files import at_home, atomic_write_text, read_json
 from specauf.locks import claim, turn
 from specauf.run import (
     draft_vocabulary,
@@ -105,7 +105,7 @@ def check_source(study: Study, cell: Cell) -> None:
     if not path.is_file():
         return
     calibrated = _calibrations(study).get(cell.method, {})
-    made_from = json.loads(path.read_text())["specauf"].get("init_from", {}).get("weights")
+    made_from = read_json(path, f"delete {cell.out} to train it again")["specauf"].get("init_from", {}).get("weights")
     for source, seed, then in (
         (method.start_from, cell.seed, made_from),
         (method.minutes_as, calibrated.get("seed"), calibrated.get("weights_of_other")),
@@ -222,7 +222,7 @@ def steps_of(study: Study, target: Target, corpus: Corpus, cell: Cell, console: 
 
 def _calibrations(study: Study) -> dict[str, Any]:
     path = study.out / CALIBRATION
-    return dict(json.loads(path.read_text())) if path.is_file() else {}
+    return dict(read_json(path, "delete it, and steps are timed again")) if path.is_file() else {}
 
 
 def _bare_trainer(target: Target, corpus: Corpus, config: RunConfig) -> Trainer:

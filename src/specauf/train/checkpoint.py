@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from specauf.config import digest, dump
+from specauf.config import RunConfig, digest, dump, load
 from specauf.drafter.checkpoint import load_drafter, save_drafter
 from specauf.files import atomic_dir, atomic_write_text, recover_dir, save_tensors
-from specauf.strict import UserError, to_dict
+from specauf.strict import UserError, differences, to_dict
 
 if TYPE_CHECKING:
     from specauf.train.loop import Trainer
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 FREE = {"objective": ("logits_rows",), "train": ("save_every", "eval_every", "common_every")}
 """Settings that may change while a run is trained: they change no weight, but for rounding."""
+DIVIDED = ("max_steps", "minutes", "shard_target", "accumulation")
+"""Settings of `train` that `resume` looks at in other ways, or not at all."""
 
 
 def identity(trainer: Trainer) -> dict[str, str]:
@@ -31,7 +34,7 @@ def identity(trainer: Trainer) -> dict[str, str]:
     """
     config, drafter = trainer.config, trainer.drafter.config
     meta = trainer.batches.dataset.meta
-    free = ("max_steps", "minutes", "shard_target", "accumulation", *FREE["train"])
+    free = (*DIVIDED, *FREE["train"])
     objective = {key: value for key, value in to_dict(config.objective).items() if key not in FREE["objective"]}
     parts = {
         "target": trainer.target.fingerprint(),
@@ -142,10 +145,7 @@ def resume(trainer: Trainer, out: Path) -> bool:
             f"{directory} is of an earlier version, which did not say what it was trained with: train it with --fresh"
         )
     if changed := [name for name, part in now.items() if before.get(name) != part]:
-        raise UserError(
-            f"{directory} was trained with another {', '.join(changed)}: resume with the same recipe, files and version, or "
-            "choose another `out`"
-        )
+        raise _other(directory, ", ".join(changed), changed_settings(out, trainer.config))
     wanted = trainer.max_steps
     if wanted is not None and wanted != horizon:
         raise UserError(
@@ -164,6 +164,37 @@ def resume(trainer: Trainer, out: Path) -> bool:
         lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
         atomic_write_text(log, "".join(line for line in lines if _step(line) <= done))
     return True
+
+
+def require_same_recipe(out: Path, config: RunConfig) -> None:
+    """Raise `UserError` when `resume` would refuse for what the recipe says, before anything is computed for it."""
+    if (out / "checkpoint" / "state.json").is_file() and (told := changed_settings(out, config)):
+        raise _other(out / "checkpoint", "recipe", told)
+
+
+def changed_settings(out: Path, config: RunConfig) -> list[str]:
+    """What differs from the run in `out`, of the sections that a resumed run must have word by word."""
+
+    def fixed(run: RunConfig) -> dict[str, Any]:
+        free = {**FREE, "train": (*FREE["train"], *DIVIDED)}
+        cached = {"cache": run.features.cache, "dtype": run.features.cache and run.features.dtype}
+        sections = {name: to_dict(getattr(run, name)) for name in ("data", "objective", "train")}
+        return {"features": cached} | {
+            name: {key: value for key, value in section.items() if key not in free.get(name, ())}
+            for name, section in sections.items()
+        }
+
+    if not (path := out / "config.yaml").is_file():
+        return []
+    return [f"{key}: {old!r} then, {new!r} now" for key, old, new in differences(fixed(load(path)), fixed(config))]
+
+
+def _other(directory: Path, what: str, told: Sequence[str]) -> UserError:
+    settings = f" ({'; '.join(told)})" if told else ""
+    return UserError(
+        f"{directory} was trained with another {what}{settings}: resume with the same recipe, files and version, or choose "
+        "another `out`"
+    )
 
 
 def _step(line: str) -> float:
