@@ -379,6 +379,7 @@ def _verbs() -> Any:
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of the `specauf` command."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; what fails in the end is said
     warnings.filterwarnings("ignore", category=FutureWarning)
     given = list(sys.argv[1:] if arguments is None else arguments)
     for flag in LISTS:

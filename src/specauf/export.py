@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from specauf import assets, files
 from specauf.config import EMBEDDED, LOOKUP
@@ -155,7 +156,8 @@ def serving(config: DFlashConfig, out: Path, layout: str, base: str, dtype: str)
     if config.domino:  # vLLM has no Domino; SGLang corrects 2048 candidates unless told otherwise
         served = config.domino.pure_draft_prefix_len == 1 and dtype == "bfloat16"
         return [f"{sglang} --dtype bfloat16 --speculative-domino-candidate-pool-size 0"] * served
-    return [vllm, sglang, f'specauf generate {where} "Write a haiku about rain."']
+    named = "" if config.extra.get("target") else f" --target.path {target}"
+    return [vllm, sglang, f'specauf generate {where} "Write a haiku about rain."{named}']
 
 
 def card(
@@ -169,35 +171,42 @@ def card(
 ) -> str:
     """The model card: what the drafter is, how it was trained, what was measured, how it is run."""
     told, kind = config.extra, "Domino" if config.domino else "DFlash"
-    head = ["---", "library_name: specauf", *([f"base_model: {base}"] if base else [])]
-    head += [*([f"license: {license}"] if license else []), f"tags: [speculative-decoding, {kind.lower()}]", "---"]
-    objective = told.get("variant") or told.get("objective", "not recorded")
+    # A hub takes ids alone as a base model, and the path of a directory here is nobody's business there.
+    local = base is not None and Path(base).is_absolute()
+    tags = ["speculative-decoding", kind.lower()]
+    head = {"library_name": "specauf", "base_model": None if local else base, "license": license, "tags": tags}
+    objective = told.get("variant") or told.get("objective")
+    size = f"{parameters / 1e6:.1f} M" if parameters >= 1e5 else str(parameters)
     rows = {
-        "parameters": f"{parameters / 1e6:.1f} M, {dtype}; embedding and LM head are the target's",
+        "parameters": f"{size}, {dtype}; embedding and LM head are the target's",
         "layers": config.num_hidden_layers,
         "block size": f"{config.block_size}, the anchor included: {config.num_predictions} proposed tokens a round",
         "target layers read": ", ".join(map(str, config.target_layer_ids)),
         "mask token": config.mask_token_id,
-        "objective": f"{objective}, reduction {told.get('reduction', 'not recorded')}, labels {told.get('labels', 'data')}",
-        "steps": f"{told.get('steps', 'not recorded')} of {told.get('max_steps', '?')}{_epochs(told)}",
+        "objective": objective
+        and f"{objective}, reduction {told.get('reduction')}, labels {told.get('labels', 'data')}",
+        "steps": "steps" in told and f"{told['steps']} of {told.get('max_steps', '?')}{_epochs(told)}",
         **_history(told),
         "target": f"{_display(told.get('target'))}, fingerprint {told.get('target_fingerprint', 'not recorded')}",
-        "chat template": f"{told.get('template_hash')}, enable_thinking {told.get('enable_thinking', False)}",
+        "chat template": "template_hash" in told
+        and f"{told['template_hash']}, enable_thinking {told.get('enable_thinking', False)}",
     }
+    given = "Figures are of the target above; acceptance" if results else "Acceptance"
     lines = [
-        *head,
-        f"# {kind} drafter for {base or 'its target'}",
-        "A masked block drafter for speculative decoding, trained with specauf: it proposes a block of tokens at once, the "
-        "target keeps the prefix it agrees with. The text is the target's own.",
-        "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items()),
+        f"# {kind} drafter for {Path(base).name if base and local else base or 'its target'}",
+        f"A masked block drafter for speculative decoding{', trained with specauf' * bool(objective)}: it proposes a block of "
+        "tokens at once, the target keeps the prefix it agrees with. The text is the target's own.",
+        "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value),
         *(["## Measured"] if results else []),
         *(text for found in results for text in _measured(found)),
         "## Use",
         "```sh\n" + "\n".join(commands) + "\n```" if commands else NOT_SERVED,
-        "Figures are of the target above; acceptance is highest under its chat template and thinking flag. docs/serving.md of "
-        "specauf says what each engine was seen to do.",
+        f"{given} is highest under its target's chat template and thinking flag. docs/serving.md of specauf says what each "
+        "engine was seen to do.",
     ]
-    return "\n".join(lines[: len(head)]) + "\n\n" + "\n\n".join(lines[len(head) :]) + "\n"
+    known = {key: value for key, value in head.items() if value}
+    front = yaml.safe_dump(known, sort_keys=False, allow_unicode=True, default_flow_style=None)
+    return f"---\n{front}---\n\n" + "\n\n".join(lines) + "\n"
 
 
 def _epochs(told: Mapping[str, Any]) -> str:

@@ -188,6 +188,8 @@ def require_trainable(config: RunConfig, target: Target, prepared: Prepared, *, 
 
     MASK must be an embedding row that text never uses, or the drafter learns to read it as that text.
     """
+    if os.path.realpath(at_home(config.data.path)) == os.path.realpath(config.out):
+        raise ConfigError(f"out: {config.out} holds the data, whose run.json this run would replace: choose another")
     out = make_dir(Path(config.out))
     if resume:
         checkpoint.require_same_recipe(out, config)

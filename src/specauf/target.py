@@ -62,7 +62,9 @@ def load_tokenizer(config: TargetConfig) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(_path(config), trust_remote_code=config.trust_remote_code)
+        return AutoTokenizer.from_pretrained(
+            _path(config), trust_remote_code=config.trust_remote_code, local_files_only=assets.offline()
+        )
     except UNREADABLE as error:
         raise UserError(f"target.path: cannot load the tokenizer of {config.path!r}: {error}") from error
 
@@ -93,6 +95,7 @@ class Target:
         self.softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
         self.reach = _reach(model, embedding)
         """How many positions text may take; None where more are no error."""
+        self._warned = False
 
     @classmethod
     def load(cls, config: TargetConfig) -> Target:
@@ -115,6 +118,7 @@ class Target:
                 path,
                 dtype=getattr(torch, config.dtype),
                 trust_remote_code=config.trust_remote_code,
+                local_files_only=assets.offline(),
                 output_loading_info=True,
             )
         except UNREADABLE as error:
@@ -242,6 +246,13 @@ class Target:
         """Raise `UserError` when `positions` are more than the target has, or has without changing its earlier ones."""
         if self.reach is not None and positions > self.reach:
             raise UserError(f"{self.name} reaches {self.reach} positions here, and this takes {positions}: {remedy}")
+        known = getattr(self.config, "max_position_embeddings", None) or positions
+        if positions > known and not self._warned:
+            self._warned = True
+            log.warning(
+                "%s was made for %d positions, and this takes up to %d: beyond those its text may be poor",
+                *(self.name, known, positions),
+            )
 
     def shard(self) -> None:
         """Spread the decoder layers over the processes of the default group (FSDP2); embedding, norm and head stay whole.

@@ -51,6 +51,28 @@ def test_the_layout_of_engines_in_bfloat16_with_commands_that_name_both_models(
     assert (tmp_path / "out" / "model.safetensors").stat().st_mode & 0o044, "for others to read"
 
 
+def test_a_card_says_what_is_known_and_its_head_is_yaml_whatever_is_given(
+    checkpoint: Path, target: Target, tmp_path: Path
+) -> None:
+    def card(of: Path, **options: Any) -> tuple[dict[str, Any], str]:
+        export(of, tmp_path / "out", **options)
+        _, head, text = (tmp_path / "out" / "README.md").read_text().split("---\n", 2)
+        return yaml.safe_load(head), text
+
+    head, _ = card(checkpoint, license="my: license", base_model="a b:c")
+    assert (head["license"], head["base_model"]) == ("my: license", "a b:c")
+    head, text = card(checkpoint, base_model=str(tmp_path / "private" / "mine"))
+    assert "base_model" not in head and "# DFlash drafter for mine\n" in text
+    assert "trained with specauf" in text and "Figures are" not in text, "nothing was measured"
+    foreign = save_drafter(
+        build_drafter(make_geometry(target)), tmp_path / "foreign"
+    )  # z-lab's say nothing of training
+    _, text = card(foreign)
+    for absent in ("trained with specauf", "not recorded of", "None", "0.0 M"):
+        assert absent not in text
+    assert "--target.path TARGET" in text
+
+
 def test_what_does_not_read_back_is_not_shipped(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -206,6 +206,14 @@ def test_a_run_that_could_not_be_resumed_is_refused_before_features_and_the_sett
         require_trainable(other, target, data, resume=True)
 
 
+def test_the_directory_of_the_data_is_no_place_for_the_run(target: Target, tmp_path: Path) -> None:
+    wanted = dataclasses.replace(config(), out=str(tmp_path / "x" / ".."), data=DataConfig(path=str(tmp_path)))
+    (tmp_path / "x").mkdir()
+    data = Prepared(make_dataset([(1, [7, 5, 7], [False, True, True])]), [], Ledger(), False)
+    with pytest.raises(ConfigError, match=r"holds the data, whose run\.json this run would replace"):
+        require_trainable(wanted, target, data)
+
+
 def test_replay_that_cannot_be_had_is_refused_before_features(
     target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from transformers import OPTConfig, OPTForCausalLM, PretrainedConfig
 
 from specauf.config import TargetConfig
 from specauf.strict import ConfigError, UserError
-from specauf.target import Target
+from specauf.target import Target, load_tokenizer
 from specauf.train.distributed import _forget_groups
 from tests.conftest import make_target
 
@@ -183,3 +183,35 @@ def test_spread_layers_have_one_root_and_the_rest_stays_whole(tmp_path: Path) ->
     finally:
         distributed.destroy_process_group()
         _forget_groups()
+
+
+def test_text_beyond_what_the_target_was_made_for_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Plain rotary positions go on; the text may be poor there."""
+    small = make_target()
+    assert small.reach is None and small.config.max_position_embeddings == 512
+    small.require_reach(512, "")
+    assert not caplog.records
+    small.require_reach(600, "")
+    small.require_reach(700, "")
+    assert [r.getMessage() for r in caplog.records] == [
+        "tiny was made for 512 positions, and this takes up to 600: beyond those its text may be poor"
+    ]
+
+
+def test_offline_looks_for_a_target_on_disk_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    asked: list[object] = []
+
+    def looks(path: str, **options: object) -> None:
+        asked.append(options["local_files_only"])
+        raise OSError("not here")
+
+    for kind in (transformers.AutoTokenizer, transformers.AutoModelForCausalLM):
+        monkeypatch.setattr(kind, "from_pretrained", looks)
+    for offline in ("1", "0"):
+        monkeypatch.setenv("SPECAUF_OFFLINE", offline)
+        for load in (load_tokenizer, Target.load):
+            with pytest.raises(UserError, match="not here"):
+                load(TargetConfig(path="nope/none"))
+    assert asked == [True, True, False, False]

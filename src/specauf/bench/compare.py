@@ -118,7 +118,7 @@ def evaluate(
             **({"block size of prompt lookup": lookup} if lookup != block else {}),
             **({"lookup first where so many tokens repeat": lookup_first} if lookup_first else {}),
             "new tokens": config.max_new_tokens,
-            "prompts": config.prompts,
+            "conversations a task": config.prompts,
             **_sampling(config.sampling),
         },
         "methods": [

@@ -64,9 +64,12 @@ def lookup_line(results: Results) -> str:
                 best, free_label = index.label(results, name), index.label(results, lookup)
                 asked = sum(not index.is_lookup(results, n) for n in taus)
                 of = "drafters" if len(rivals) == asked else f"{len(rivals)} of {asked} drafters measured"
+                of += f" of “{index.part_label(part)}”"
+                most = f"{best} emits {fixed(tau)} tokens a round, the most of the {of}"
+                if sum(fixed(v) == fixed(tau) for v, _ in rivals) > 1:
+                    most = f"none of the {of} emits more than {fixed(tau)} tokens a round"
                 return (
-                    f"On the average of all benchmarks at T = {clean(temperature)}, {best} emits {fixed(tau)} tokens a round, "
-                    f"the most of the {of} of “{index.part_label(part)}”; without parameters, {free_label} "
+                    f"On the average of all benchmarks at T = {clean(temperature)}, {most}; without parameters, {free_label} "
                     f"emits {fixed(other)}."
                 )
     return ""

@@ -108,10 +108,8 @@ def task_note(results: Results, task: str) -> str:
     facts, parts = results["evaluation"][task], []
     if real(facts.get("prompts")) is not None:
         parts.append(f"{count(facts['prompts'])} prompt{'s' if facts['prompts'] != 1 else ''}.")
-    if real(facts.get("repeated_share")) is not None:
-        parts.append(
-            f"{share(facts['repeated_share'])} of the recorded text is repetition, which favours prompt lookup."
-        )
+    if repeated := real(facts.get("repeated_share")):
+        parts.append(f"{share(repeated)} of the recorded text is repetition, which favours prompt lookup.")
     return " ".join([*parts, clean(facts.get("note") or "")]).strip()
 
 
