@@ -205,7 +205,9 @@ class _Unusable(Exception):
 def _message(item: Any) -> Message:
     if not isinstance(item, dict):
         raise _Unusable("malformed")
-    role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
+    # A parquet file with both forms gives each message all four keys, those of the other form as null.
+    both = (("role", "from"), ("content", "value"))
+    role, content = (item.get(a) if item.get(a) is not None else item.get(b) for a, b in both)
     if isinstance(content, list):
         if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
             raise _Unusable("content that is not text")

@@ -161,6 +161,14 @@ def test_openai_messages_with_text_parts_equal_the_sharegpt_form() -> None:
     assert openai == sharegpt
 
 
+def test_a_null_key_of_the_other_form_hides_nothing() -> None:
+    turns = (("user", "q"), ("assistant", "a"))
+    sharegpt = [{"role": None, "content": None, "from": role, "value": text} for role, text in turns]
+    openai = [{"role": role, "content": text, "from": None, "value": None} for role, text in turns]
+    expected, _ = one(share(*turns))
+    assert one({"messages": sharegpt}) == one({"messages": openai}) == (expected, Ledger())
+
+
 @pytest.mark.parametrize(
     ("turns", "kept", "changed"),
     [
