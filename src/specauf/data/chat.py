@@ -1,10 +1,10 @@
 """Conversations through the tokenizer's own chat template, with a loss mask from render boundaries.
 
-What an assistant turn adds to the rendering, from the generation prompt to its end, is supervised. The boundaries come
-from rendering prefixes of the conversation and never from looking for markers in the text, so they hold for any
-template under which a longer conversation only appends. Some templates rewrite an answer once another question follows
-(Qwen3 drops its think block). Such an answer is supervised as the history has it; rendering another text in its place
-shows where it lies.
+What an assistant turn adds to the rendering, from the generation prompt to its end, is supervised, unless the corpus gives
+it weight 0. The boundaries come from rendering prefixes of the conversation and never from looking for markers in the text,
+so they hold for any template under which a longer conversation only appends. Some templates rewrite an answer once another
+question follows (Qwen3 drops its think block). Such an answer is supervised as the history has it; rendering another text in
+its place shows where it lies.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jinja2 import TemplateError
 from rich.text import Text
 
-from specauf.data.sources import Message, decodable
+from specauf.data.sources import Context, Message, decodable
 from specauf.strict import UserError
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def render(
     enough = 4 * max_length if max_length else len(full) + 1  # characters after which to check if these tokens suffice
     encoded = None
     for i, turn in enumerate(turns):
-        if turn["role"] != "assistant":
+        if turn["role"] != "assistant" or isinstance(messages[i], Context):
             continue
         start = _render_text(tokenizer, turns[:i], enable_thinking, generation_prompt=True)
         end = _render_text(tokenizer, turns[: i + 1], enable_thinking)

@@ -40,6 +40,10 @@ class Message(NamedTuple):
     content: str
 
 
+class Context(Message):
+    """An answer that is not to be trained on (`"weight": 0`); equal to its message, for hashes and templates."""
+
+
 class Conversation(NamedTuple):
     id: str
     messages: tuple[Message, ...]
@@ -217,7 +221,8 @@ def _message(item: Any) -> Message:
         raise _Unusable("malformed")
     if (role := role.strip().lower()) not in ROLES:
         raise _Unusable("tool turn" if role in TOOLS else "unknown role")
-    return Message(ROLES[role], content)
+    unweighted = ROLES[role] == "assistant" and item.get("weight") == 0
+    return (Context if unweighted else Message)(ROLES[role], content)
 
 
 def decodable(text: str) -> str:
@@ -236,7 +241,8 @@ def _merge(messages: list[Message]) -> list[Message]:
     merged: list[Message] = []
     for message in messages:
         if merged and merged[-1].role == message.role:
-            message = Message(message.role, f"{merged.pop().content}\n\n{message.content}")
+            kind = Context if Context in (type(merged[-1]), type(message)) else Message
+            message = kind(message.role, f"{merged.pop().content}\n\n{message.content}")
         merged.append(message)
     return merged
 
@@ -296,7 +302,7 @@ def normalise(record: Any, ledger: Ledger) -> Conversation | None:
         if (system := record.get("system")) and not (raw and raw[0].role == "system"):
             raw.insert(0, _message({"role": "system", "content": system}))
         repairs += _left_out(record, items)
-        messages = [Message(m.role, decodable(m.content)) for m in raw]
+        messages = [m._replace(content=decodable(m.content)) for m in raw]
         if messages != raw:
             repairs.append("undecodable characters replaced")
         filled = [m for m in messages if m.content.strip()]
@@ -309,6 +315,7 @@ def normalise(record: Any, ledger: Ledger) -> Conversation | None:
             filled = after
         if not filled:
             raise _Unusable("no answer to a user turn")
+        repairs += ["answers of weight 0 kept as context"] if any(isinstance(m, Context) for m in filled) else []
     except _Unusable as unusable:
         ledger.drop(str(unusable))
         return None

@@ -235,6 +235,22 @@ def test_a_template_that_supervises_nothing_is_an_error_with_the_ledger(
     assert not (tmp_path / "out" / META).exists()
 
 
+def test_an_answer_of_weight_0_is_context_that_is_not_trained_on(run: Prepare, tokenizer: Any) -> None:
+    def talk(weight: dict[str, int]) -> dict[str, Any]:
+        said = [("user", "q", {}), ("assistant", "the fox", weight), ("assistant", "again", {}), ("user", "and?", {})]
+        said.append(("assistant", "the lazy dog", {}))
+        return {"id": "a", "messages": [{"role": role, "content": text, **more} for role, text, more in said]}
+
+    plain, weighted = (run([talk(w)], f"out{len(w)}", heldout=0.0) for w in ({}, {"weight": 0}))
+    assert plain.train.ids.tolist() == weighted.train.ids.tolist()
+    assert plain.train.uid.tolist() == weighted.train.uid.tolist()
+    ids, mask = weighted.train[0][1:]
+    assert tokenizer.decode(ids[mask]) == "the lazy dog<|im_end|>\n"
+    assert tokenizer.decode(ids[plain.train[0].loss_mask]).startswith("the fox\n\nagain<|im_end|>")
+    counted = "answers of weight 0 kept as context"
+    assert weighted.ledger.changed[counted] == 1 and counted not in plain.ledger.changed
+
+
 def test_a_corpus_in_one_group_is_warned_about(run: Prepare) -> None:
     corpus = [{**record, "id": f"QWJhYvA_{i}"} for i, record in enumerate(records(30))]
     prepared = run(corpus, heldout=0.02)
