@@ -253,7 +253,6 @@ def _render_rows(
 ) -> tuple[list[Row], list[str]]:
     rows: list[Row] = []
     names: list[str] = []
-    unstable = None
     for done, (uid, conversation) in enumerate(conversations):
         if len(rows) == config.max_conversations:
             ledger.drop("over the limit", len(conversations) - done)
@@ -266,16 +265,13 @@ def _render_rows(
                 max_length=config.max_length,
             )
         except UnstableTemplate as error:
-            ledger.drop(error.reason)
-            unstable = unstable or f"first {error.reason}: conversation {conversation.id}, {error}"
+            ledger.drop(error.reason, example=f"conversation {conversation.id}, {error}")
             continue
         if not any(a and b for a, b in pairwise(mask)):  # an anchor needs itself and its successor supervised
             ledger.drop("nothing supervised within max_length")
             continue
         rows.append((uid, torch.tensor(ids, dtype=torch.int32), torch.tensor(mask, dtype=torch.uint8)))
         names.append(conversation.id)
-    if unstable:
-        ledger.warnings.append(unstable)
     return rows, names
 
 

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, NamedTuple
 
 from specauf.strict import UserError
@@ -23,8 +24,8 @@ ROLES = {
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model"), "assistant"),
     **dict.fromkeys(("system", "developer"), "system"),
 }
-TOOLS = ("tool", "function", "observation", "ipython")
-"""Roles of a tool's answer."""
+TOOLS = ("tool", "function", "function_call", "observation", "ipython")
+"""Roles of a tool's answer, or of its call."""
 CHUNK = 1 << 23
 _SEPARATOR = re.compile(r"[\s,]*")
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -65,7 +66,9 @@ class Ledger:
     """Repairs of records, by reason, where the fault did not drop the record; a record counts once per reason."""
     warnings: list[str] = field(default_factory=list)
 
-    def drop(self, reason: str, count: int = 1) -> None:
+    def drop(self, reason: str, count: int = 1, example: str = "") -> None:
+        if example and reason not in self.dropped:
+            self.warnings.append(f"first {reason}: {example}")
         if count:
             self.dropped[reason] = self.dropped.get(reason, 0) + count
 
@@ -92,9 +95,8 @@ class Ledger:
         rows += [("= kept", self.kept)]
         rows += [(f"~ {reason}", count) for reason, count in self.changed.items()]
         width = max(len(name) for name, _ in rows)
-        return [f"{name:<{width}}  {count:>9,}" for name, count in rows] + [
-            f"warning: {text}" for text in self.warnings
-        ]
+        table = [f"{name:<{width}}  {count:>9,}" for name, count in rows]
+        return table + [f"warning: {text}" for text in self.warnings]
 
 
 def squeeze(text: str) -> str:
@@ -203,24 +205,24 @@ def _read_parquet(path: Path) -> Iterator[Any]:
 
 
 class _Unusable(Exception):
-    """Its text is the ledger's reason."""
+    """Its arguments are the ledger's reason and, where there is one, what shows the fault."""
 
 
 def _message(item: Any) -> Message:
     if not isinstance(item, dict):
-        raise _Unusable("malformed")
+        raise _Unusable("malformed", item)
     # A parquet file with both forms gives each message all four keys, those of the other form as null.
     both = (("role", "from"), ("content", "value"))
     role, content = (item.get(a) if item.get(a) is not None else item.get(b) for a, b in both)
     if isinstance(content, list):
         if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
-            raise _Unusable("content that is not text")
+            raise _Unusable("content that is not text", content)
         content = "".join(part["text"] for part in content)
     content = "" if content is None else content
     if not isinstance(role, str) or not isinstance(content, str):
-        raise _Unusable("malformed")
+        raise _Unusable("malformed", item)
     if (role := role.strip().lower()) not in ROLES:
-        raise _Unusable("tool turn" if role in TOOLS else "unknown role")
+        raise _Unusable("tool turn" if role in TOOLS else "unknown role", role)
     unweighted = ROLES[role] == "assistant" and item.get("weight") == 0
     return (Context if unweighted else Message)(ROLES[role], content)
 
@@ -291,20 +293,20 @@ def normalise(record: Any, ledger: Ledger) -> Conversation | None:
     repairs = []
     try:
         if not isinstance(record, dict):
-            raise _Unusable("malformed")
+            raise _Unusable("malformed", record)
         turns = [record[k] for k in ("conversations", "messages") if k in record]
         lists = [found for found in turns if isinstance(found, list)]
         items = next(filter(None, lists), lists[0] if lists else None)
         if items is None:
             text = any(isinstance(found, str) for found in turns)
-            raise _Unusable("messages is text, not a list" if text else "neither conversations nor messages")
+            why = "messages is text, not a list" if text else "neither conversations nor messages"
+            raise _Unusable(why, list(record))
         raw = [_message(item) for item in items]
         if (system := record.get("system")) and not (raw and raw[0].role == "system"):
             raw.insert(0, _message({"role": "system", "content": system}))
         repairs += _left_out(record, items)
         messages = [m._replace(content=decodable(m.content)) for m in raw]
-        if messages != raw:
-            repairs.append("undecodable characters replaced")
+        repairs += ["undecodable characters replaced"] if messages != raw else []
         filled = [m for m in messages if m.content.strip()]
         if not filled:
             raise _Unusable("empty")
@@ -317,7 +319,9 @@ def normalise(record: Any, ledger: Ledger) -> Conversation | None:
             raise _Unusable("no answer to a user turn")
         repairs += ["answers of weight 0 kept as context"] if any(isinstance(m, Context) for m in filled) else []
     except _Unusable as unusable:
-        ledger.drop(str(unusable))
+        reason, *shown = unusable.args
+        name = f" (id {short(record['id'])})" if isinstance(record, dict) and record.get("id") else ""
+        ledger.drop(reason, example=" in ".join([*map(short, shown), f"record {ledger.records_in:,}{name}"]))
         return None
     for reason in repairs:
         ledger.change(reason)
@@ -343,9 +347,7 @@ def read_conversations(path: Path, ledger: Ledger, excluded_prompts: Iterable[st
             ledger.drop("exact duplicate")
             continue
         seen.add(key)
-        if excluded and any(
-            squeeze(m.content).casefold() in excluded for m in conversation.messages if m.role == "user"
-        ):
+        if excluded & {squeeze(m.content).casefold() for m in conversation.messages if m.role == "user"}:
             ledger.drop("evaluation prompt")
             continue
         kept.append(conversation)
@@ -362,8 +364,7 @@ def split(
 
     Conversations with the same first user turn, or with ids that name parts of one chat (`QWJhYvA_12`), are linked into one
     group, so that neither a first turn nor a chat occurs on both sides. Ids that number the records of a file (`train_12`) link
-    nothing.
-    Which groups are held out depends on the seed and on a group's own members, not on the order of the file.
+    nothing. Which groups are held out depends on the seed and on a group's own members, not on the order of the file.
     """
     conversations = list(conversations)
     parent: dict[str, str] = {}
@@ -375,9 +376,8 @@ def split(
             key = parent[key]
         return key
 
-    keys = [
-        (f"id:{chat}", f"turn:{c.first_user}") for chat, c in zip(_chats(conversations), conversations, strict=True)
-    ]
+    chats = zip(_chats(conversations), conversations, strict=True)
+    keys = [(f"id:{chat}", f"turn:{c.first_user}") for chat, c in chats]
     for pair in keys:
         low, high = sorted(map(root, pair))
         parent[high] = low  # a root is always the least key of its group

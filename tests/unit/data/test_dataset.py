@@ -235,6 +235,11 @@ def test_a_template_that_supervises_nothing_is_an_error_with_the_ledger(
     assert not (tmp_path / "out" / META).exists()
 
 
+def test_a_corpus_of_which_nothing_is_left_shows_why(run: Prepare) -> None:
+    with pytest.raises(UserError, match=r"first unknown role: 'ai' in record 1 \(id 'x'\)"):
+        run([{"id": "x", "conversations": [{"from": "ai", "value": "a"}]}])
+
+
 def test_an_answer_of_weight_0_is_context_that_is_not_trained_on(run: Prepare, tokenizer: Any) -> None:
     def talk(weight: dict[str, int]) -> dict[str, Any]:
         said = [("user", "q", {}), ("assistant", "the fox", weight), ("assistant", "again", {}), ("user", "and?", {})]

@@ -217,6 +217,25 @@ def test_an_unusable_record_is_dropped_for_one_counted_reason_and_not_as_a_repai
     assert ledger.dropped == {reason: 1} and not ledger.changed
 
 
+def test_the_first_record_that_is_dropped_for_a_reason_is_shown(write_corpus: Callable[..., Path]) -> None:
+    odd = [share(("human", "q"), ("ai", text), id="x") for text in "ab"]
+    call = share(("human", "q"), ("function_call", "f()"), ("gpt", "a"))
+    nested: Any = "z" * 10_000
+    for _ in range(900):
+        nested = [nested]
+    ledger = Ledger()
+    read_conversations(
+        write_corpus([pair("a"), *odd, call, {"text": "raw"}, {"messages": [{"content": nested}]}]), ledger
+    )
+    assert ledger.dropped["unknown role"] == 2
+    assert ledger.warnings[:3] == [
+        "first unknown role: 'ai' in record 2 (id 'x')",
+        "first tool turn: 'function_call' in record 4",
+        "first neither conversations nor messages: ['text'] in record 5",
+    ]
+    assert len(ledger.warnings[3]) < 100, "however much there is to show"
+
+
 def test_a_system_prompt_beside_the_turns_is_one() -> None:
     conversation, _ = one({"system": "be brief", **share(("human", "q"), ("gpt", "a"))})
     inside, _ = one(share(("system", "be brief"), ("human", "q"), ("gpt", "a")))
