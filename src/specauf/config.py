@@ -19,7 +19,7 @@ from typing import Any, Literal
 import yaml
 
 from specauf.files import at_home
-from specauf.strict import UserError, choose, from_dict, read_yaml, require, set_value, to_dict
+from specauf.strict import UserError, at_least, choose, from_dict, read_yaml, require, set_value, to_dict
 
 EMBEDDED = "smollm2-135m"
 """The name of the embedded target."""
@@ -53,6 +53,7 @@ class TargetConfig:
     device: str = "auto"
     """`auto` is cuda if there is a GPU, else cpu."""
     trust_remote_code: bool = False
+    """Run the code that comes with a hub model."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,9 @@ class TargetOf:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """The training run's when not given."""
     device: str = "auto"
+    """As in a recipe."""
     trust_remote_code: bool = False
+    """Run the code that comes with a hub model."""
 
     def of(self, trained: Mapping[str, Any]) -> TargetConfig:
         """The target to load; `trained` is a checkpoint's record of its training. Raises `UserError` when neither names one."""
@@ -85,20 +88,15 @@ class DataConfig:
     max_conversations: int | None = None
     """Keep at most this many training conversations; the others are counted in the ledger as `over the limit`."""
     heldout: float = 0.02
-    """Share of conversation groups to hold out. Parts of one chat, and conversations with equal first user turns, form one
-    group."""
+    """Share of conversations to hold out; parts of one chat, and those with equal first user turns, stay together."""
     seed: int = 0
     """Decides which groups are held out and the order in which conversations are taken."""
     enable_thinking: bool = False
     """Passed to the chat template, and stored with every checkpoint."""
 
     def __post_init__(self) -> None:
-        require(self.max_length >= 16, f"data.max_length must be at least 16, got {self.max_length}")
+        at_least(self, "data", max_length=16, max_conversations=1)
         require(0 <= self.heldout < 1, f"data.heldout is a share in [0, 1), got {self.heldout}")
-        require(
-            self.max_conversations is None or self.max_conversations >= 1,
-            f"data.max_conversations must be at least 1, got {self.max_conversations}",
-        )
 
 
 @dataclass(frozen=True)
@@ -106,6 +104,7 @@ class FeaturesConfig:
     cache: bool = False
     """Store the target's features on disk once, instead of running the target in every step."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Precision of the stored features."""
     max_gb: float = 4.0
     """Refuse to write a cache larger than this."""
     extras: bool = False
@@ -120,10 +119,13 @@ class DrafterConfig:
     block_size: int = 8
     """Slots of a block, the anchor included, so `block_size - 1` predictions."""
     num_hidden_layers: int = 2
+    """Layers of the drafter."""
     num_taps: int = 5
     """Number of evenly spaced target layers to tap when `target_layer_ids` is not given."""
     target_layer_ids: tuple[int, ...] | None = None
+    """Target layers whose outputs the drafter reads, counted from 0, ascending; the last layer is not allowed."""
     mask_token_id: int | None = None
+    """An embedding row that text never uses, the input of the slots to predict; found when not given."""
     intermediate_size: int | None = None
     """Width of the MLP; the target's own when not given."""
     kind: Literal["dflash", "domino"] = "dflash"
@@ -137,8 +139,7 @@ class DrafterConfig:
     shift_label: bool = True
     """Slot k predicts the token at anchor + k + 1, as in shipped checkpoints."""
     draft_vocab_size: int | None = None
-    """Size of a reduced draft vocabulary, the most frequent labels of the data; the target's whole vocabulary when not
-    given."""
+    """Size of a reduced draft vocabulary, the most frequent labels of the data; the target's whole when not given."""
     init_from: str | None = None
     """A drafter's directory to take the initial weights from. Its geometry must match (a head: see docs/domino.md)."""
     init_layers: tuple[int, ...] | None = None
@@ -146,13 +147,9 @@ class DrafterConfig:
 
     def __post_init__(self) -> None:
         require(self.block_size >= 2, f"drafter.block_size counts the anchor and must be >= 2, got {self.block_size}")
-        require(self.num_hidden_layers >= 1, f"drafter.num_hidden_layers must be >= 1, got {self.num_hidden_layers}")
-        require(self.num_taps >= 1, f"drafter.num_taps must be >= 1, got {self.num_taps}")
+        at_least(self, "drafter", num_hidden_layers=1, num_taps=1, intermediate_size=1, gru_hidden_dim=1, emb_dim=1)
+        at_least(self, "drafter", pure_draft_prefix_len=0, draft_vocab_size=2)
         require(self.target_layer_ids != (), "drafter.target_layer_ids is empty; leave it out for evenly spaced taps")
-        require(
-            self.intermediate_size is None or self.intermediate_size >= 1,
-            f"drafter.intermediate_size must be >= 1, got {self.intermediate_size}",
-        )
         require(
             self.init_layers is None or len(self.init_layers) == self.num_hidden_layers,
             f"drafter.init_layers: one target layer for each of the {self.num_hidden_layers} draft layers, "
@@ -161,14 +158,6 @@ class DrafterConfig:
         require(
             self.init_layers is None or self.init_from is None,
             "drafter.init_layers and drafter.init_from both set the initial weights: leave one out",
-        )
-        for name in ("gru_hidden_dim", "emb_dim"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"drafter.{name} must be >= 1, got {value}")
-        require(self.pure_draft_prefix_len >= 0, "drafter.pure_draft_prefix_len must be >= 0")
-        require(
-            self.draft_vocab_size is None or self.draft_vocab_size >= 2,
-            f"drafter.draft_vocab_size must be >= 2, got {self.draft_vocab_size}",
         )
         require(
             self.draft_vocab_size is None or self.kind == "dflash",
@@ -181,9 +170,9 @@ class ObjectiveConfig:
     name: str = "auf"
     """A row of docs/objectives.md, or `<row>-decay` for the row times the position decay."""
     gamma: float | None = None
-    """Decay length in slots, for the rows with a position decay. When not given, it depends on the block size: 4 at 8, 7 at
-    16."""
+    """Decay length in slots, for rows with a position decay. When not given, by the block size: 4 at 8, 7 at 16."""
     reduction: str = "global"
+    """What the loss is a mean over: `global` (every slot of the step), `block` or `sequence`. See docs/objectives.md."""
     labels: str = "data"
     """`data`, or `target`: the target's argmax, up to the first slot where it departs from the data."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -193,13 +182,13 @@ class ObjectiveConfig:
     final: str | None = None
     """Domino: the objective of the final branch, if it differs from the base branch's, which is `name`."""
     final_options: dict[str, Any] = field(default_factory=dict)
+    """Domino: the options of `final`."""
     support: Literal["base", "final"] = "final"
     """Domino: the branch whose predictions determine the final branch's support."""
     lambda_base_start: float = 1.0
     """Domino: the base branch's share of the loss at the first step. It falls linearly to 0."""
     lambda_base_decay_ratio: float = 1.0
-    """Domino: the share of the steps over which the base branch's share falls to 0. At 0.5, the second half trains the final
-    branch alone."""
+    """Domino: the share of the steps over which it falls. At 0.5, the second half trains the final branch alone."""
     plugin: str | None = None
     """A module or .py file to import first, which registers further objectives."""
     logits_rows: int = 256
@@ -219,11 +208,7 @@ class ObjectiveConfig:
         require(self.gamma is None or self.gamma > 0, f"objective.gamma must be > 0, got {self.gamma}")
         if self.variant is not None:
             choose(self.variant, VARIANTS, "variant")
-            said: dict[str, object] = {
-                "final": self.final,
-                "options": self.options,
-                "final_options": self.final_options,
-            }
+            said = {name: getattr(self, name) for name in ("final", "options", "final_options")}
             said |= {"name": self.name != "auf", "support": self.support != "final"}
             given = [name for name, value in said.items() if value]
             require(
@@ -236,7 +221,7 @@ class ObjectiveConfig:
         )
         for name in ("lambda_base_start", "lambda_base_decay_ratio"):
             require(0 <= getattr(self, name) <= 1, f"objective.{name} is a share in [0, 1], got {getattr(self, name)}")
-        require(self.logits_rows >= 1, f"objective.logits_rows must be >= 1, got {self.logits_rows}")
+        at_least(self, "objective", logits_rows=1)
 
     def decay_for(self, block_size: int) -> float:
         """The decay length at `block_size`, for a row that has none of its own."""
@@ -246,23 +231,29 @@ class ObjectiveConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     max_steps: int | None = None
+    """Optimizer steps, the horizon of the learning-rate schedule; from `minutes` when not given."""
     minutes: float | None = None
     """A wall-clock budget for the optimizer steps, turned into `max_steps` by a calibration and then frozen."""
     batch_size: int = 4
     """Conversations per micro-batch and rank."""
     accumulation: int = 1
+    """Micro-batches per optimizer step and rank."""
     num_anchors: int = 32
     """Blocks per conversation."""
     lr: float = 6e-4
+    """Highest learning rate of AdamW."""
     warmup: float = 0.04
     """Share of the steps with linear warm-up. After it, the learning rate follows a cosine to zero."""
     clip: float = 1.0
+    """Largest norm of the gradient; a longer one is scaled down to it."""
     weight_decay: float = 0.0
+    """AdamW's, for every weight."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the drafter's matrix products; weights, moments and loss are float32. `auto` is bfloat16 on CUDA, else
-    float32."""
+    """Of the drafter's matrix products; weights, moments and loss are float32. `auto` is bfloat16 on CUDA, else float32."""
     seed: int = 0
+    """Decides the initial weights, the order of the batches, the anchors, and what an objective draws."""
     save_every: int = 200
+    """Write a checkpoint every this many steps, and at the end."""
     eval_every: int = 0
     """Log tau by replay on held-out prompts every this many steps; 0 is never."""
     common_every: int = 10
@@ -272,26 +263,27 @@ class TrainConfig:
     Each process still loads the whole target first."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulation", "num_anchors", "save_every", "common_every"):
-            require(getattr(self, name) >= 1, f"train.{name} must be >= 1, got {getattr(self, name)}")
-        require(self.max_steps is None or self.max_steps >= 1, f"train.max_steps must be >= 1, got {self.max_steps}")
+        at_least(self, "train", batch_size=1, accumulation=1, num_anchors=1, save_every=1, common_every=1, max_steps=1)
+        at_least(self, "train", weight_decay=0, seed=0, eval_every=0)
         require(self.minutes is None or self.minutes > 0, f"train.minutes must be > 0, got {self.minutes}")
         for name in ("lr", "clip"):
             require(getattr(self, name) > 0, f"train.{name} must be > 0, got {getattr(self, name)}")
-        for name in ("weight_decay", "seed"):
-            require(getattr(self, name) >= 0, f"train.{name} must be >= 0, got {getattr(self, name)}")
         require(self.seed < 2**63, f"train.seed must be below 2^63, got {self.seed}")
         require(0 <= self.warmup < 1, f"train.warmup is a share in [0, 1), got {self.warmup}")
-        require(self.eval_every >= 0, f"train.eval_every must be >= 0, got {self.eval_every}")
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
     temperature: float = 0.0
+    """0 decodes greedily; above it, tokens are drawn from softmax(logits / temperature)."""
     top_p: float = 1.0
+    """Draw among the most probable tokens that together reach this probability; 1 is off."""
     top_k: int = 0
+    """Draw among this many most probable tokens; 0 is off."""
     repetition_penalty: float = 1.0
+    """Above 1, tokens that occurred before become less probable; 1 is off."""
     seed: int = 0
+    """Of the draws."""
     proposal: Literal["greedy", "sampled"] = "greedy"
     """How the drafter proposes a token: `greedy` is its argmax, `sampled` a draw from softmax(logits / temperature).
     Their tau are not comparable."""
@@ -313,20 +305,22 @@ class SamplingConfig:
 @dataclass(frozen=True)
 class EvalConfig:
     tasks: tuple[str, ...] = ("humaneval", "heldout")
+    """Prompt sets of docs/benchmarks.md. A recipe's are kept out of its training data."""
     tasks_dir: str | None = None
     """A directory of `<task>.jsonl` files of {"id", "turns"} records, to use instead of the built-in sources."""
     prompts: int = 16
     """Prompts per task; a conversation of several turns is one."""
     max_new_tokens: int = 128
+    """Tokens of an answer at most."""
     batch_size: int = 16
+    """Prompts that are decoded together."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def __post_init__(self) -> None:
         require(
             bool(self.tasks), "eval.tasks is empty: write [heldout] to keep no task's prompts out of the training data"
         )
-        for name, least in (("prompts", 1), ("max_new_tokens", 2), ("batch_size", 1)):  # the first token is in no round
-            require(getattr(self, name) >= least, f"eval.{name} must be >= {least}, got {getattr(self, name)}")
+        at_least(self, "eval", prompts=1, max_new_tokens=2, batch_size=1)  # the first token is in no round
         require(self.max_new_tokens <= LONGEST, f"eval.max_new_tokens must be <= {LONGEST}, got {self.max_new_tokens}")
 
 
@@ -343,6 +337,7 @@ DOMINO = {
 @dataclass(frozen=True)
 class RunConfig:
     out: str = "runs/default"
+    """Directory of the run."""
     target: TargetConfig = field(default_factory=TargetConfig)
     data: DataConfig = field(default_factory=DataConfig)
     features: FeaturesConfig = field(default_factory=FeaturesConfig)

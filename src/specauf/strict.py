@@ -66,6 +66,13 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def at_least(config: Any, section: str, **least: int) -> None:
+    """Raise `ConfigError` when a field of `config` that is given is below its least value."""
+    for name, low in least.items():
+        value = getattr(config, name)
+        require(value is None or value >= low, f"{section}.{name} must be >= {low}, got {value}")
+
+
 def _convert(kind: Any, value: Any, where: str) -> Any:
     """`value` from YAML as `kind`, or a `ConfigError` that names `where`."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)

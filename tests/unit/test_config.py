@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
 import math
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,20 @@ def test_a_repeated_flag_adds_to_what_was_set_before() -> None:
     once = ["train", "--set", "a=1", "r.yaml"]
     assert gathered(once, "--set") == once
     assert gathered(["--average_with", "c", "--average-with", "d"], "--average-with") == ["--average-with", "c", "d"]
+
+
+def test_every_key_of_a_recipe_has_its_meaning_below_it() -> None:
+    tree = ast.parse(Path(inspect.getfile(RunConfig)).read_text())
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    sections = {node.name for node in classes}
+    silent = [
+        f"{node.name}.{ast.unparse(field.target)}"
+        for node in classes
+        for field, below in pairwise([*node.body, ast.Pass()])
+        if isinstance(field, ast.AnnAssign) and ast.unparse(field.annotation) not in sections
+        if not (isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant))
+    ]
+    assert len(sections) == 10 and not silent
 
 
 def test_an_output_directory_may_be_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
