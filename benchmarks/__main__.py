@@ -2,7 +2,7 @@
 
     python -m benchmarks [names]
 
-With names, only those are run, and their results replace the earlier ones in both files.
+With names, only those are run, and their results replace the earlier ones in both files. --help lists them.
 """
 
 from __future__ import annotations
@@ -68,5 +68,16 @@ def run(names: Sequence[str]) -> int:
     return 0
 
 
+def main(names: Sequence[str]) -> int:
+    if unknown := [name for name in names if name not in NAMES]:
+        asked = {*unknown} & {"-h", "--help"}
+        said = "" if asked else f"unknown: {', '.join(unknown)}\n"
+        print(
+            f"{said}usage: python -m benchmarks [names]\nnames: {', '.join(NAMES)}", file=None if asked else sys.stderr
+        )
+        return 0 if asked else 2
+    return run(names or NAMES)
+
+
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:] or NAMES))
+    sys.exit(main(sys.argv[1:]))

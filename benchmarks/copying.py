@@ -95,6 +95,8 @@ def told(right: Sequence[Tensor]) -> str:
 
 
 def main() -> None:
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        sys.exit("usage: python -m benchmarks.copying DRAFTER [STEPS]")
     steps, every = int(sys.argv[2]) if len(sys.argv) > 2 else 0, 100
     torch.manual_seed(0)
     target, drafter = Target.load(TargetConfig(dtype="bfloat16")), load_drafter(sys.argv[1]).float()

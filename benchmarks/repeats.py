@@ -40,6 +40,8 @@ def repeats(data: TokenDataset, count: int, seed: int = 0) -> list[tuple[int, to
 
 
 def main() -> None:
+    if len(sys.argv) < 3:
+        sys.exit("usage: python -m benchmarks.repeats ROLLOUTS OUT [SHARE]")
     source, out = Path(sys.argv[1]), Path(sys.argv[2])
     share = float(sys.argv[3]) if len(sys.argv) > 3 else 0.5
     data = TokenDataset.load(source)
