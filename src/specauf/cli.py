@@ -1,6 +1,7 @@
 """Train, measure and export masked block drafters for speculative decoding.
 
 Exit codes: 0 done, 1 a check failed, 2 an error that the message says how to fix, 130 interrupted.
+`specauf --version` prints the version.
 """
 
 # tyro shows the text above. The verbs only parse, call one function and print; nothing is decided in this file.
@@ -15,19 +16,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from specauf import __version__, arguments
 from specauf import config as configuration
 from specauf.config import EMBEDDED, LOOKUP, EvalConfig, SamplingConfig, TargetConfig, TargetOf
 from specauf.console import Terminal, exit_code, print_results, quiet_transformers, reported
 from specauf.data.rollouts import RolloutConfig, rollout_meta
 from specauf.data.sources import Ledger
-from specauf.strict import ConfigError, choose, gathered, require
+from specauf.strict import ConfigError, require
 
 if TYPE_CHECKING:
     from specauf.target import Target
     from specauf.train.distributed import Ranks
 
-LISTS = ("--set", "--average-with", "--results", "--eval.tasks", "--stage", "--parts")
-"""Options that take several values."""
 Recipe = Annotated[Path, tyro.conf.Positional]
 Overrides = Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="SECTION.KEY=VALUE ...")]
 
@@ -44,7 +44,7 @@ class Prepare:
     """Override fields of the recipe."""
 
     def run(self, terminal: Terminal) -> int:
-        from specauf.run import data_dir, prepare_corpus, prepare_data
+        from specauf.run import data_dir, prepare_corpus, prepare_data, told_heldout
         from specauf.show import show_conversation
         from specauf.target import load_tokenizer
 
@@ -56,7 +56,7 @@ class Prepare:
         prepared = prepare_data(config, _target(config.target)) if made else prepare_corpus(config, tokenizer)
         terminal.say("\n".join(prepared.ledger.lines()))
         terminal.say(f"{int(prepared.train.mask.sum()):,} of {len(prepared.train.ids):,} tokens supervised")
-        terminal.say(f"held out: {prepared.train.meta['heldout']}")
+        terminal.say(f"held out: {told_heldout(prepared)}")
         terminal.say(f"{'reused' if prepared.reused else 'written to'} {data_dir(config)}")
         for i in range(min(self.show, len(prepared.train))):
             show_conversation(terminal, tokenizer, prepared.train, i)
@@ -162,6 +162,7 @@ class Eval:
     data_dir: Path | None = None
     """Directory of prepared data for the task `heldout`, as `specauf prepare` prints it."""
     out: Path = Path("runs/eval")
+    """Output directory, for results.json and the recordings."""
     candidates: int = 1
     """K > 1: also decode every drafter live with self-selection (see `specauf generate`), in separate rows."""
     candidate_temperature: float = 1.5
@@ -201,12 +202,14 @@ class Generate:
     checkpoint: Annotated[Path, tyro.conf.Positional]
     """A drafter directory, or `prompt-lookup`."""
     prompt: Annotated[str, tyro.conf.Positional]
+    """What the user says; `-` reads it from stdin."""
     target: TargetOf = field(default_factory=TargetOf)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     max_new_tokens: int = 128
     block_size: int = 0
     """Block size of prompt lookup; 0 is the drafter's, and 8 without one."""
     enable_thinking: bool = False
+    """Passed to the chat template, as in training."""
     candidates: int = 1
     """K > 1 is self-selection: the target reads the drafter's greedy block and K - 1 drawn ones, and chooses one."""
     candidate_temperature: float = 1.5
@@ -237,7 +240,8 @@ class Generate:
             proposer = DrafterProposer(drafter.to(target.embed_weight), target, self.candidate_pool)
             if self.lookup_first:
                 proposer = LookupFirst(proposer, self.lookup_first, self.block_size or None)
-        ids = prompt_ids(target.require_tokenizer(), [{"role": "user", "content": self.prompt}], self.enable_thinking)
+        said = sys.stdin.read().removesuffix("\n") if self.prompt == "-" else self.prompt
+        ids = prompt_ids(target.require_tokenizer(), [{"role": "user", "content": said}], self.enable_thinking)
         return 0 if show(terminal, target, proposer, ids, self.sampling, self.max_new_tokens, selection) else 1
 
 
@@ -291,7 +295,7 @@ class Demo:
 
     minutes: float = 13.0
     """Budget of the whole demo, without installation. Turned once into conversations and steps; no clock stops them."""
-    drafter: str = "dflash"
+    drafter: Literal["dflash", "domino"] = "dflash"
     block_size: int = 8
     out: Path | None = None
     """Output directory; runs/demo-... when not given."""
@@ -303,7 +307,6 @@ class Demo:
         from specauf.demo import demo_recipe, run_demo
         from specauf.report import page
 
-        choose(self.drafter, ("dflash", "domino"), "drafter")
         require(2 <= self.minutes < float("inf"), f"--minutes must be at least 2, got {self.minutes:g}")
         out = self.out or Path("runs") / f"demo-{self.drafter}-b{self.block_size}-{self.minutes:g}min"
         kind = [f"drafter.block_size={self.block_size}", f"drafter.kind={self.drafter}"]
@@ -376,15 +379,16 @@ def _verbs() -> Any:
     return union
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(typed: list[str] | None = None) -> int:
     """Entry point of the `specauf` command."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; what fails in the end is said
     warnings.filterwarnings("ignore", category=FutureWarning)
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    for flag in LISTS:
-        given = gathered(given, flag)
-    return reported(lambda: tyro.cli(_verbs(), args=given, prog="specauf", description=__doc__).run(Terminal()), given)
+    given = sys.argv[1:] if typed is None else typed
+    if given == ["--version"]:
+        print(f"specauf {__version__}")
+        return 0
+    return reported(lambda: arguments.parse(_verbs(), given, __doc__).run(Terminal()), given)
 
 
 if __name__ == "__main__":

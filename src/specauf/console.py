@@ -53,7 +53,7 @@ class Terminal:
 
     @contextmanager
     def progress(self, label: str, total: float, done: float = 0) -> Iterator[Callable[[float, str], None]]:
-        if not total:  # nothing to do
+        if done >= total:  # nothing to do
             yield lambda amount, note: None
         elif self.lively:
             columns = (

@@ -40,7 +40,7 @@ from specauf.run import (
     settings_of,
     step_note,
 )
-from specauf.strict import UserError, from_dict, require, to_dict
+from specauf.strict import UserError, counted, from_dict, require, to_dict
 from specauf.target import Target
 from specauf.train.calibration import calibrate
 from specauf.train.loop import Trainer
@@ -294,7 +294,7 @@ def _live_section(target: Target, checks: dict[str, LiveCheck], tasks: dict[str,
                 }
             )
     seconds = {k: sum(getattr(c, f"{k}_seconds") for c in checks.values()) for k in ("live", "replay", "prefill")}
-    told = f"{count} prompts, {len(ties)} near ties" if not problems else "; ".join(problems)
+    told = "; ".join(problems) or f"{counted(count, 'prompts')}, {counted(len(ties), 'near ties')}"
     return {
         "live": live,
         "checks": [

@@ -28,7 +28,7 @@ from specauf.drafter.dflash import DFlash
 from specauf.drafter.vocabulary import coverage, keep_tokens, most_frequent
 from specauf.drafter.warm import copy_layers, start_from
 from specauf.files import at_home, atomic_write_text, make_dir, recover_dir, set_aside
-from specauf.strict import ConfigError, UserError, to_dict
+from specauf.strict import ConfigError, UserError, counted, to_dict
 from specauf.target import Target
 from specauf.train import checkpoint
 from specauf.train.batches import Batches, require_batch
@@ -116,11 +116,15 @@ def require_heldout(config: RunConfig, prepared: Prepared) -> None:
     """Raise `UserError`, before an hour of features, when training would replay held-out prompts and there are none."""
     if not config.train.eval_every or prepared.heldout:
         return
-    counts = ", ".join(f"{n} {what.replace('_', ' ')}" for what, n in prepared.train.meta["heldout"].items())
     raise UserError(
-        f"train.eval_every={config.train.eval_every} replays held-out prompts, and there are none ({counts}): set "
-        "train.eval_every=0, or prepare a corpus with a larger data.heldout"
+        f"train.eval_every={config.train.eval_every} replays held-out prompts, and there are none "
+        f"({told_heldout(prepared)}): set train.eval_every=0, or prepare a corpus with a larger data.heldout"
     )
+
+
+def told_heldout(prepared: Prepared) -> str:
+    """What became of the held-out conversations, in words."""
+    return ", ".join(counted(n, what.replace("_", " ")) for what, n in prepared.train.meta["heldout"].items())
 
 
 def rollout_prompts(config: RunConfig, target: Target) -> Prompts:
@@ -310,10 +314,12 @@ def set_horizon(trainer: Trainer) -> str:
         seconds = trainer.ranks.agree(calibrate([trainer])[0])
         trainer.max_steps = max(1, int(minutes * 60 / seconds))
         return f"{minutes:g} minutes at {seconds:.2f} s a step: max_steps {trainer.max_steps}, frozen"
+    if trainer.done == trainer.max_steps:
+        return f"already trained: step {trainer.done} of {trainer.max_steps}"
     told = f"max_steps {trainer.max_steps}"
-    return (
-        told if minutes is None or trainer.done else f"{told}; train.minutes={minutes:g} waits for train.max_steps=null"
-    )
+    if minutes is None or trainer.done:
+        return told
+    return f"{told}; train.minutes={minutes:g} is not used (it would be with train.max_steps=null)"
 
 
 def heldout_evaluator(config: RunConfig, target: Target, alone: bool = True) -> Callable[[DFlash], dict[str, float]]:

@@ -18,7 +18,7 @@ from specauf.decode.generate import generate, warm_tokens
 from specauf.decode.propose import Proposer
 from specauf.decode.select import Selection
 from specauf.drafter.checkpoint import histories
-from specauf.strict import require
+from specauf.strict import counted, require
 from specauf.target import Target
 
 
@@ -56,8 +56,8 @@ def show(
     tau = 1 + sum(r.accepted for r in out.rounds) / rounds
     how = "sampled proposal" if sampling.proposal == "sampled" else selection  # such tau are not comparable
     terminal.say(
-        f"\ntau{f' ({how})' if how else ''} {tau:.3f} over {len(out.rounds)} rounds, {len(out.tokens)} tokens, "
-        f"{out.verified / rounds:.1f} nodes verified per round"
+        f"\ntau{f' ({how})' if how else ''} {tau:.3f} over {counted(len(out.rounds), 'rounds')}, "
+        f"{counted(len(out.tokens), 'tokens')}, {out.verified / rounds:.1f} nodes verified per round"
     )
     terminal.say(
         f"{len(out.tokens) / out.seconds:.1f} tokens/s; plain decoding {len(plain.tokens) / plain.seconds:.1f} tokens/s"

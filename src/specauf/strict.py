@@ -43,24 +43,6 @@ def choose(name: str, choices: typing.Sequence[str], what: str) -> str:
     return name
 
 
-def gathered(arguments: typing.Sequence[str], flag: str) -> list[str]:
-    """Rewrite `flag a flag b` as `flag a b`: argparse would silently keep only the last."""
-    rest: list[str] = []
-    values: list[str] = []
-    found, inside = 0, False
-    for argument in arguments:
-        name, _, value = argument.partition("=")
-        if name.replace("_", "-") == flag:  # tyro takes either
-            found, inside = found + 1, True
-            values += [value] if value else []
-        elif inside and not argument.startswith("-"):
-            values.append(argument)
-        else:
-            inside = False
-            rest.append(argument)
-    return [*rest, flag, *values] if found > 1 else list(arguments)
-
-
 def require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
@@ -71,6 +53,11 @@ def at_least(config: Any, section: str, **least: int) -> None:
     for name, low in least.items():
         value = getattr(config, name)
         require(value is None or value >= low, f"{section}.{name} must be >= {low}, got {value}")
+
+
+def counted(number: int, things: str) -> str:
+    """`2 rounds`, `1 round`."""
+    return f"{number:,} {things.removesuffix('s') if number == 1 else things}"
 
 
 def _convert(kind: Any, value: Any, where: str) -> Any:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -14,7 +17,8 @@ import pytest
 import torch
 from tests.conftest import make_geometry
 
-from specauf import cli
+from specauf import __version__, cli
+from specauf.arguments import LISTS
 from specauf.cli import main
 from specauf.config import TargetConfig
 from specauf.decode.propose import DrafterProposer
@@ -30,6 +34,7 @@ def test_prepare_train_eval_generate_and_report(world: Path, capsys: pytest.Capt
     assert main(["prepare", recipe, "--show", "1"]) == 0
     told = capsys.readouterr().out
     assert "records in" in told and "supervised" in told
+    assert re.search(r"^held out: \d+ conversations?, \d+ prompts?, ", told, re.MULTILINE)
 
     assert main(["train", recipe]) == 0
     rows = [json.loads(line) for line in (world / "run" / "log.jsonl").read_text().splitlines()]
@@ -39,7 +44,10 @@ def test_prepare_train_eval_generate_and_report(world: Path, capsys: pytest.Capt
     assert not [key for row in rows for key in row if f"`{key}`" not in told]
     for name in ("config.yaml", "run.json", "checkpoint/model.safetensors", "checkpoint/state.json"):
         assert (world / "run" / name).is_file(), name
+    capsys.readouterr()
     assert main(["train", recipe]) == 0, "a finished run is finished, not an error"
+    told = capsys.readouterr().out
+    assert "already trained: step 6 of 6" in told and "done in" not in told
 
     prepared = next((world / "cache" / "prepared").iterdir())
     command = ["eval", str(world / "run" / "checkpoint"), "--live", "2"]  # its own target
@@ -74,8 +82,14 @@ def test_prepare_train_eval_generate_and_report(world: Path, capsys: pytest.Capt
     assert (world / "page" / "index.html").is_file() and (world / "page" / "report.md").is_file()
 
     capsys.readouterr()
-    assert main(["generate", str(world / "run" / "checkpoint"), "the cat"]) == 0
-    assert "the text is the target's own, token for token" in capsys.readouterr().out
+    told = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.stdin", io.StringIO("the cat\n"))
+        for prompt in ("the cat", "-"):
+            assert main(["generate", str(world / "run" / "checkpoint"), prompt]) == 0
+            told.append(capsys.readouterr().out)
+            assert "the text is the target's own, token for token" in told[-1]
+    assert told[0].split("\ntau")[0] == told[1].split("\ntau")[0]
 
 
 def test_training_measures_the_drafter_in_the_targets_dtype(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +235,6 @@ def test_rollouts_are_training_data_and_a_drafter_goes_on_from_another(
         (["report", "/no/such.json"], "/no/such.json"),
         (["train", "{recipe}", "--set", "out={recipe}"], "recipe.yaml: File exists"),
         (["demo", "--set", "train.max_steps=5"], "the demo turns its own --minutes into train.max_steps"),
-        (["demo", "--drafter", "eagle"], "unknown drafter 'eagle'"),
     ],
 )
 def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(
@@ -243,7 +256,7 @@ def test_every_option_with_several_values_may_be_given_again(monkeypatch: pytest
     lists = {
         n for verb in get_args(cli._verbs()) for n, kind in options_of(get_args(verb)[0]) if get_origin(kind) is tuple
     }
-    assert lists == {*cli.LISTS, "--checkpoints"}, "positional, the last"
+    assert lists == {*LISTS, "--checkpoints"}, "positional, the last"
 
 
 def options_of(kind: Any, prefix: str = "--") -> Iterator[tuple[str, Any]]:
@@ -258,6 +271,11 @@ def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit) as stop:
         main([verb, "--help"])
     assert stop.value.code == 0 and f"usage: specauf {verb}" in capsys.readouterr().out
+
+
+def test_the_version_is_told_and_the_package_is_the_command() -> None:
+    for command in ([sys.executable, "-m", "specauf"], [sys.executable, "-m", "specauf.cli"]):
+        assert subprocess.check_output([*command, "--version"], text=True) == f"specauf {__version__}\n"
 
 
 def test_every_recipe_that_ships_can_be_read() -> None:

@@ -30,20 +30,12 @@ from specauf.config import (
     load,
     override,
 )
-from specauf.strict import ConfigError, UserError, from_dict, gathered, read_yaml, to_dict
+from specauf.strict import ConfigError, UserError, from_dict, read_yaml, to_dict
 
 
 def write(path: Path, text: str) -> Path:
     path.write_text(text)
     return path
-
-
-def test_a_repeated_flag_adds_to_what_was_set_before() -> None:
-    arguments = ["train", "r.yaml", "--set", "a=1", "b=2", "--fresh", "--set=c=3", "--set", "d=4"]
-    assert gathered(arguments, "--set") == ["train", "r.yaml", "--fresh", "--set", "a=1", "b=2", "c=3", "d=4"]
-    once = ["train", "--set", "a=1", "r.yaml"]
-    assert gathered(once, "--set") == once
-    assert gathered(["--average_with", "c", "--average-with", "d"], "--average-with") == ["--average-with", "c", "d"]
 
 
 def test_every_key_of_a_recipe_has_its_meaning_below_it() -> None:

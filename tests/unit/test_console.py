@@ -34,6 +34,12 @@ def test_what_is_reported_at_once_was_found(
     assert "tokens: 60/100, 80 s left" in capsys.readouterr().out
 
 
+def test_what_is_finished_has_no_progress(capsys: pytest.CaptureFixture[str]) -> None:
+    with Terminal().progress("training", 3, done=3):
+        pass
+    assert not capsys.readouterr().out
+
+
 def test_a_closed_output_and_one_without_greek_are_no_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     def work() -> int:
         Terminal().say("\u03c4 of \udcc3.yaml")

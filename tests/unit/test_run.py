@@ -21,7 +21,7 @@ from specauf.drafter.config import DFlashConfig
 from specauf.drafter.dflash import DFlash
 from specauf.drafter.domino import Domino
 from specauf.locks import claim, hold, turn
-from specauf.run import data_dir, new_drafter, open_run, require_trainable
+from specauf.run import data_dir, new_drafter, open_run, require_trainable, set_horizon
 from specauf.strict import ConfigError, UserError
 from specauf.target import Target
 from specauf.train.distributed import Ranks
@@ -153,6 +153,16 @@ def test_run_json_tells_of_every_session_that_trained(
     assert (told["git"]["commit"], told["from_step"], told["data"]) == ("c", 2, "k")
     assert [(s["git"]["commit"], s.get("from_step")) for s in told["earlier"]] == [("a", None), ("b", 1)]
     assert session("d", 3) == told, "nothing is left to train"
+
+
+def test_the_horizon_is_told_with_what_became_of_the_minutes(target: Target, tmp_path: Path) -> None:
+    data = Prepared(make_dataset([(1, [5] * 9, [True] * 9)], {"key": "k", "template_hash": "t"}), [], Ledger(), False)
+    train = TrainConfig(max_steps=3, minutes=20, batch_size=1, num_anchors=2)
+    trainer = open_run(dataclasses.replace(config(), out=str(tmp_path), train=train), target, data, None)
+    unused = "train.minutes=20 is not used (it would be with train.max_steps=null)"
+    assert set_horizon(trainer) == f"max_steps 3; {unused}"
+    trainer.run()
+    assert set_horizon(trainer) == "already trained: step 3 of 3"
 
 
 def test_a_mask_that_is_a_token_of_the_text_is_refused(target: Target, tmp_path: Path) -> None:

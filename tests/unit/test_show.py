@@ -19,6 +19,7 @@ from specauf.data.chat import template_hash
 from specauf.decode.generate import generate
 from specauf.decode.propose import PromptLookup
 from specauf.show import exposed, mismatches, show
+from specauf.strict import counted
 from specauf.target import Target
 from tests.conftest import make_target
 
@@ -102,3 +103,8 @@ def test_rounding_is_two_steps_of_a_logit_or_the_claim_of_float32(target: Target
     other.embed_weight = torch.nn.Parameter(other.embed_weight.to(dtype), requires_grad=False)
     steps = 2 * 16 * torch.finfo(dtype).eps
     assert near_tie(other) == (steps if dtype.itemsize == 2 else 1e-4)
+
+
+def test_one_is_singular() -> None:
+    assert [counted(n, "near ties") for n in (0, 1, 2)] == ["0 near ties", "1 near tie", "2 near ties"]
+    assert counted(1, "too long") == "1 too long"

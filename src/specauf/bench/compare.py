@@ -25,7 +25,7 @@ from specauf.drafter.checkpoint import fingerprint, load_drafter
 from specauf.drafter.dflash import DFlash
 from specauf.drafter.domino import Domino
 from specauf.files import atomic_write_text, json_text, set_aside
-from specauf.strict import ConfigError, UserError, require, to_dict
+from specauf.strict import ConfigError, UserError, counted, require, to_dict
 from specauf.target import Target
 
 log = logging.getLogger(__name__)
@@ -239,7 +239,9 @@ def _live(
     everything, checks = recording.trajectories, list[LiveCheck]()
     known = plain.get(recording.label, [(), ()])
     for some, together, before in zip((everything[:count], everything), (1, config.batch_size), known, strict=True):
-        with console.progress(f"{name} live on {recording.label}, {len(some)} prompts", len(some)) as advance:
+        with console.progress(
+            f"{name} live on {recording.label}, {counted(len(some), 'prompts')}", len(some)
+        ) as advance:
             check = check_live(
                 *(target, proposer, some, recording.limit),
                 sampling=config.sampling,
@@ -252,7 +254,8 @@ def _live(
     one, many = checks
     for how, check in (("batch 1", one), (f"batch {min(config.batch_size, len(many.generations))}", many)):
         rounds = sum(len(g.rounds) for g in check.generations)
-        told = f"{len(check.generations)} prompts, {rounds} rounds, {len(check.near_ties)} near ties"
+        told = f"{counted(len(check.generations), 'prompts')}, {counted(rounds, 'rounds')}, "
+        told += counted(len(check.near_ties), "near ties")
         results["checks"].append(
             {
                 "name": f"{name}, {recording.label}, {how}: {what_agrees(bool(check.near_ties))}",

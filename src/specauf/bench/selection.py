@@ -12,6 +12,7 @@ from specauf.decode.acceptance import compare, summarise
 from specauf.decode.generate import Generation, Round, generate
 from specauf.decode.propose import DrafterProposer
 from specauf.decode.select import Selection
+from specauf.strict import counted
 from specauf.target import Target
 
 
@@ -92,7 +93,7 @@ def selected(
                 )
             rows.append({"name": name, "task": task, **row})
             if config.sampling.temperature == 0:
-                told = "; ".join(problems) or f"{count} prompts, {row['rounds']} rounds"
+                told = "; ".join(problems) or f"{counted(count, 'prompts')}, {counted(row['rounds'], 'rounds')}"
                 check = {"name": f"{label}: live tokens are plain decoding's", "value": told, "passed": not problems}
                 checks.append(check)
     return rows, checks

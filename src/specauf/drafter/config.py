@@ -33,7 +33,9 @@ def spread_layer_ids(num_target_layers: int, num_taps: int) -> tuple[int, ...]:
     if num_taps == 1:
         return (num_target_layers // 2,)
     if num_target_layers - 3 < num_taps:
-        raise ConfigError(f"{num_taps} taps do not fit between layers 1 and {num_target_layers - 3} of the target")
+        raise ConfigError(
+            f"{num_taps} taps do not fit between layers 1 and {num_target_layers - 3} of the target: set drafter.num_taps"
+        )
     return tuple(round(1 + i * (num_target_layers - 4) / (num_taps - 1)) for i in range(num_taps))
 
 

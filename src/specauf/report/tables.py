@@ -285,7 +285,10 @@ def _at(comparison: dict[str, Any]) -> str:
 
 def live_line(sample: dict[str, Any]) -> str:
     """tau, rounds and speeds of one live sample."""
-    parts = [f"τ {fixed(sample.get('tau'))}", f"{count(sample.get('rounds'))} rounds"]
+    parts = [
+        f"τ {fixed(sample.get('tau'))}",
+        f"{count(sample.get('rounds'))} round{'s' if sample.get('rounds') != 1 else ''}",
+    ]
     if real(sample.get("tokens_per_second")) is not None:
         plain = real(sample.get("plain_tokens_per_second"))
         beside = f" beside {fixed(plain, 1)} for plain decoding" if plain is not None else ""

@@ -14,7 +14,7 @@ from specauf.config import LOOKUP, RunConfig, digest
 from specauf.data.dataset import Prepared
 from specauf.files import read_rows
 from specauf.run import settings_of
-from specauf.strict import UserError, to_dict
+from specauf.strict import UserError, counted, to_dict
 from specauf.study.cells import progress
 from specauf.study.claims import claims
 from specauf.study.measuring import read_live
@@ -217,7 +217,8 @@ def _checks(study: Study, target: Target) -> tuple[list[dict[str, Any]], list[st
             if about is None or (check := read_live(study, subject, task, about)) is None:
                 unchecked.append(f"{subject.name} on {task}")
                 continue
-            told = f"{check['prompts']} prompts, {check['rounds']} rounds, {len(check['near_ties'])} near ties"
+            told = f"{counted(check['prompts'], 'prompts')}, {counted(check['rounds'], 'rounds')}, "
+            told += counted(len(check["near_ties"]), "near ties")
             found.append(
                 {
                     "name": f"{subject.name}, {about['label']}: {what_agrees(bool(check['near_ties']))}",

@@ -148,6 +148,8 @@ def test_layer_ids_match_published_checkpoints() -> None:
     assert spread_layer_ids(24, 5) == (1, 6, 11, 16, 21)
     assert spread_layer_ids(36, 1) == (18,)
     assert spread_layer_ids(30, 5) == (1, 8, 14, 20, 27), "7.5 and 20.5 go to the even neighbour, as Python rounds"
+    with pytest.raises(ConfigError, match=r"5 taps do not fit .* set drafter\.num_taps"):
+        spread_layer_ids(6, 5)
 
 
 def test_checkpoint_round_trip_keeps_every_tensor_and_field(target: Target, tmp_path: Path) -> None:
