@@ -198,9 +198,14 @@ def require_trainable(config: RunConfig, target: Target, prepared: Prepared, *, 
     if resume:
         checkpoint.require_same_recipe(out, config)
     mask_token_id = target.mask_token_id(config.drafter.mask_token_id)
-    if bool((prepared.train.ids == mask_token_id).any()):
+    data = prepared.train
+    if bool((held := data.ids == mask_token_id).any()):
+        found = [i for i, part in enumerate(held.split(data.offsets.diff().tolist())) if part.any()]
+        names = data.meta.get("conversation_ids", range(len(data)))
         raise ConfigError(
-            f"mask_token_id {mask_token_id} occurs in the training data: set drafter.mask_token_id to an unused row"
+            f"mask_token_id {mask_token_id} occurs in the training data, in {len(found):,} of {len(data):,} conversations "
+            f"(first: {', '.join(str(names[i]) for i in found[:3])}): set drafter.mask_token_id to an unused row, or remove "
+            f"them from {config.data.path}"
         )
     rows, most = target.embed_weight.shape[0], int(prepared.train.ids.max())
     if most >= rows:

@@ -175,6 +175,17 @@ def test_a_mask_that_is_a_token_of_the_text_is_refused(target: Target, tmp_path:
             require_trainable(wanted, target, data)
 
 
+def test_the_conversations_with_the_mask_are_named(target: Target, tmp_path: Path) -> None:
+    wanted = dataclasses.replace(config(), out=str(tmp_path / "run"))
+    rows = [(i, [59 if i > 1 and i % 2 else 7, 5, 7], [False, True, True]) for i in range(10)]
+    data = Prepared(make_dataset(rows, {"conversation_ids": [f"chat_{i}" for i in range(10)]}), [], Ledger(), False)
+    told = (
+        r"in 4 of 10 conversations \(first: chat_3, chat_5, chat_7\): set .* unused row, or remove them from sharegpt$"
+    )
+    with pytest.raises(ConfigError, match=told):
+        require_trainable(wanted, target, data)
+
+
 def test_text_that_the_target_cannot_read_is_refused_before_hours_of_training(
     target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
