@@ -205,22 +205,23 @@ def _read_parquet(path: Path) -> Iterator[Any]:
 
 
 class _Unusable(Exception):
-    """Its arguments are the ledger's reason and, where there is one, what shows the fault."""
+    """Its arguments: the ledger's reason and, if there is one, what shows the fault. No text, which reports may not show."""
 
 
 def _message(item: Any) -> Message:
     if not isinstance(item, dict):
-        raise _Unusable("malformed", item)
+        raise _Unusable("malformed", type(item).__name__)
     # A parquet file with both forms gives each message all four keys, those of the other form as null.
     both = (("role", "from"), ("content", "value"))
     role, content = (item.get(a) if item.get(a) is not None else item.get(b) for a, b in both)
     if isinstance(content, list):
         if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
-            raise _Unusable("content that is not text", content)
+            kinds = [part.get("type") if isinstance(part, dict) else type(part).__name__ for part in content]
+            raise _Unusable("content that is not text", kinds)
         content = "".join(part["text"] for part in content)
     content = "" if content is None else content
     if not isinstance(role, str) or not isinstance(content, str):
-        raise _Unusable("malformed", item)
+        raise _Unusable("malformed", {key: type(value).__name__ for key, value in item.items()})
     if (role := role.strip().lower()) not in ROLES:
         raise _Unusable("tool turn" if role in TOOLS else "unknown role", role)
     unweighted = ROLES[role] == "assistant" and item.get("weight") == 0
@@ -293,7 +294,7 @@ def normalise(record: Any, ledger: Ledger) -> Conversation | None:
     repairs = []
     try:
         if not isinstance(record, dict):
-            raise _Unusable("malformed", record)
+            raise _Unusable("malformed", type(record).__name__)
         turns = [record[k] for k in ("conversations", "messages") if k in record]
         lists = [found for found in turns if isinstance(found, list)]
         items = next(filter(None, lists), lists[0] if lists else None)
