@@ -212,14 +212,13 @@ def _message(item: Any) -> Message:
     if not isinstance(item, dict):
         raise _Unusable("malformed", type(item).__name__)
     # A parquet file with both forms gives each message all four keys, those of the other form as null.
-    both = (("role", "from"), ("content", "value"))
-    role, content = (item.get(a) if item.get(a) is not None else item.get(b) for a, b in both)
+    item = {key: value for key, value in item.items() if value is not None}
+    role, content = item.get("role", item.get("from")), item.get("content", item.get("value", ""))
     if isinstance(content, list):
         if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
             kinds = [part.get("type") if isinstance(part, dict) else type(part).__name__ for part in content]
             raise _Unusable("content that is not text", kinds)
         content = "".join(part["text"] for part in content)
-    content = "" if content is None else content
     if not isinstance(role, str) or not isinstance(content, str):
         raise _Unusable("malformed", {key: type(value).__name__ for key, value in item.items()})
     if (role := role.strip().lower()) not in ROLES:
