@@ -195,8 +195,6 @@ def require_trainable(config: RunConfig, target: Target, prepared: Prepared, *, 
     if os.path.realpath(at_home(config.data.path)) == os.path.realpath(config.out):
         raise ConfigError(f"out: {config.out} holds the data, whose run.json this run would replace: choose another")
     out = make_dir(Path(config.out))
-    if resume:
-        checkpoint.require_same_recipe(out, config)
     mask_token_id = target.mask_token_id(config.drafter.mask_token_id)
     data = prepared.train
     if bool((held := data.ids == mask_token_id).any()):
@@ -221,6 +219,8 @@ def require_trainable(config: RunConfig, target: Target, prepared: Prepared, *, 
         raise UserError(f"{why}. It can be trained for with train.eval_every=0")
     if config.train.eval_every and config.eval.sampling.proposal != "greedy":
         raise ConfigError("train.eval_every replays, which needs eval.sampling.proposal=greedy")
+    if resume:
+        checkpoint.require_same_recipe(out, config)
     if why:
         log.warning("%s: a drafter can be trained, and is neither measured nor run here", why)
 
