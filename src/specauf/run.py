@@ -21,7 +21,8 @@ from specauf.data.features import FeatureCache, build_features
 from specauf.data.rollouts import RolloutConfig, open_rollouts, rollout_meta
 from specauf.decode.generate import undecodable
 from specauf.decode.propose import DrafterProposer
-from specauf.decode.rollout import Advance, Roller, rollout
+from specauf.decode.roller import Roller
+from specauf.decode.rollout import Advance, rollout
 from specauf.drafter.checkpoint import build_drafter, load_drafter, weights_hash
 from specauf.drafter.config import DFlashConfig, DominoHead
 from specauf.drafter.dflash import DFlash

@@ -1,9 +1,7 @@
-"""Rollouts: the target answers training prompts itself, and its answers become training data, token for token.
+"""Rollouts: the target's own answers to training prompts, as a directory of training data.
 
-A sequence only grows: prompt, sampled tokens with their end of turn, the template's text up to the next answer. Nothing is
-tokenised again, so training sees the tokens that were drawn. Draws are counter-based: a sample is a function of (seed,
-conversation, sample, position), whatever batch it was in. The plan is a function of the settings. So a new run can use the
-files of a killed one, and several may share the work.
+Draws are counter-based: a sample is a function of (seed, conversation, sample, position), whatever batch it was in. The plan
+is a function of the settings. So a new run can use the files of a killed one, and several may share the work.
 """
 
 from __future__ import annotations
@@ -13,146 +11,40 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from itertools import pairwise, takewhile
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from specauf import provenance
-from specauf.config import DataConfig, digest
-from specauf.data.chat import UnstableTemplate, continuation_ids, prompt_ids
+from specauf.config import digest
+from specauf.data.chat import UnstableTemplate
 from specauf.data.dataset import META, Prompts, TokenDataset, write_heldout
 from specauf.data.rollouts import SETTINGS, RolloutConfig
-from specauf.data.sources import Conversation, Ledger, Message
-from specauf.decode.generate import generate
-from specauf.decode.propose import Proposer
+from specauf.data.sources import Ledger, Message
+from specauf.decode.roller import ANEW, WHOLE, Roller, Sample
 from specauf.files import atomic_file, atomic_write_text
 from specauf.locks import claim, turn
-from specauf.objective.blocks import counter_hash
 from specauf.strict import UserError, to_dict
-from specauf.target import Target
 
 if TYPE_CHECKING:
     from specauf.data.dataset import Identified
 
 Advance = Callable[[int, int, float], None]
 """Called after every batch: samples, generated tokens, seconds spent on them (0 when they were found on disk)."""
-SAMPLE = 21
-"""Stream of the counter hash that turns (conversation, sample) into the uid of a rollout."""
 WINDOW = 8
 """Batches whose samples are sorted by prompt length together, so that little of a prefill is padding."""
 PARTS, TEXT = "parts", "rollouts.jsonl"
-WHOLE, SHORT = "all turns answered", "samples of fewer than two tokens left out"
+SHORT = "samples of fewer than two tokens left out"
 HASHES = ("template_hash", "tokenizer_hash", "excluded_prompts")
 INHERITED = ("format", "enable_thinking", "max_length", "heldout", "split", "kept_out", *HASHES)
 """Fields of `meta.json` that are copied from the prepared corpus."""
 
-
-@dataclass
-class Sample:
-    """One conversation on its way through the target."""
-
-    uid: int
-    number: int
-    conversation: Conversation
-    question: Sequence[Message]
-    """What the next answer replies to, not yet in `messages`."""
-    pending: list[int]
-    """The tokens that lead from `ids` to the next answer."""
-    ids: list[int] = field(default_factory=list)
-    mask: list[int] = field(default_factory=list)
-    """1 where a token was generated."""
-    messages: list[Message] = field(default_factory=list)
-    stop: str = ""
-    """Why it ended; empty while it goes on."""
-    seconds: float = 0.0
-    """Its share of the time that its batch took."""
-
-
-@dataclass(frozen=True)
-class Roller:
-    """How conversations are answered. `proposer` None is plain decoding."""
-
-    target: Target
-    data: DataConfig
-    plan: RolloutConfig
-    mask_token_id: int
-    """No sample may hold it: the drafter would read it as an open slot."""
-    proposer: Proposer | None = None
-
-    def begin(self, uid: int, conversation: Conversation) -> list[Sample] | str:
-        """The samples of a conversation before its first answer, or why there are none.
-
-        Raises `UnstableTemplate` when the template refuses the prompt.
-        """
-        question = _question(conversation.messages)
-        prompt = prompt_ids(self._tokenizer, question, self.data.enable_thinking)
-        if self.data.max_length - len(prompt) < 2:
-            return "prompt fills max_length"
-        if self.mask_token_id in prompt:
-            return "the prompt holds the MASK token"
-        uids = [int(counter_hash(SAMPLE, uid, i)) for i in range(self.plan.samples)]
-        return [Sample(u, i, conversation, question, prompt) for i, u in enumerate(uids)]
-
-    def roll(self, batch: Sequence[Sample]) -> None:
-        """Answer every turn of every sample; the batch goes through the turns together."""
-        while going := [s for s in batch if not s.stop]:
-            made = generate(
-                self.target,
-                self.proposer,
-                [s.ids + s.pending for s in going],
-                sampling=self.plan.sampling,
-                max_new_tokens=[min(self.plan.max_new_tokens, self._room(s)) for s in going],
-                uids=[s.uid for s in going],
-            )
-            for sample, generation in zip(going, made, strict=True):
-                self._take(sample, generation.tokens)
-
-    def _take(self, sample: Sample, tokens: list[int]) -> None:
-        if self.mask_token_id in tokens:
-            sample.stop = "samples ended before an answer with the MASK token"
-            return
-        ended = tokens[-1] in self.target.eos_ids()
-        answer = str(self._tokenizer.decode(tokens[:-1] if ended else tokens, clean_up_tokenization_spaces=False))
-        sample.ids += sample.pending + tokens
-        sample.mask += [0] * len(sample.pending) + [1] * len(tokens)
-        sample.messages += [*sample.question, Message("assistant", answer)]
-        rest = sample.conversation.messages[len(sample.messages) :]  # answers replace the corpus's one by one
-        turns = sum(m.role == "assistant" for m in sample.messages)
-        if not ended:
-            sample.stop = "samples cut by the token limit"
-        elif not rest or turns == self.plan.turns:
-            sample.stop = WHOLE
-        else:
-            self._ask(sample, _question(rest), tokens[-1])
-
-    def _ask(self, sample: Sample, question: Sequence[Message], end: int) -> None:
-        before, answer = sample.messages[:-1], sample.messages[-1].content
-        try:
-            sample.pending = continuation_ids(self._tokenizer, before, answer, end, question, self.data.enable_thinking)
-        except UnstableTemplate:
-            sample.stop = "samples ended where the template does not merely append"
-            return
-        sample.question = question
-        if self._room(sample) < 2:
-            sample.stop = "samples ended at max_length"
-        elif self.mask_token_id in sample.pending:
-            sample.stop = "samples ended before a question with the MASK token"
-
-    def _room(self, sample: Sample) -> int:
-        return self.data.max_length - len(sample.ids) - len(sample.pending)
-
-    @property
-    def _tokenizer(self) -> Any:
-        return self.target.tokenizer
-
-
 Planned = tuple[str, list[Sample]]
 """Why a conversation is dropped (empty when it is not), and its samples."""
 Answered = tuple[list[int], list[int], str, list[Message], float]
-"""Ids, mask, stop, messages and seconds of a `Sample` that has ended."""
+"""Ids, mask, stop, messages and seconds of a row that has ended."""
 
 
 def rollout(
@@ -192,9 +84,10 @@ def rollout(
     while not (out / META).is_file() and (window := _window(queue, planned, plan, tokens, roller.data.max_length)):
         batches = [window[i : i + plan.batch_size] for i in range(0, len(window), plan.batch_size)]
         for batch, spent in _answer(roller, out, batches, found):
-            tokens, seconds = tokens + _generated(batch), seconds + sum(s.seconds for s in batch)
+            made = _generated(rows := _rows(batch))
+            tokens, seconds = tokens + made, seconds + sum(row.seconds for row in rows)
             if on_progress:
-                on_progress(len(batch), _generated(batch), spent)
+                on_progress(len(batch), made, spent)
     with _turn(out):
         if not (out / META).is_file():
             speed = {"generated": tokens, "seconds": seconds, "tokens_per_second": tokens / max(seconds, 1e-9)}
@@ -215,11 +108,11 @@ def _save(out: Path, planned: Sequence[Planned], source: Prompts, made_of: dict[
     write_heldout(out, source.heldout)
     meta = {name: source.meta[name] for name in INHERITED} | {
         "key": digest(made_of),
-        "conversation_ids": [s.conversation.id for s in kept],
+        "conversation_ids": [row.conversation.id for row in kept],
         "ledger": source.ledger.to_dict(),
         "rollout": {**made_of, "tokens": _generated(kept)},
     }
-    TokenDataset.from_rows([_row(s) for s in kept], meta).save(out)
+    TokenDataset.from_rows([_tensors(row) for row in kept], meta).save(out)
 
 
 def _turn(directory: Path) -> AbstractContextManager[None]:
@@ -244,10 +137,6 @@ def _begin(out: Path, made_of: dict[str, Any]) -> None:
             raise UserError(f"{out} was begun with {'; '.join(changed)}: repeat that command, or choose another --out")
     if found != made_of:
         atomic_write_text(path, json.dumps(made_of, indent=1) + "\n")
-
-
-def _question(messages: Sequence[Message]) -> list[Message]:
-    return list(takewhile(lambda m: m.role != "assistant", messages))
 
 
 def _plan(roller: Roller, conversations: Sequence[Identified]) -> Iterator[Planned]:
@@ -312,10 +201,13 @@ def _answer(
 
 def _reuse(batch: Sequence[Sample], found: dict[int, Answered]) -> bool:
     """Give the samples their answers in `found`. Returns whether these are all."""
-    for s in batch:
-        if not s.stop and s.uid in found:
-            s.ids, s.mask, s.stop, s.messages, s.seconds = found[s.uid]
-    return all(s.stop for s in batch)
+    for sample in batch:
+        for row in sample.rows():
+            if not row.stop and row.uid in found:
+                row.ids, row.mask, row.stop, row.messages, row.seconds = found[row.uid]
+                if row.stop == ANEW:
+                    row.begin_next([], [])  # what it asked is in the messages that `found` has for it
+    return all(sample.stop for sample in batch)
 
 
 def _make(roller: Roller, out: Path, part: Path, batch: Sequence[Sample]) -> float | None:
@@ -332,14 +224,15 @@ def _make(roller: Roller, out: Path, part: Path, batch: Sequence[Sample]) -> flo
     seconds = time.perf_counter() - began
     for s in rest:
         s.seconds = seconds / len(rest)
-    told = [{"stop": s.stop, "messages": _plain(s.messages)} for s in batch]
-    meta = {"key": part.name, "seconds": sum(s.seconds for s in batch), "samples": told}
-    TokenDataset.from_rows([_row(s) for s in batch], meta).save(part)
+    rows = _rows(batch)
+    told = [{"stop": row.stop, "messages": _plain(row.messages)} for row in rows]
+    meta = {"key": part.name, "seconds": sum(row.seconds for row in rows), "samples": told}
+    TokenDataset.from_rows([_tensors(row) for row in rows], meta).save(part)
     return seconds
 
 
 def _read(part: Path) -> dict[int, Answered]:
-    """The samples that a part answers, by uid; none when it is not there, or was cut by a kill."""
+    """The rows that a part has, by uid; none when it is not there, or was cut by a kill."""
     try:
         data = TokenDataset.load(part)
     except UserError:
@@ -352,16 +245,17 @@ def _read(part: Path) -> dict[int, Answered]:
 
 
 def _settle(planned: Sequence[Planned], total: int, ledger: Ledger, max_tokens: int | None) -> list[Sample]:
-    """The samples to keep, in training order, of `total` conversations: the shortest prefix with `max_tokens` tokens."""
+    """The rows to keep, in training order, of `total` conversations: the shortest prefix with `max_tokens` tokens."""
     kept: list[Sample] = []
     ledger.kept = tokens = used = 0
     for reason, samples in planned:
         if max_tokens is not None and tokens >= max_tokens:
             break
-        used, tokens = used + 1, tokens + _generated(samples)
-        whole = [s for s in samples if any(a and b for a, b in pairwise(s.mask))]  # an anchor needs its successor too
-        short = [SHORT] * (len(samples) - len(whole))
-        for end in [s.stop for s in samples if s.stop != WHOLE] + short:
+        rows = _rows(samples)
+        used, tokens = used + 1, tokens + _generated(rows)
+        whole = [r for r in rows if any(a and b for a, b in pairwise(r.mask))]  # an anchor needs its successor too
+        short = [SHORT] * (len(rows) - len(whole))
+        for end in [r.stop for r in rows if r.stop != WHOLE] + short:
             ledger.change(end)
         if whole:
             ledger.kept += 1
@@ -373,19 +267,25 @@ def _settle(planned: Sequence[Planned], total: int, ledger: Ledger, max_tokens: 
     return kept
 
 
-def _generated(samples: Sequence[Sample]) -> int:
-    return sum(sum(s.mask) for s in samples)
+def _rows(samples: Sequence[Sample]) -> list[Sample]:
+    return [row for sample in samples for row in sample.rows()]
 
 
-def _write_text(path: Path, samples: Sequence[Sample]) -> None:
+def _generated(rows: Sequence[Sample]) -> int:
+    return sum(sum(row.mask) for row in rows)
+
+
+def _write_text(path: Path, rows: Sequence[Sample]) -> None:
+    """One line a sample: its last row has all that was said."""
     with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
-        for s in samples:
-            told = {"id": s.conversation.id, "sample": s.number, "messages": _plain(s.messages)}
+        for _, sample in groupby(rows, key=lambda row: (id(row.conversation), row.number)):
+            *_, last = sample
+            told = {"id": last.conversation.id, "sample": last.number, "messages": _plain(last.messages)}
             file.write(json.dumps(told, ensure_ascii=False) + "\n")
 
 
-def _row(sample: Sample) -> tuple[int, torch.Tensor, torch.Tensor]:
-    return sample.uid, torch.tensor(sample.ids, dtype=torch.int32), torch.tensor(sample.mask, dtype=torch.uint8)
+def _tensors(row: Sample) -> tuple[int, torch.Tensor, torch.Tensor]:
+    return row.uid, torch.tensor(row.ids, dtype=torch.int32), torch.tensor(row.mask, dtype=torch.uint8)
 
 
 def _plain(messages: Sequence[Message]) -> list[dict[str, str]]:

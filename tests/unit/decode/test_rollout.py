@@ -23,7 +23,8 @@ from specauf.data.rollouts import RolloutConfig, rollout_meta
 from specauf.data.sources import Ledger
 from specauf.decode.generate import generate
 from specauf.decode.propose import PromptLookup
-from specauf.decode.rollout import PARTS, SHORT, TEXT, Roller, Sample, rollout
+from specauf.decode.roller import ANEW, Roller, Sample
+from specauf.decode.rollout import PARTS, SHORT, TEXT, rollout
 from specauf.strict import UserError
 from specauf.target import Target
 
@@ -326,14 +327,69 @@ def test_a_sample_that_draws_the_mask_token_ends_before_it(world: World, greedy:
     assert data.meta["ledger"]["changed"]["samples ended before an answer with the MASK token"] > 0
 
 
-def test_a_template_that_rewrites_earlier_turns_ends_the_conversation_after_the_first(
+THINKER = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}"
+    "{% if m['role'] == 'assistant' and loop.last %}{{ '<think></think>' }}{% endif %}{{ m['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think></think>' }}{% endif %}"
+)
+"""As Qwen3's with thinking off: an answer's empty thinking is there while it is given, and gone from the history."""
+
+
+def test_where_a_template_rewrites_history_every_answer_has_a_row_with_the_prompt_that_a_server_renders(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forgetful = CHATML.replace("m['content']", "(m['content'] if m['role'] == 'user' or loop.last else '...')")
-    monkeypatch.setattr(world.target.tokenizer, "chat_template", forgetful)
+    tokenizer = world.target.tokenizer
+    assert tokenizer is not None
+    monkeypatch.setattr(tokenizer, "chat_template", THINKER)
+    data = world.roll(GREEDY, data=dataclasses.replace(DATA, max_length=200))
+    several, texts = 0, {t["id"]: t for t in told(world.out / "out")}
+    assert len(texts) == len(told(world.out / "out")) == data.meta["ledger"]["kept"] == len(by_conversation(data))
+    for run in by_conversation(data):
+        name = data.meta["conversation_ids"][rows(data).index(run[0])]
+        messages = texts[name]["messages"]
+        prompts = [
+            tokenizer.apply_chat_template(messages[:asked], tokenize=False, add_generation_prompt=True)
+            for asked in range(1, len(messages), 2)
+        ]
+        for _, ids, mask in run:
+            ((first, last),) = answers(mask)
+            turn = prompts.index(tokenizer.decode(ids[:first]))
+            (alone,) = generate(world.target, None, [ids[:first]], max_new_tokens=GREEDY.max_new_tokens)
+            assert alone.tokens == ids[first:] and last == len(ids)
+            assert tokenizer.decode(ids[first:]).removesuffix("<|im_end|>") == messages[2 * turn + 1]["content"]
+        assert turn == len(prompts) - 1
+        several += len(run) > 1
+    assert several > 3 and len(set(data.uid.tolist())) == len(data)
+    assert data.meta["ledger"]["changed"][ANEW] >= len(data) - len(texts) > 0
+    assert data.meta["rollout"]["tokens"] == int(data.mask.sum())
+
+
+def test_rows_that_go_on_from_another_survive_a_kill_and_a_change_of_max_tokens(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(world.target.tokenizer, "chat_template", THINKER)
+    whole = world.roll(GREEDY, "whole")
+
+    def kill(samples: int, tokens: int, seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            world.roll(GREEDY, on_progress=kill)
+    some = world.roll(dataclasses.replace(GREEDY, max_tokens=100))
+    assert rows(some) == rows(whole)[: len(some)] and 0 < len(some) < len(whole)
+    texts = told(world.out / "out")
+    assert texts == told(world.out / "whole")[: len(texts)]
+
+
+def test_a_conversation_ends_before_a_question_that_the_template_refuses(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strict = "{% if messages | length > 2 %}{{ raise_exception('one question, please') }}{% endif %}" + CHATML
+    monkeypatch.setattr(world.target.tokenizer, "chat_template", strict)
     data = world.roll(GREEDY)
     assert all(len(answers(mask)) == 1 for _, _, mask in rows(data))
-    assert data.meta["ledger"]["changed"]["samples ended where the template does not merely append"] > 0
+    assert data.meta["ledger"]["changed"]["samples ended at a question that the template refuses"] > 0
 
 
 def test_prompts_without_room_are_counted(world: World) -> None:
