@@ -81,8 +81,8 @@ class TargetOf:
 @dataclass(frozen=True)
 class DataConfig:
     path: str = "sharegpt"
-    """A JSON, JSONL or parquet file of ShareGPT or OpenAI messages; `sharegpt`, the embedded default; or the output directory
-    of `specauf rollout`, whose split, order and seed are already settled."""
+    """A JSON, JSONL or parquet file of ShareGPT or OpenAI messages, or a directory of such files; `sharegpt`, the embedded
+    default; or the output directory of `specauf rollout`, whose split, order and seed are already settled."""
     max_length: int = 384
     """Keep at most this many tokens of a conversation, from its beginning."""
     max_conversations: int | None = None

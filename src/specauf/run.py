@@ -18,6 +18,7 @@ from specauf.bench.tasks import describe_task, load_task, render_prompts, task_t
 from specauf.config import RunConfig, digest, dump
 from specauf.data.dataset import Prepared, Prompts, TokenDataset, prepare, read_prompts
 from specauf.data.features import FeatureCache, build_features
+from specauf.data.records import corpus_files
 from specauf.data.rollouts import RolloutConfig, open_rollouts, rollout_meta
 from specauf.decode.generate import undecodable
 from specauf.decode.propose import DrafterProposer
@@ -53,12 +54,12 @@ def corpus_path(config: RunConfig) -> Path:
     path = at_home(config.data.path)
     if rollout_meta(config.data.path):
         raise UserError(f"data.path: {path} holds rollouts already: give the corpus whose prompts are to be answered")
-    if path.is_dir():
-        raise UserError(f"data.path: {path} is a directory, and holds no rollouts: name a file in it")
-    if not path.is_file():
-        if path.exists():
-            raise UserError(f"data.path: {path} is not a regular file")
-        raise UserError(f"data.path: no such file: {path}. Give JSON, JSONL, parquet, rollouts, or 'sharegpt'")
+    try:
+        corpus_files(path)
+    except UserError as error:
+        raise UserError(
+            f"data.path: {error}. Give JSON, JSONL, parquet, a directory of them, rollouts, or 'sharegpt'"
+        ) from None
     return path
 
 

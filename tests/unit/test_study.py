@@ -462,7 +462,7 @@ def test_a_method_starts_from_another_and_has_its_time(world: Path, tiny: Target
     assert [c.name for c in study.cells()] == ["auf-s0", "on-s0", "decay-s0", "time-s0", "later-s0"]
     console = Quiet()
     run_study(study, ["train"], [], tiny, console)
-    assert "later-s0 waits: its data.path rollouts is not there" in console.said
+    assert "later-s0 waits: data.path: no such data file: rollouts" in console.said
     assert console.said[-1] == "4 of 5 cells are trained; left: later-s0"
     later = collect(study, tiny, Corpus(study, tiny, console).prepared(study.base))["methods"][-2]
     assert later["name"] == "later" and later["objective"]["name"] == "streak"

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 from specauf import assets
 from specauf.data.chat import TemplateRefused, prompt_ids
 from specauf.data.dataset import HELDOUT
-from specauf.data.sources import Ledger, read_records
+from specauf.data.records import read_records
+from specauf.data.sources import Ledger
 from specauf.decode.replay import Dialogue
 from specauf.files import at_home
 from specauf.strict import ConfigError, UserError, nearest

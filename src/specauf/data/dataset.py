@@ -17,6 +17,7 @@ from torch import Tensor
 
 from specauf.config import DataConfig, digest
 from specauf.data.chat import UnstableTemplate, prompt_ids, render, template_hash, tokenizer_hash
+from specauf.data.records import corpus_files
 from specauf.data.sources import Conversation, Ledger, Message, content_hash, counter, read_conversations, split
 from specauf.files import atomic_file, atomic_write_text, save_tensors
 from specauf.strict import UserError
@@ -318,9 +319,13 @@ def _heldout_prompts(
 
 
 def _fingerprint(source: Path) -> dict[str, Any]:
-    """A hash of the file. Of one that takes long to read: its size, time of change, and a hash of its first and last MiB."""
-    if not source.is_file():
-        raise UserError(f"no such data file: {source}")
+    """A hash of the file, or of each in a directory.
+
+    Of one that takes long to read: its size, time of change, and a hash of its first and last MiB.
+    """
+    files = corpus_files(source)
+    if source.is_dir():
+        return {file.name: _fingerprint(file) for file in files}
     found = source.stat()
     size = found.st_size
     with source.open("rb") as file:

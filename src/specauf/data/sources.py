@@ -1,23 +1,20 @@
-"""Chat corpora as they come: read, repaired, de-duplicated and split, with a ledger of every record that went in.
+"""Chat corpora as they come: repaired, de-duplicated and split, with a ledger of every record that went in.
 
-Nothing is lost silently: a record is kept or dropped for a counted reason, and bytes that hold no whole record are
-named in a warning.
+Nothing is lost silently: a record is kept or dropped for a counted reason.
 """
 
 from __future__ import annotations
 
-import codecs
 import hashlib
-import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any, NamedTuple
 
-from specauf.strict import UserError
+from specauf.data.records import read_records
 
 ROLES = {
     **dict.fromkeys(("human", "user", "prompter"), "user"),
@@ -26,8 +23,6 @@ ROLES = {
 }
 TOOLS = ("tool", "function", "function_call", "observation", "ipython")
 """Roles of a tool's answer, or of its call."""
-CHUNK = 1 << 23
-_SEPARATOR = re.compile(r"[\s,]*")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _PART = re.compile(r"(.+)_\d+")
 """An id that may name a part: of a chat, as ShareGPT's QWJhYvA_12 does, or of a file, as train_12."""
@@ -102,106 +97,6 @@ class Ledger:
 def squeeze(text: str) -> str:
     """`text` with every run of white space as one blank."""
     return " ".join(text.split())
-
-
-def read_records(path: Path, ledger: Ledger) -> Iterator[Any]:
-    """The raw records of a JSON array, a JSONL or a parquet file, each counted in `ledger.records_in`.
-
-    An array cut mid-record is read up to its last whole record, with a warning that says how many bytes were lost;
-    a line that is not JSON is dropped and counted. Raises `UserError` when there is no such file, or when it is
-    parquet and pyarrow is not installed.
-    """
-    if path.is_dir():
-        raise UserError(f"{path} is a directory, and holds no rollouts: name a file in it")
-    if not path.is_file():
-        raise UserError(f"no such data file: {path}")
-    with path.open("rb") as file:
-        head = file.read(1 << 12).removeprefix(codecs.BOM_UTF8).lstrip()
-    if head.startswith((b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PK\x03\x04")):
-        raise UserError(f"{path} is compressed: unpack it first (gunzip, unzstd, unzip)")
-    if head.startswith(b"PAR1"):
-        records = _read_parquet(path)
-    elif head.startswith(b"[") and path.suffix not in (".jsonl", ".ndjson"):
-        records = _read_array(path, ledger)
-    else:
-        records = _read_lines(path, ledger)
-    for record in records:
-        ledger.records_in += 1
-        yield record
-
-
-def _read_array(path: Path, ledger: Ledger) -> Iterator[Any]:
-    # surrogateescape keeps undecodable bytes countable; `normalise` repairs those that are inside a record.
-    decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
-    scan, total = json.JSONDecoder().raw_decode, path.stat().st_size
-    with path.open("rb") as file:
-        text, size, whole = decode(file.read(CHUNK)), CHUNK, 0
-        at, closed = text.index("[") + 1, False
-        while not closed:
-            at = _SEPARATOR.match(text, at).end()  # type: ignore[union-attr]
-            if text.startswith("]", at):
-                at, closed = at + 1, True
-                continue
-            try:
-                record, at = scan(text, at)
-            except json.JSONDecodeError:
-                chunk = file.read(size)
-                text, at = text[at:] + decode(chunk, final=not chunk), 0
-                size *= 2  # so that a record longer than a chunk is scanned a logarithmic number of times
-                if not chunk:
-                    break
-            except (RecursionError, ValueError):
-                break  # nested too deeply, or a number of thousands of digits: no way past it
-            else:
-                yield record
-                whole, size = whole + 1, CHUNK
-        rest = text[at:].encode("utf-8", "surrogateescape") + file.read()
-    if not closed:
-        ledger.warnings.append(
-            f"{path.name}: the JSON array is cut or broken in record {whole + 1:,}, at byte {total - len(rest):,}; "
-            f"{whole:,} whole records were read, the last {len(rest):,} bytes of {total:,} are lost"
-        )
-    elif rest.strip():
-        ledger.warnings.append(f"{path.name}: {len(rest):,} bytes after the end of the JSON array are ignored")
-
-
-def _read_lines(path: Path, ledger: Ledger) -> Iterator[Any]:
-    bad, first, last, lost = 0, 0, 0, 0
-    number, records, cut = 0, 0, False
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                bad, first, last, lost = bad + 1, first or number, number, len(line)
-                cut = not line.endswith(b"\n")
-                ledger.records_in += 1
-                ledger.drop("not JSON")
-                continue
-            records += isinstance(record, dict)
-            yield record
-    if bad and not records:
-        ledger.warnings.append(f"{path.name}: no line is a record. A single JSON object? Give an array or JSONL")
-        return
-    if cut:
-        ledger.warnings.append(f"{path.name}: the last line ({last:,}) is cut; its {lost:,} bytes are lost")
-        bad -= 1
-    if bad:
-        ledger.warnings.append(f"{path.name}: {bad:,} lines are not JSON, the first is line {first:,}")
-
-
-def _read_parquet(path: Path) -> Iterator[Any]:
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise UserError(f"{path}: reading parquet needs pyarrow: pip install 'pyarrow>=18'") from None
-    try:
-        for batch in parquet.ParquetFile(path).iter_batches(1024):
-            yield from batch.to_pylist()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not a readable parquet file: {error}") from None
 
 
 class _Unusable(Exception):
@@ -330,7 +225,7 @@ def normalise(record: Any, ledger: Ledger) -> Conversation | None:
 
 
 def read_conversations(path: Path, ledger: Ledger, excluded_prompts: Iterable[str] = ()) -> list[Conversation]:
-    """Every usable conversation of `path`, once, in file order; `ledger` balances afterwards.
+    """Every usable conversation of `path`, once, in the order of `read_records`; `ledger` balances afterwards.
 
     An id that too many share to be parts of one chat names their source, and each gets a hash of its content instead.
     A conversation with a user turn equal to one of `excluded_prompts` (white space and case aside) is dropped as

@@ -13,6 +13,7 @@ from specauf.config import RunConfig, digest
 from specauf.console import Console
 from specauf.data.dataset import Prepared
 from specauf.data.features import FeatureCache
+from specauf.data.records import corpus_files
 from specauf.data.rollouts import rollout_meta
 from specauf.drafter.checkpoint import load_drafter, weights_hash
 from specauf.files import at_home, atomic_write_text, read_json
@@ -159,12 +160,13 @@ def train_cells(study: Study, target: Target, corpus: Corpus, cells: Sequence[Ce
 def _awaits(study: Study, cell: Cell) -> str | None:
     """Why a method's own data cannot be read yet, None if it can: it is made by hand and perhaps later."""
     path = cell.config.data.path
-    if path in (study.base.data.path, "sharegpt") or finished(cell.out) or at_home(path).is_file():
+    if path in (study.base.data.path, "sharegpt") or finished(cell.out):
         return None
     try:
-        return None if rollout_meta(path) else f"its data.path {path} is not there"
+        rollout_meta(path) or corpus_files(at_home(path))
     except UserError as error:
-        return str(error)
+        return f"data.path: {error}"
+    return None
 
 
 def _train(study: Study, target: Target, corpus: Corpus, cell: Cell, console: Console) -> None:

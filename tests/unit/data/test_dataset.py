@@ -174,6 +174,18 @@ def test_an_edit_in_the_middle_of_a_long_corpus_is_noticed(tmp_path: Path, monke
     assert found[0] != found[1]
 
 
+def test_a_directory_is_known_by_each_of_its_files(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text("{}\n")
+    found = [dataset._fingerprint(tmp_path)]
+    (tmp_path / "README.md").write_text("not data")
+    assert dataset._fingerprint(tmp_path) == found[0]
+    for name, text in (("b.jsonl", "{} \n"), ("c.jsonl", "")):
+        (tmp_path / name).write_text(text)
+        found.append(dataset._fingerprint(tmp_path))
+    assert len({str(one) for one in found}) == 3
+
+
 def test_another_template_rebuilds(run: Prepare, make_tokenizer: Callable[..., Any]) -> None:
     run()
     tokenizer = make_tokenizer()

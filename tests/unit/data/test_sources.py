@@ -12,8 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from specauf.data import records as files
 from specauf.data import sources
-from specauf.data.sources import Conversation, Ledger, Message, normalise, read_conversations, read_records, split
+from specauf.data.records import read_records
+from specauf.data.sources import Conversation, Ledger, Message, normalise, read_conversations, split
 from specauf.strict import UserError
 
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -50,7 +52,7 @@ def test_an_array_cut_anywhere_gives_its_whole_records_and_the_exact_bytes_lost(
         ends.append(start + len(text) if indent is None else data.index(b"\n  }", start) + 4)
     path = tmp_path / "cut.json"
     for cut in range(2, len(data)):
-        monkeypatch.setattr(sources, "CHUNK", 7 + cut % 40)  # records and characters lie across chunks
+        monkeypatch.setattr(files, "CHUNK", 7 + cut % 40)  # records and characters lie across chunks
         path.write_bytes(data[:cut])
         ledger = Ledger()
         whole = sum(end <= cut for end in ends)
@@ -67,7 +69,7 @@ def test_a_whole_array_gives_no_warning_whatever_the_chunk_size(
     records = [pair(f"question {i} é") for i in range(20)]
     path = write_corpus(records)
     for size in (1, 13, 1 << 20):
-        monkeypatch.setattr(sources, "CHUNK", size)
+        monkeypatch.setattr(files, "CHUNK", size)
         ledger = Ledger()
         assert list(read_records(path, ledger)) == records
         assert not ledger.warnings
@@ -75,7 +77,7 @@ def test_a_whole_array_gives_no_warning_whatever_the_chunk_size(
 
 @pytest.mark.parametrize("chunk", [12, 1 << 20])
 def test_bytes_after_the_array_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(sources, "CHUNK", chunk)
+    monkeypatch.setattr(files, "CHUNK", chunk)
     (tmp_path / "x.json").write_bytes(b'[{"a": 1}]\n[2]')
     ledger = Ledger()
     assert list(read_records(tmp_path / "x.json", ledger)) == [{"a": 1}]
@@ -292,6 +294,18 @@ def test_what_is_no_corpus_is_refused_by_what_it_is(tmp_path: Path) -> None:
         array.write_text(f'[{{"id": "a"}}, {bad}, {{"id": "b"}}]')
         assert list(read_records(array, ledger)) == [{"id": "a"}]
         assert "is cut or broken in record 2" in ledger.warnings[0]
+
+
+def test_a_directory_is_read_file_by_file_in_the_order_of_their_names(tmp_path: Path) -> None:
+    records = [share(("human", f"q{i}"), ("gpt", f"a{i}"), id=f"chat{i}") for i in range(4)]
+    (tmp_path / "b.json").write_text(json.dumps(records[2:]))
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in [*records[:2], records[3]]))
+    for other in ("README.md", ".a.json", "c.txt"):
+        (tmp_path / other).write_text("[]")
+    (tmp_path / "sub.json").mkdir()
+    ledger = Ledger()
+    assert [c.id for c in read_conversations(tmp_path, ledger)] == ["chat0", "chat1", "chat3", "chat2"]
+    assert ledger.records_in == 5 and ledger.dropped == {"exact duplicate": 1}
 
 
 def test_a_missing_id_becomes_a_hash_of_the_content() -> None:
