@@ -174,21 +174,25 @@ class Eval:
     Where the last N tokens occurred before, prompt lookup proposes instead of the drafter."""
     lookup_block: int = 0
     """Block size of prompt lookup; 0 is the drafters'."""
+    server: str = ""
+    """Address of an idle vLLM server that was started with this drafter, e.g. http://127.0.0.1:8000.
+    It is asked every prompt; its text must be the target's, and its rounds replay's."""
 
     def run(self, terminal: Terminal) -> int:
         from specauf.bench.compare import evaluate, open_checkpoints
+        from specauf.bench.server import Server
         from specauf.decode.select import Selection
         from specauf.show import exposed, mismatches
 
         selection = Selection.of(self.candidates, self.candidate_temperature)
-        drafters = open_checkpoints(self.checkpoints)
+        server, drafters = Server(self.server) if self.server else None, open_checkpoints(self.checkpoints)
         target = _target(self.target.of(next(iter(drafters.values())).config.extra))
         for name, trained in ((name, drafter.config.extra) for name, drafter in drafters.items()):
             for warning in mismatches(target, trained) + exposed(trained, self.eval, self.data_dir):
                 terminal.say(f"warning: {name}: {warning}")
         results, passed = evaluate(
             *(target, drafters, self.eval, self.out, self.data_dir, self.live, terminal, selection),
-            *(self.candidate_pool, self.lookup_first, self.lookup_block),
+            *(self.candidate_pool, self.lookup_first, self.lookup_block, server),
         )
         print_results(terminal, results)
         terminal.say(f"\nwritten to {self.out / 'results.json'}")

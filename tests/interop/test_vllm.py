@@ -7,7 +7,18 @@ a layer. The text is the target's either way; without the mend a drafter of seve
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +38,13 @@ from vllm import _custom_ops as ops
 from vllm.model_executor.models.qwen3_dflash import DFlashQwen3Model
 
 from specauf import assets
+from specauf.cli import main
 from specauf.config import TargetConfig
 from specauf.data.chat import prompt_ids
 from specauf.decode.generate import Generation, generate
 from specauf.decode.propose import DrafterProposer
 from specauf.drafter.checkpoint import load_drafter, save_drafter
+from specauf.drafter.dflash import DFlash
 from specauf.export import export
 from specauf.target import Target
 
@@ -123,3 +136,70 @@ def test_so_they_are_from_the_layout_of_speculators_which_names_the_target(
     where = {"layout": "speculators", "dtype": "float32", "base_model": str(assets.smollm2())}
     export(DRAFTER, tmp_path / "drafter", **where)  # type: ignore[arg-type]
     check(*served(tmp_path / "drafter", prompts), ours)
+
+
+@contextmanager
+def serving(drafter: Path) -> Iterator[str]:
+    """The address of vLLM's own server, which `mended` does not reach, with `drafter`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    plan = {
+        "method": "dflash",
+        "model": str(drafter),
+        "num_speculative_tokens": load_drafter(drafter).config.num_predictions,
+    }
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(assets.smollm2())]
+    command += [
+        "--port",
+        str(port),
+        "--host",
+        "127.0.0.1",
+        "--dtype",
+        "float32",
+        "--max-model-len",
+        "512",
+        "--enforce-eager",
+    ]
+    command += ["--max-num-seqs", "4", "--max-num-batched-tokens", "512", "--speculative-config", json.dumps(plan)]
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):
+            with suppress(OSError):
+                urllib.request.urlopen(f"{url}/health").close()
+                break
+            assert process.poll() is None, "the server ended"
+            time.sleep(1)
+        yield url
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+
+
+def checked(drafter: Path, out: Path) -> tuple[int, dict[str, Any]]:
+    """`specauf eval DRAFTER --server URL` on the three questions: its exit code, and its check."""
+    tasks = [json.dumps({"id": str(i), "turns": [question]}) + "\n" for i, question in enumerate(QUESTIONS)]
+    (out / "questions.jsonl").write_text("".join(tasks))
+    command = ["eval", str(drafter), "--eval.tasks", "questions", "--eval.tasks-dir", str(out), "--out", str(out)]
+    with serving(drafter) as url:
+        code = main([*command, "--eval.max-new-tokens", str(LIMIT), "--server", url])
+    (check,) = json.loads((out / "results.json").read_text())["checks"]
+    return code, check
+
+
+def test_a_served_drafter_is_checked_against_replay(tmp_path: Path) -> None:
+    """With one layer, which the kernel's fault does not touch, the server makes replay's rounds and the target's text."""
+    whole = load_drafter(DRAFTER).to(torch.float32)
+    small = DFlash(dataclasses.replace(whole.config, num_hidden_layers=1))
+    small.load_state_dict({name: whole.state_dict()[name] for name in small.state_dict()})
+    code, check = checked(save_drafter(small, tmp_path / "drafter"), tmp_path)
+    rounds, replayed = re.search(r"^(\d+) rounds over 3 equal texts, replay (\d+);", check["value"]).groups()
+    assert code == 0 and check["passed"] and rounds == replayed
+
+
+def test_the_kernels_fault_is_seen_from_outside(tmp_path: Path) -> None:
+    """Text as it should be, and more rounds than replay: what the check is for. It ends with the fault."""
+    code, check = checked(save_drafter(load_drafter(DRAFTER).to(torch.float32), tmp_path / "drafter"), tmp_path)
+    rounds, replayed = re.search(r"^(\d+) rounds over 3 equal texts, replay (\d+);", check["value"]).groups()
+    assert code == 1 and not check["passed"] and int(rounds) > 1.02 * int(replayed)

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from specauf import provenance
 from specauf.bench.runner import LiveCheck, Recorded, check_live, comparison, measure, recorded
 from specauf.bench.selection import selected
+from specauf.bench.server import Server, check_server
 from specauf.bench.tasks import describe_task, load_task, render_prompts
 from specauf.config import LOOKUP, EvalConfig, SamplingConfig
 from specauf.decode.generate import Generation
@@ -76,13 +77,17 @@ def evaluate(
     candidate_pool: int = 0,
     lookup_first: int = 0,
     lookup_block: int = 0,
+    server: Server | None = None,
 ) -> tuple[dict[str, Any], bool]:
     """(results, whether every live check passed). Writes `out/results.json`; the first drafter is the baseline.
 
     Three options add rows. With `selection`, every drafter is also decoded live with self-selection. With `candidate_pool`,
     every Domino drafter is also measured with only that many candidates corrected. With `lookup_first`, every drafter is also
-    measured behind prompt lookup, in blocks of `lookup_block`, by default the drafters' block size.
+    measured behind prompt lookup, in blocks of `lookup_block`, by default the drafters' block size. A `server` that was started
+    with the only drafter is asked every prompt, and must agree with replay.
     """
+    if server and (config.sampling.temperature or len(drafters) > 1):
+        raise ConfigError("--server compares text and rounds of one drafter, at temperature 0")
     if live and config.sampling.temperature:
         raise ConfigError("--live compares token for token, so it needs temperature 0")
     require(live >= 0, f"--live must be at least 0, got {live}")
@@ -162,6 +167,14 @@ def evaluate(
     for name, proposer in proposers.items():
         for recording in tasks.values() if live else ():
             passed &= _live(target, name, proposer, recording, live, config, results, plain, console)
+    if server:
+        for task, recording in tasks.items():
+            with console.progress(f"asking the server on {recording.label}", len(recording.trajectories)) as advance:
+                given = (server, target, recording, rounds[task][names[0]], config.sampling)
+                served = check_server(*given, lambda advance=advance: advance(1, ""))  # type: ignore[misc]
+            passed &= served.passed
+            what = f"{names[0]}, {recording.label}, served by vLLM: its text is the target's, its rounds are replay's"
+            results["checks"].append({"name": what, "value": str(served), "passed": served.passed})
     atomic_write_text(out / "results.json", json_text(results))
     return results, passed
 
