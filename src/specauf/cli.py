@@ -12,7 +12,7 @@ import sys
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 import tyro
 
@@ -74,14 +74,18 @@ class Rollout:
     plan: Annotated[RolloutConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=RolloutConfig)
     drafter: Path | None = None
     """A drafter directory to speed up decoding with. The answers still follow the target's distribution."""
+    server: str = ""
+    """Address of a vLLM server of the target, e.g. http://127.0.0.1:8000, which then decodes in its place."""
     set: Overrides = ()
     """Override fields of the recipe."""
 
     def run(self, terminal: Terminal) -> int:
+        from specauf.decode.server import Server
         from specauf.run import corpus_path, make_rollouts, rollout_prompts
 
         config = configuration.load(self.recipe, self.set)
         corpus_path(config)  # rollouts of rollouts are refused before anything is loaded
+        server = Server(self.server) if self.server else None
         target = _target(config.target)
         source = rollout_prompts(config, target)
         by_tokens = self.plan.max_tokens is not None
@@ -91,7 +95,7 @@ class Rollout:
             def told(samples: int, tokens: int, seconds: float) -> None:
                 advance(tokens if by_tokens else samples, f"{tokens / seconds:.0f} tokens/s" if seconds else "reused")
 
-            made = make_rollouts(config, target, source, self.plan, self.out, self.drafter, told)
+            made = make_rollouts(config, target, source, self.plan, self.out, self.drafter, told, server)
         terminal.say("\n".join(Ledger.from_dict(made.meta["ledger"]).lines()))
         terminal.say(f"{len(made):,} sequences, {made.meta['rollout']['tokens']:,} generated tokens")
         terminal.say(f"{self.out}: train on it with --set data.path={self.out}")
@@ -180,8 +184,8 @@ class Eval:
 
     def run(self, terminal: Terminal) -> int:
         from specauf.bench.compare import evaluate, open_checkpoints
-        from specauf.bench.server import Server
         from specauf.decode.select import Selection
+        from specauf.decode.server import Server
         from specauf.show import exposed, mismatches
 
         selection = Selection.of(self.candidates, self.candidate_temperature)
@@ -376,11 +380,8 @@ def _target(config: TargetConfig) -> Target:
 
 def _verbs() -> Any:
     """The union of the verbs, each a subcommand with its own --help; no option hides in a nested subcommand."""
-    union: Any = None
-    for verb in (Prepare, Rollout, Train, Eval, Generate, Export, Report, Demo, Study, Doctor):
-        named = Annotated[verb, tyro.conf.subcommand(verb.__name__.lower())]  # type: ignore[valid-type]
-        union = named if union is None else union | named
-    return union
+    verbs = (Prepare, Rollout, Train, Eval, Generate, Export, Report, Demo, Study, Doctor)
+    return Union[tuple(Annotated[v, tyro.conf.subcommand(v.__name__.lower())] for v in verbs)]  # noqa: UP007
 
 
 def main(typed: list[str] | None = None) -> int:

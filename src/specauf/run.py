@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from specauf import assets, provenance
 from specauf.bench.runner import measure, recorded
+from specauf.bench.server import require_target
 from specauf.bench.tasks import describe_task, load_task, render_prompts, task_texts
 from specauf.config import RunConfig, digest, dump
+from specauf.data.chat import prompt_ids
 from specauf.data.dataset import Prepared, Prompts, TokenDataset, prepare, read_prompts
 from specauf.data.features import FeatureCache, build_features
 from specauf.data.records import corpus_files
@@ -24,6 +26,7 @@ from specauf.decode.generate import undecodable
 from specauf.decode.propose import DrafterProposer
 from specauf.decode.roller import Roller
 from specauf.decode.rollout import Advance, rollout
+from specauf.decode.server import Server
 from specauf.drafter.checkpoint import build_drafter, load_drafter, weights_hash
 from specauf.drafter.config import DFlashConfig, DominoHead
 from specauf.drafter.dflash import DFlash
@@ -142,10 +145,19 @@ def make_rollouts(
     out: Path,
     drafter: Path | None = None,
     on_progress: Advance | None = None,
+    server: Server | None = None,
 ) -> TokenDataset:
-    """The target's own answers to the training prompts of `source`. A `drafter` speeds up decoding, which stays exact."""
+    """The target's own answers to the training prompts of `source`.
+
+    A `drafter` speeds up decoding, which stays exact. A `server` decodes in the target's place, if it serves the target.
+    """
+    if server and drafter:
+        raise ConfigError("--drafter is for decoding here: start the server with it")
     proposer = DrafterProposer(load_drafter(drafter).to(target.embed_weight), target) if drafter else None
-    roller = Roller(target, config.data, plan, target.mask_token_id(config.drafter.mask_token_id), proposer)
+    roller = Roller(target, config.data, plan, target.mask_token_id(config.drafter.mask_token_id), proposer, server)
+    if server:
+        text = [{"role": "user", "content": "Count from one to ten in words, then name a colour."}]
+        require_target(server, target, prompt_ids(target.require_tokenizer(), text, config.data.enable_thinking))
     drafted_by = weights_hash(drafter) if drafter else None
     return rollout(roller, source, out, drafter=drafted_by, on_progress=on_progress)
 

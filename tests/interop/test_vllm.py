@@ -24,6 +24,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load
 
 os.environ |= {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -177,29 +178,47 @@ def serving(drafter: Path) -> Iterator[str]:
         process.wait()
 
 
-def checked(drafter: Path, out: Path) -> tuple[int, dict[str, Any]]:
+def checked(url: str, drafter: Path, out: Path) -> tuple[int, dict[str, Any]]:
     """`specauf eval DRAFTER --server URL` on the three questions: its exit code, and its check."""
     tasks = [json.dumps({"id": str(i), "turns": [question]}) + "\n" for i, question in enumerate(QUESTIONS)]
     (out / "questions.jsonl").write_text("".join(tasks))
     command = ["eval", str(drafter), "--eval.tasks", "questions", "--eval.tasks-dir", str(out), "--out", str(out)]
-    with serving(drafter) as url:
-        code = main([*command, "--eval.max-new-tokens", str(LIMIT), "--server", url])
+    code = main([*command, "--eval.max-new-tokens", str(LIMIT), "--server", url])
     (check,) = json.loads((out / "results.json").read_text())["checks"]
     return code, check
 
 
-def test_a_served_drafter_is_checked_against_replay(tmp_path: Path) -> None:
+def rolled(out: Path, *options: str) -> bytes:
+    """`specauf rollout` of conversations with two turns: the tokens it stores."""
+    asked = [[text, text.upper()] for text in (*QUESTIONS, "Say hello.")]
+    chats = [
+        [m for q in turns for m in ({"from": "human", "value": q}, {"from": "gpt", "value": "x"})] for turns in asked
+    ]
+    out.with_suffix(".json").write_text(json.dumps([{"id": f"c{i}", "conversations": c} for i, c in enumerate(chats)]))
+    out.with_suffix(".yaml").write_text(f"data: {{path: {out.with_suffix('.json')}, heldout: 0}}")
+    assert main(["rollout", str(out.with_suffix(".yaml")), "--out", str(out), "--max-new-tokens", "64", *options]) == 0
+    return (out / "tokens.safetensors").read_bytes()
+
+
+def test_a_served_drafter_is_checked_against_replay_and_its_server_answers_as_the_target(tmp_path: Path) -> None:
     """With one layer, which the kernel's fault does not touch, the server makes replay's rounds and the target's text."""
     whole = load_drafter(DRAFTER).to(torch.float32)
     small = DFlash(dataclasses.replace(whole.config, num_hidden_layers=1))
     small.load_state_dict({name: whole.state_dict()[name] for name in small.state_dict()})
-    code, check = checked(save_drafter(small, tmp_path / "drafter"), tmp_path)
+    drafter = save_drafter(small, tmp_path / "drafter")
+    with serving(drafter) as url:
+        code, check = checked(url, drafter, tmp_path)
+        answers = rolled(tmp_path / "theirs", "--server", url)
     rounds, replayed = re.search(r"^(\d+) rounds over 3 equal texts, replay (\d+);", check["value"]).groups()
     assert code == 0 and check["passed"] and rounds == replayed
+    ours = rolled(tmp_path / "ours")
+    assert load(answers)["mask"].sum() > 100 and all(v.equal(load(ours)[k]) for k, v in load(answers).items())
 
 
 def test_the_kernels_fault_is_seen_from_outside(tmp_path: Path) -> None:
     """Text as it should be, and more rounds than replay: what the check is for. It ends with the fault."""
-    code, check = checked(save_drafter(load_drafter(DRAFTER).to(torch.float32), tmp_path / "drafter"), tmp_path)
+    drafter = save_drafter(load_drafter(DRAFTER).to(torch.float32), tmp_path / "drafter")
+    with serving(drafter) as url:
+        code, check = checked(url, drafter, tmp_path)
     rounds, replayed = re.search(r"^(\d+) rounds over 3 equal texts, replay (\d+);", check["value"]).groups()
     assert code == 1 and not check["passed"] and int(rounds) > 1.02 * int(replayed)

@@ -15,13 +15,14 @@ from typing import Any, Protocol
 from specauf import provenance
 from specauf.bench.runner import LiveCheck, Recorded, check_live, comparison, measure, recorded
 from specauf.bench.selection import selected
-from specauf.bench.server import Server, check_server
+from specauf.bench.server import check_server
 from specauf.bench.tasks import describe_task, load_task, render_prompts
 from specauf.config import LOOKUP, EvalConfig, SamplingConfig
 from specauf.decode.generate import Generation
 from specauf.decode.propose import DrafterProposer, LookupFirst, PromptLookup
 from specauf.decode.replay import Replayable
 from specauf.decode.select import Selection
+from specauf.decode.server import Server
 from specauf.drafter.checkpoint import fingerprint, load_drafter
 from specauf.drafter.dflash import DFlash
 from specauf.drafter.domino import Domino
@@ -88,6 +89,8 @@ def evaluate(
     """
     if server and (config.sampling.temperature or len(drafters) > 1):
         raise ConfigError("--server compares text and rounds of one drafter, at temperature 0")
+    if server:
+        server.counters()  # refused now, if it has none
     if live and config.sampling.temperature:
         raise ConfigError("--live compares token for token, so it needs temperature 0")
     require(live >= 0, f"--live must be at least 0, got {live}")

@@ -8,8 +8,9 @@ an earlier answer). Then the next answer begins a row of its own, from the promp
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import repeat, takewhile
 from typing import Any
 
 from specauf.config import DataConfig
@@ -18,11 +19,14 @@ from specauf.data.rollouts import RolloutConfig
 from specauf.data.sources import Conversation, Message
 from specauf.decode.generate import generate
 from specauf.decode.propose import Proposer
+from specauf.decode.server import Server
 from specauf.objective.blocks import counter_hash
 from specauf.target import Target
 
 SAMPLE = 21
 """Stream of the counter hash that turns (conversation, sample) into the uid of a rollout, and a row into that of the next."""
+SERVED = 23
+"""Stream of the seeds that a server is given."""
 WHOLE = "all turns answered"
 ANEW = "rows that another goes on from, since the template rewrites history"
 
@@ -74,6 +78,8 @@ class Roller:
     mask_token_id: int
     """No sample may hold it: the drafter would read it as an open slot."""
     proposer: Proposer | None = None
+    server: Server | None = None
+    """Decodes in the target's place."""
 
     def begin(self, uid: int, conversation: Conversation) -> list[Sample] | str:
         """The samples of a conversation before its first answer, or why there are none.
@@ -92,16 +98,22 @@ class Roller:
     def roll(self, batch: Sequence[Sample]) -> None:
         """Answer every turn of every sample; the batch goes through the turns together."""
         while going := [row for sample in batch for row in sample.rows() if not row.stop]:
-            made = generate(
-                self.target,
-                self.proposer,
-                [row.ids + row.pending for row in going],
-                sampling=self.plan.sampling,
-                max_new_tokens=[min(self.plan.max_new_tokens, self._room(len(r.ids) + len(r.pending))) for r in going],
-                uids=[row.uid for row in going],
-            )
-            for row, generation in zip(going, made, strict=True):
-                self._take(row, generation.tokens)
+            prompts = [row.ids + row.pending for row in going]
+            limits = [min(self.plan.max_new_tokens, self._room(len(prompt))) for prompt in prompts]
+            for row, tokens in zip(going, self._answer(prompts, limits, [row.uid for row in going]), strict=True):
+                self._take(row, tokens)
+
+    def _answer(self, prompts: list[list[int]], limits: list[int], uids: list[int]) -> list[list[int]]:
+        sampling = self.plan.sampling
+        if self.server is None:
+            given = (self.target, self.proposer, prompts)
+            return [g.tokens for g in generate(*given, sampling=sampling, max_new_tokens=limits, uids=uids)]
+        seeds = [
+            int(counter_hash(sampling.seed, SERVED, uid, len(p))) >> 32 for uid, p in zip(uids, prompts, strict=True)
+        ]
+        with ThreadPoolExecutor(len(prompts)) as pool:  # the server makes batches of what comes at once
+            ends = repeat(self.target.eos_ids())
+            return list(pool.map(self.server.complete, prompts, limits, repeat(sampling), ends, seeds))
 
     def _take(self, row: Sample, tokens: list[int]) -> None:
         if self.mask_token_id in tokens:

@@ -70,6 +70,7 @@ def rollout(
         "source": source.meta["key"],
         "mask_token_id": roller.mask_token_id,
         "drafter": drafter,
+        "server": roller.server and f"vLLM, {roller.server.model}",
         **to_dict(plan),
     }
     there = {p.name for p in out.glob("[!.]*")} - {"lock"}

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from tests.conftest import CHATML, make_talker
+from tests.fake_server import Fake
 
 from specauf import provenance
 from specauf.config import DataConfig, SamplingConfig
@@ -25,6 +26,7 @@ from specauf.decode.generate import generate
 from specauf.decode.propose import PromptLookup
 from specauf.decode.roller import ANEW, Roller, Sample
 from specauf.decode.rollout import PARTS, SHORT, TEXT, rollout
+from specauf.decode.server import Server
 from specauf.strict import UserError
 from specauf.target import Target
 
@@ -166,6 +168,25 @@ def test_another_seed_samples_other_text(world: World, sampled: TokenDataset) ->
 
 def test_a_proposer_changes_no_greedy_token(world: World, greedy: TokenDataset) -> None:
     assert rows(world.roll(GREEDY, proposer=PromptLookup(4))) == rows(greedy)
+
+
+@pytest.mark.parametrize(("plan", "whole"), [(GREEDY, "greedy"), (SAMPLED, "sampled")], ids=["greedy", "sampled"])
+def test_a_server_of_the_target_answers_in_its_place(
+    world: World, request: pytest.FixtureRequest, plan: RolloutConfig, whole: str
+) -> None:
+    """Greedily the same tokens; drawn ones are the server's, each answer's draws by a seed of its own."""
+    fake = Fake(world.target)
+    request.addfinalizer(fake.http.shutdown)
+    data = world.roll(plan, server=Server(fake.url))
+    asked = len({(tuple(r["prompt"]), r["seed"]) for r in fake.requests})
+    assert asked == len(fake.requests) >= len(data) and all(0 <= r["seed"] < 1 << 31 for r in fake.requests)
+    assert rows(world.roll(plan, "again", server=Server(fake.url))) == rows(data)
+    assert data.meta["rollout"]["server"] == "vLLM, m"
+    if whole == "greedy":
+        assert rows(data) == rows(TokenDataset.load(world.root / whole))
+    with pytest.raises(UserError, match="begun with server None, now 'vLLM, m'"):
+        world.out = world.root
+        world.roll(plan, whole, server=Server(fake.url))
 
 
 def test_rollouts_name_the_commit_at_which_they_begin(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
