@@ -138,6 +138,7 @@ class Target:
                 *(config.path, most, rows),
             )
         target.require_own_logits()
+        target.require_causal()
         return target
 
     @torch.no_grad()
@@ -154,6 +155,16 @@ class Target:
                 f"{self.name}: {type(self.model).__name__} does more to its logits than an LM head, a bias and a soft cap "
                 "(a scale, perhaps); specauf would decode and train on another distribution"
             )
+
+    @torch.no_grad()
+    def require_causal(self) -> None:
+        """Raise `UserError` when a token sees later ones: its features would tell a drafter what it is to predict."""
+        ids = torch.linspace(0, self.embed_weight.shape[0] - 1, 16, device=self.device).long()[None]
+        other = torch.cat([ids[:, :8], ids[:, 8:].flip(1)], 1)
+        one, two = (self.logits(self.run(row).final[0, :8]) for row in (ids, other))
+        moved = (one - two).abs().amax(-1) > 0.01 * one.abs().max()
+        if moved.sum() > 4:  # one or two may be near ties of a router
+            raise UserError(f"{self.name}: in {type(self.model).__name__} a token sees later ones here: no causal LM")
 
     @property
     def device(self) -> torch.device:
@@ -239,6 +250,8 @@ class Target:
                 use_cache=cache is not None,
             )
         final: Tensor = out.last_hidden_state
+        if any(tap.shape != final.shape for tap in taps.values()):  # Gemma 3n's put out four, stacked before the batch
+            raise UserError(f"{self.name}: layers of {type(self.body).__name__} put out more than a state per token")
         features = torch.cat([taps[i] for i in layer_ids], -1) if layer_ids else final[..., :0]
         return Tapped(features, final)
 
@@ -351,10 +364,10 @@ class Target:
 def _reach(model: PreTrainedModel, embedding: nn.Module) -> int | None:
     """The number of positions that text may take, or None.
 
-    A table of learned positions ends somewhere. And some rotary scalings turn every position once the text is long: what
-    was cached before then belongs to another model than what follows.
+    A table of positions, learned or computed, ends somewhere. And some rotary scalings turn every position once the text is
+    long: what was cached before then belongs to another model than what follows.
     """
-    config = model.config
+    config, body = model.config, model.base_model
     most: int | None = getattr(config, "max_position_embeddings", None)
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     found = [
@@ -362,9 +375,8 @@ def _reach(model: PreTrainedModel, embedding: nn.Module) -> int | None:
         for kind in (rope, *rope.values())  # one for all layers, or one for each kind of layer
         if isinstance(kind, dict) and kind.get("rope_type", kind.get("type")) in ("longrope", "dynamic")
     ]
-    tables = (
-        m.num_embeddings for m in model.base_model.modules() if isinstance(m, nn.Embedding) and m is not embedding
-    )
+    tables = [m.num_embeddings for m in body.modules() if isinstance(m, nn.Embedding) and m is not embedding]
+    tables += [t.shape[0] for name, t in body.named_buffers() if "pos" in name.rpartition(".")[2]]  # GPT-J's
     found += [most for rows in tables if most is not None and most <= rows <= most + 8]  # OPT's has two rows more
     return min((int(limit) for limit in found if limit is not None), default=None)
 

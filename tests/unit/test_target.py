@@ -10,7 +10,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import distributed
-from transformers import OPTConfig, OPTForCausalLM, PretrainedConfig
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
+    Gemma3TextConfig,
+    GPTJConfig,
+    GPTJForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PretrainedConfig,
+)
 
 from specauf.config import TargetConfig
 from specauf.strict import ConfigError, UserError
@@ -61,6 +71,47 @@ def test_a_model_that_scales_its_logits_is_refused() -> None:
     target.model.forward = scaled
     with pytest.raises(UserError, match="a scale, perhaps"):
         target.require_own_logits()
+
+
+SHAPE = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "head_dim": 8}
+
+
+@pytest.mark.parametrize("both_ways", [False, True])
+def test_a_model_whose_tokens_see_later_ones_is_refused(tmp_path: Path, tokenizer: Any, both_ways: bool) -> None:
+    torch.manual_seed(0)
+    shape = SHAPE | {"vocab_size": len(tokenizer), "num_hidden_layers": 2, "num_key_value_heads": 2}
+    config = Gemma3TextConfig(**shape, use_bidirectional_attention=both_ways)  # as an embedding model's says
+    model = Gemma3ForCausalLM(config)
+    for parameter in model.parameters():  # so that attention matters
+        parameter.data.mul_(3)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    if not both_ways:
+        assert Target.load(TargetConfig(path=str(tmp_path))).num_layers == 2
+        return
+    with pytest.raises(UserError, match="in Gemma3ForCausalLM a token sees later ones"):
+        Target.load(TargetConfig(path=str(tmp_path)))
+
+
+def test_layers_that_put_out_several_states_cannot_be_tapped() -> None:
+    """A tap would have them where the batch is expected, and a row's features would be another row's."""
+    kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    config = Gemma3nTextConfig(
+        **SHAPE, num_hidden_layers=4, num_key_value_heads=2, num_kv_shared_layers=0, layer_types=kinds, laurel_rank=8,
+        vocab_size_per_layer_input=61, hidden_size_per_layer_input=8, activation_sparsity_pattern=None, pad_token_id=0,
+    )  # fmt: skip
+    target = Target(Gemma3nForCausalLM(config), None, "many")
+    assert target.run(torch.arange(6)[None]).final.shape == (1, 6, 32)
+    with pytest.raises(UserError, match="many: layers of Gemma3nTextModel put out more than a state per token"):
+        target.run(torch.arange(6)[None], (1,))
+
+
+def test_a_computed_table_of_positions_ends_too() -> None:
+    config = GPTJConfig(vocab_size=61, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=24, bos_token_id=60)
+    target = Target(GPTJForCausalLM(config), None, "computed")
+    target.run(torch.ones(1, 24, dtype=torch.long))
+    with pytest.raises(UserError, match="computed reaches 24 positions here, and this takes 25"):
+        target.run(torch.ones(1, 25, dtype=torch.long))
 
 
 def test_the_last_layer_is_refused(target: Target) -> None:
