@@ -74,10 +74,8 @@ class Target:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str) -> None:
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
-        if not isinstance(model.base_model, nn.Module) or model.base_model is model:
-            raise UserError(f"{name}: {type(model).__name__} keeps its body where specauf does not find it")
-        self.body: nn.Module = model.base_model
-        self.layers: nn.ModuleList = _decoder_layers(model)
+        self.body: nn.Module = _body(model, name)
+        self.layers: nn.ModuleList = _decoder_layers(model, self.body)
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         if head is None or embedding is None:
             raise UserError(f"{name}: this model has no LM head or no input embedding; specauf needs a causal LM")
@@ -93,7 +91,7 @@ class Target:
         if model.config.tie_word_embeddings and head.weight is not embedding.weight:
             raise UserError(f"{name}: the config ties embedding and head, but the loaded weights are not tied")
         self.softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
-        self.reach = _reach(model, embedding)
+        self.reach = _reach(model.config, self.body, embedding)
         """How many positions text may take; None where more are no error."""
         self._warned = False
 
@@ -205,7 +203,7 @@ class Target:
 
         def keep(layer_id: int) -> Any:
             def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-                taps[layer_id] = output[0] if isinstance(output, tuple) else output
+                taps[layer_id] = output[0] if isinstance(output, (tuple, list)) else output
 
             return hook
 
@@ -361,13 +359,20 @@ class Target:
         return max(free)
 
 
-def _reach(model: PreTrainedModel, embedding: nn.Module) -> int | None:
+def _body(model: PreTrainedModel, name: str) -> nn.Module:
+    """What lies below the LM head. Llama 4's is `model`, though its class names another prefix, that of the whole."""
+    for found in (model.base_model, getattr(model, "model", None)):
+        if isinstance(found, nn.Module) and found is not model:
+            return found
+    raise UserError(f"{name}: {type(model).__name__} keeps its body where specauf does not find it")
+
+
+def _reach(config: Any, body: nn.Module, embedding: nn.Module) -> int | None:
     """The number of positions that text may take, or None.
 
     A table of positions, learned or computed, ends somewhere. And some rotary scalings turn every position once the text is
     long: what was cached before then belongs to another model than what follows.
     """
-    config, body = model.config, model.base_model
     most: int | None = getattr(config, "max_position_embeddings", None)
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     found = [
@@ -381,14 +386,14 @@ def _reach(model: PreTrainedModel, embedding: nn.Module) -> int | None:
     return min((int(limit) for limit in found if limit is not None), default=None)
 
 
-def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+def _decoder_layers(model: PreTrainedModel, body: nn.Module) -> nn.ModuleList:
     """The body's ModuleList with `num_hidden_layers` entries: its decoder layers, in every causal LM of the library."""
     wanted = getattr(model.config, "num_hidden_layers", None)
     if wanted is None:
         raise UserError(
             f"{type(model).__name__} is no plain causal LM: its configuration has no num_hidden_layers of its own"
         )
-    for module in model.base_model.modules():
+    for module in body.modules():
         if isinstance(module, nn.ModuleList) and len(module) == wanted:
             return module
     raise UserError(f"no list of {wanted} decoder layers found in {type(model).__name__}")

@@ -17,6 +17,10 @@ from transformers import (
     Gemma3TextConfig,
     GPTJConfig,
     GPTJForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
     OPTConfig,
     OPTForCausalLM,
     PretrainedConfig,
@@ -104,6 +108,18 @@ def test_layers_that_put_out_several_states_cannot_be_tapped() -> None:
     assert target.run(torch.arange(6)[None]).final.shape == (1, 6, 32)
     with pytest.raises(UserError, match="many: layers of Gemma3nTextModel put out more than a state per token"):
         target.run(torch.arange(6)[None], (1,))
+
+
+def test_a_body_under_another_name_and_layers_that_put_out_lists_are_tapped() -> None:
+    """Llama 4's class names a prefix that its body does not have; the first GPT's layers return lists."""
+    narrow = {"num_hidden_layers": 4, "num_key_value_heads": 2, "intermediate_size_mlp": 48, "num_local_experts": 2}
+    old = OpenAIGPTConfig(vocab_size=61, n_embd=32, n_layer=4, n_head=4, n_positions=64)
+    ids = torch.randint(0, 58, (2, 9))
+    for model in (Llama4ForCausalLM(Llama4TextConfig(**SHAPE | narrow, pad_token_id=0)), OpenAIGPTLMHeadModel(old)):
+        target = Target(model, None, "elsewhere")
+        want, got = model(ids, output_hidden_states=True), target.run(ids, (0, 2))
+        torch.testing.assert_close(got.features, torch.cat([want.hidden_states[1], want.hidden_states[3]], -1))
+        torch.testing.assert_close(target.logits(got.final), want.logits)
 
 
 def test_a_computed_table_of_positions_ends_too() -> None:
