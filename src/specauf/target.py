@@ -382,6 +382,7 @@ def _reach(config: Any, body: nn.Module, embedding: nn.Module) -> int | None:
     ]
     tables = [m.num_embeddings for m in body.modules() if isinstance(m, nn.Embedding) and m is not embedding]
     tables += [t.shape[0] for name, t in body.named_buffers() if "pos" in name.rpartition(".")[2]]  # GPT-J's
+    found.append(getattr(config, "keep_window_size", None))  # Doge forgets beyond it, and other tokens with a cache
     found += [most for rows in tables if most is not None and most <= rows <= most + 8]  # OPT's has two rows more
     return min((int(limit) for limit in found if limit is not None), default=None)
 

@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import distributed
 from transformers import (
+    DogeConfig,
+    DogeForCausalLM,
     Gemma3ForCausalLM,
     Gemma3nForCausalLM,
     Gemma3nTextConfig,
@@ -128,6 +130,22 @@ def test_a_computed_table_of_positions_ends_too() -> None:
     target.run(torch.ones(1, 24, dtype=torch.long))
     with pytest.raises(UserError, match="computed reaches 24 positions here, and this takes 25"):
         target.run(torch.ones(1, 25, dtype=torch.long))
+
+
+def test_text_ends_where_a_cache_would_change_what_is_forgotten() -> None:
+    torch.manual_seed(0)
+    config = DogeConfig(**SHAPE, num_hidden_layers=3, num_key_value_heads=2, keep_window_size=10, pad_token_id=0)
+    model = DogeForCausalLM(config).eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(3)
+    ids, beyond = torch.randint(1, 61, (1, 10)), torch.randint(1, 61, (1, 20))
+
+    def both(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        cache = model(ids[:, :-1], use_cache=True).past_key_values
+        return model(ids, use_cache=False).logits[:, -1], model(ids[:, -1:], past_key_values=cache).logits[:, -1]
+
+    assert torch.allclose(*both(ids), atol=1e-3) and not torch.allclose(*both(beyond), atol=1e-2)
+    assert Target(model, None, "forgetful").reach == 10
 
 
 def test_the_last_layer_is_refused(target: Target) -> None:
