@@ -120,7 +120,8 @@ class Target:
                 output_loading_info=True,
             )
         except UNREADABLE as error:
-            raise UserError(f"target.path: cannot load {config.path!r} as a causal LM: {error}") from error
+            why = str(error).partition("\nModel type should be one of")[0]  # all that it can be, two hundred
+            raise UserError(f"target.path: cannot load {config.path!r} as a causal LM: {why}") from error
         model, told = loaded
         if missing := sorted(told["missing_keys"]):  # transformers draws them at random, and only warns
             raise UserError(
@@ -144,10 +145,8 @@ class Target:
         """Raise `UserError` when the model computes its logits otherwise than `logits` does: some scale them, say."""
         # Many tokens: a row of the embedding that is zero (a pad token's) makes zero logits, at any scale.
         ids = torch.linspace(0, self.embed_weight.shape[0] - 1, 16, device=self.device).long()[None]
-        theirs, ours = (
-            self.model(input_ids=ids, use_cache=False).logits.float(),
-            self.logits(self.run(ids).final).float(),
-        )
+        theirs = self.model(input_ids=ids, use_cache=False).logits.float()
+        ours = self.logits(self.run(ids).final).float()
         if float((theirs - ours).abs().max()) > 0.03 * float(theirs.abs().max()):  # bfloat16 rounds to 0.004
             raise UserError(
                 f"{self.name}: {type(self.model).__name__} does more to its logits than an LM head, a bias and a soft cap "

@@ -26,6 +26,7 @@ from transformers import (
     OPTConfig,
     OPTForCausalLM,
     PretrainedConfig,
+    T5Config,
 )
 
 from specauf.config import TargetConfig
@@ -168,6 +169,9 @@ def test_a_half_downloaded_or_a_multimodal_model_is_a_clear_error(tmp_path: Path
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])
     with pytest.raises(UserError, match="cannot load"):
+        Target.load(TargetConfig(path=str(tmp_path)))
+    T5Config().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"as a causal LM: Unrecognized configuration class .*T5Config.*ForCausalLM\.$"):
         Target.load(TargetConfig(path=str(tmp_path)))
     model = make_target().model
     model.config = PretrainedConfig()
