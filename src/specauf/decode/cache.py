@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from transformers import DynamicCache
+from transformers import DynamicCache, cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from specauf.strict import UserError
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 ROOM = 64
 """Columns to spare when memory is taken. It is taken anew when they are used up, or when rows have left the batch."""
+
+SHARING: Any = getattr(cache_utils, "DummyLayer", type(None))
+"""The place of a layer that reads the keys and values of an earlier one. Transformers 5.0 may have none."""
 
 
 class RoomyLayer(DynamicLayer):
@@ -60,6 +63,8 @@ def without_holes(cache: DynamicCache, columns: Bool[Tensor, "b s"], used: int) 
         return columns
     order = (~columns).int().argsort(stable=True)[:, :used]
     for layer in cache.layers:
+        if isinstance(layer, SHARING):
+            continue
         assert isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None
         layer.keys, layer.values = (t.take_along_dim(order[:, None, :, None], 2) for t in (layer.keys, layer.values))
         if isinstance(layer, DynamicSlidingWindowLayer):
@@ -73,7 +78,7 @@ def narrowest_window(cache: DynamicCache, name: str, whole: bool = False) -> int
     Raises `UserError` unless every layer can drop its newest columns, as a rejected draft requires: a layer with a window
     can until the window is full, one with a state cannot. With `whole`, also unless every layer keeps all of its columns.
     """
-    kinds = {type(layer) for layer in cache.layers}
+    kinds = {type(layer) for layer in cache.layers} - {SHARING}
     if kinds - {RoomyLayer, DynamicSlidingWindowLayer}:
         raise UserError(
             f"{name} has layers with linear or sparse attention, which specauf cannot decode: it takes back drafts"

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache, LlamaConfig, MistralConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from specauf.decode.cache import ROOM, RoomyLayer, roomy_cache
+from specauf.decode import cache
+from specauf.decode.cache import ROOM, SHARING, RoomyLayer, roomy_cache, without_holes
+from specauf.decode.generate import generate, undecodable
+from specauf.decode.propose import PromptLookup
+from specauf.target import Target
 
 CONFIG = LlamaConfig(num_hidden_layers=2)
 ROUND = st.tuples(st.integers(1, 40), st.integers(0, 40), st.permutations(range(4)), st.sampled_from((4, 4, 3, 1)))
@@ -28,10 +33,10 @@ def test_it_holds_what_a_cache_that_concatenates_holds(
             for mine, theirs in zip(ours.update(*states, layer), plain.update(*states, layer), strict=True):
                 assert torch.equal(mine, theirs)
         kept = torch.tensor([row for row in order if row < batch][:most])
-        for cache in (ours, plain):
+        for held in (ours, plain):
             if dropped and new > 1:
-                cache.crop(-min(dropped, new - 1))  # a round keeps one at the least
-            cache.batch_select_indices(kept)
+                held.crop(-min(dropped, new - 1))  # a round keeps one at the least
+            held.batch_select_indices(kept)
         batch = len(kept)
         assert ours.get_seq_length() == plain.get_seq_length()
         for (key, value, *_), (their_key, their_value, *_) in zip(ours, plain, strict=True):
@@ -59,3 +64,27 @@ def test_layers_with_a_window_stay_as_they_are() -> None:
     cache = roomy_cache(MistralConfig(num_hidden_layers=2, sliding_window=16))
     assert all(type(layer) is DynamicSlidingWindowLayer for layer in cache.layers)
     assert all(type(layer) is RoomyLayer for layer in roomy_cache(CONFIG).layers)
+
+
+def test_layers_that_share_the_cache_of_earlier_ones_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    gemma4 = pytest.importorskip("transformers.models.gemma4")
+    monkeypatch.setattr(cache, "ROOM", 1)  # so that holes are moved
+    torch.manual_seed(0)
+    config = gemma4.Gemma4TextConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=4, head_dim=8,
+        num_key_value_heads=2, global_head_dim=8, hidden_size_per_layer_input=8, vocab_size_per_layer_input=61,
+        num_kv_shared_layers=2, layer_types=["sliding_attention", "full_attention"] * 2 + ["full_attention"],
+    )  # fmt: skip
+    target = Target(gemma4.Gemma4ForCausalLM(config), None, "sharing")
+    for parameter in target.model.parameters():
+        parameter.data.mul_(3)
+    assert any(isinstance(layer, SHARING) for layer in roomy_cache(config).layers) and undecodable(target) is None
+    prompts = [[5, 9, 2], [7] * 12, [3]]
+    made = generate(target, PromptLookup(6), prompts, max_new_tokens=40, eos_ids=frozenset())
+    for prompt, found in zip(prompts, made, strict=True):
+        said = target.logits(target.run(torch.tensor([prompt + found.tokens])).final[0]).argmax(-1)
+        assert found.tokens == said[len(prompt) - 1 : -1].tolist()
+    held = roomy_cache(config)
+    target.run(torch.arange(24)[None], cache=held)
+    assert without_holes(held, torch.arange(24)[None] % 3 == 0, 8).shape == (1, 8)
+    assert [None if layer.keys is None else layer.keys.shape[2] for layer in held.layers] == [8, 8, 8, None, None]
