@@ -45,6 +45,7 @@ UNREADABLE = (
     StrictDataclassError,
 )
 """What transformers raises for a directory or a hub id that it cannot load."""
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # RecurrentGemma's and xLSTM's too
 
 
 def _path(config: TargetConfig) -> str:
@@ -88,9 +89,9 @@ class Target:
                 f"{name}: embedding, LM head and layers are {widths[0]}, {widths[1]} and {widths[2]} wide; a block drafter "
                 "shares all three and needs one width"
             )
-        if model.config.tie_word_embeddings and head.weight is not embedding.weight:
+        if getattr(model.config, "tie_word_embeddings", False) and head.weight is not embedding.weight:
             raise UserError(f"{name}: the config ties embedding and head, but the loaded weights are not tied")
-        self.softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
+        self.softcap: float | None = next(filter(None, (getattr(model.config, name, None) for name in SOFTCAPS)), None)
         self.reach = _reach(model.config, self.body, embedding)
         """How many positions text may take; None where more are no error."""
         self._warned = False

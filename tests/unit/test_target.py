@@ -26,6 +26,8 @@ from transformers import (
     OPTConfig,
     OPTForCausalLM,
     PretrainedConfig,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
     T5Config,
 )
 
@@ -81,6 +83,19 @@ def test_a_model_that_scales_its_logits_is_refused() -> None:
 
 
 SHAPE = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "head_dim": 8}
+
+
+def test_a_soft_cap_is_one_under_any_name() -> None:
+    """Low logits are hardly capped: what `require_own_logits` would let pass is not the model's distribution."""
+    torch.manual_seed(0)
+    blocks = {"block_types": ["recurrent", "attention"], "lru_width": 32, "num_key_value_heads": 1}
+    model = RecurrentGemmaForCausalLM(RecurrentGemmaConfig(**SHAPE, **blocks, num_hidden_layers=4)).eval()
+    model.lm_head.weight.data.normal_(0, 0.5)
+    target, ids = Target(model, None, "capped"), torch.randint(1, 61, (1, 9))
+    assert target.softcap == model.config.logits_soft_cap == 30
+    torch.testing.assert_close(target.logits(target.run(ids).final), model(ids).logits)
+    del model.config.tie_word_embeddings  # as Inkling's has none
+    assert Target(model, None, "untold").num_layers == 4
 
 
 @pytest.mark.parametrize("both_ways", [False, True])
