@@ -166,10 +166,10 @@ def evaluate(
     passed = all(check["passed"] for check in results["checks"])
     _keep_others(out / "results.json", results)
     atomic_write_text(out / "results.json", json_text(results))  # whatever happens to the live checks
-    plain: dict[str, list[Sequence[Generation]]] = {}
+    plain: dict[str, list[Sequence[Generation]]] = {task: [(), ()] for task in tasks}
     for name, proposer in proposers.items():
-        for recording in tasks.values() if live else ():
-            passed &= _live(target, name, proposer, recording, live, config, results, plain, console)
+        for task, recording in tasks.items() if live else ():
+            passed &= _live(target, name, proposer, recording, live, config, results, plain[task], console)
     if server:
         for task, recording in tasks.items():
             with console.progress(f"asking the server on {recording.label}", len(recording.trajectories)) as advance:
@@ -248,13 +248,12 @@ def _live(
     count: int,
     config: EvalConfig,
     results: dict[str, Any],
-    plain: dict[str, list[Sequence[Generation]]],
+    plain: list[Sequence[Generation]],
     console: Progress,
 ) -> bool:
-    """Decode live at batch 1 and in batches. `plain` keeps each task's plain decoding in both ways for the next method."""
+    """Decode live at batch 1 and in batches. `plain` keeps the task's plain decoding in both ways for the next method."""
     everything, checks = recording.trajectories, list[LiveCheck]()
-    known = plain.get(recording.label, [(), ()])
-    for some, together, before in zip((everything[:count], everything), (1, config.batch_size), known, strict=True):
+    for some, together, before in zip((everything[:count], everything), (1, config.batch_size), plain, strict=True):
         with console.progress(
             f"{name} live on {recording.label}, {counted(len(some), 'prompts')}", len(some)
         ) as advance:
@@ -266,7 +265,7 @@ def _live(
                 on_done=lambda n, advance=advance: advance(n, ""),  # type: ignore[misc]
             )
         checks.append(check)
-    plain[recording.label] = [check.plain for check in checks]
+    plain[:] = [check.plain for check in checks]
     one, many = checks
     for how, check in (("batch 1", one), (f"batch {min(config.batch_size, len(many.generations))}", many)):
         rounds = sum(len(g.rounds) for g in check.generations)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -341,3 +342,22 @@ def test_an_evaluation_names_the_commit_at_which_it_begins(
     with pytest.raises(KeyboardInterrupt):
         compare.evaluate(target, drafters, PLAN, tmp_path, None, 0, None)  # type: ignore[arg-type]
     assert told == ["commit", "recorded"]
+
+
+class Silent:
+    def progress(self, label: str, total: float) -> AbstractContextManager[Callable[[float, str], None]]:
+        return nullcontext(lambda amount, note: None)
+
+
+def test_two_tasks_of_one_label_are_checked_apart(talker: Target, tmp_path: Path) -> None:
+    """A manifest may call two files the same; the answers to one are not those to the other."""
+    for name, turns in (("one", TURNS), ("two", TURNS[::-1])):
+        lines = [json.dumps({"id": f"{name}/{i}", "turns": t}) for i, t in enumerate(turns)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    about = [{"name": name, "source": "us", "licence": "MIT", "label": "Own"} for name in ("one", "two")]
+    (tmp_path / "manifest.json").write_text(json.dumps(about))
+    config = dataclasses.replace(PLAN, tasks=("one", "two"), tasks_dir=str(tmp_path))
+    drafters = {"drafter": DFlash(make_geometry(talker, block_size=BLOCK, taps=1))}
+    found, passed = compare.evaluate(talker, drafters, config, tmp_path / "out", None, 1, Silent())
+    assert passed, [check["value"] for check in found["checks"]]
+    assert len(found["checks"]) == 2 * 2 * 2  # tasks, methods, batch sizes
