@@ -274,9 +274,9 @@ def _tau(difference: float) -> str:
 
 
 def _minutes(results: Results, method: str) -> str:
-    """`12.2 to 18.9`: least and most over the method's seeds; empty when none is logged."""
+    """`12.2 to 18.9`: least and most over the method's finished cells; empty when none is logged."""
     cells: list[Mapping[str, Any]] = next((m["cells"] for m in results["methods"] if m["name"] == method), [])
-    times = sorted(cell["train_seconds"] / 60 for cell in cells if cell.get("train_seconds"))
+    times = sorted(c["train_seconds"] / 60 for c in cells if c["state"] == "done" and c.get("train_seconds"))
     return " to ".join(dict.fromkeys(f"{t:.1f}" for t in times[:1] + times[-1:]))
 
 
