@@ -12,9 +12,9 @@ from __future__ import annotations
 import functools
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec
 
 import matplotlib
 import numpy as np
@@ -25,8 +25,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, MultipleLocator
 
-from specauf.report.tables import Results, method_label, survival, task_label
-from specauf.report.words import THIN, clean, fixed, real, span
+from specauf.report.tables import Results, method_label, task_label, thin_slots
+from specauf.report.words import clean, fixed, real, span
 
 INK, SOFT, RULE, PAPER = "#3b3a37", "#77746e", "#e2dfd8", "#fffefb"
 LOOKUP = "#7c7a75"
@@ -106,21 +106,21 @@ def styles(results: Results) -> dict[str, Style]:
     return found
 
 
-Draw = Callable[[Results, bool], Figure | None]
+P = ParamSpec("P")
 
 
-def _styled(draw: Draw) -> Draw:
+def styled(draw: Callable[P, Figure | None]) -> Callable[P, Figure | None]:
     """`draw` under `STYLE`: matplotlib reads its parameters when an artist is made, and again when it is saved."""
 
     @functools.wraps(draw)
-    def styled(results: Results, narrow: bool = False) -> Figure | None:
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> Figure | None:
         with matplotlib.rc_context(STYLE):
-            return draw(results, narrow)
+            return draw(*args, **kwargs)
 
-    return styled
+    return wrapped
 
 
-@_styled
+@styled
 def tau(results: Results, narrow: bool = False) -> Figure | None:
     """tau with its interval: a panel per task, a line per method; None when nothing was measured."""
     look, tasks = styles(results), results["evaluation"]
@@ -141,48 +141,28 @@ def tau(results: Results, narrow: bool = False) -> Figure | None:
             end = max(value, interval[1] if interval else value)
             ax.annotate(fixed(value, 2), (end, y), (7, 0), textcoords="offset points", va="center", color=style.colour)
         ax.set_title(short(task_label(results, task), narrow), parse_math=False)
-        ax.set_yticks(range(len(rows)), [short(method_label(results, n), narrow) for n in rows], parse_math=False)
-        for tick, name in zip(ax.get_yticklabels(), rows, strict=False):  # only the first column has any
-            tick.set_color(look[name].colour)
-        ax.grid(axis="y", visible=False)
-        ax.spines["left"].set_visible(False)
-        ax.axvline(1.0, color=SOFT, linewidth=0.9)
+        tau_rows(ax, _labels(results, rows), look, narrow)
     axes[0].set_ylim(len(rows) - 0.45, -0.55)
     reach = axes[0].get_xlim()[1] - 1
     axes[0].set_xlim(min(axes[0].get_xlim()[0], 1 - 0.03 * reach), 1 + 1.2 * reach)  # room for the last number
-    step = next(s for s in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if 1.2 * reach / s < 6 or s == 10)
-    axes[0].xaxis.set_major_locator(MultipleLocator(step, offset=1.0))
+    tau_ticks(axes[0], 1.2 * reach, 6)
     for ax in bottom(axes):
         ax.set_xlabel("tokens per verify round, τ")
     return figure
 
 
-@_styled
+@styled
 def alpha(results: Results, narrow: bool = False) -> Figure | None:
     """alpha_k over slots: a panel per task, a line per method."""
     look, tasks = styles(results), results["evaluation"]
-    drawn = [
-        m["name"]
-        for m in results["methods"]
-        if any(t["methods"].get(m["name"], {}).get("alpha") for t in tasks.values())
-    ]
+    names = [m["name"] for m in results["methods"]]
+    drawn = [n for n in names if any(t["methods"].get(n, {}).get("alpha") for t in tasks.values())]
     if not drawn:
         return None
     figure, axes = panels(len(tasks), narrow, 2.35, sharex=True, sharey=True)
     for ax, (task, facts) in zip(axes, tasks.items(), strict=False):
         for name in (n for n in drawn if n in facts["methods"]):
-            scores, style = facts["methods"][name], look[name]
-            values = [real(a) for a in scores.get("alpha") or []]
-            points = [(k, a) for k, a in enumerate(values, start=1) if a is not None]
-            if not points:
-                continue
-            reached, rounds = [1.0, *survival(scores)], real(scores.get("rounds"))
-            thin = {k for k, _ in points if rounds is not None and rounds * (reached[k - 1 : k] or [0.0])[0] < THIN}
-            for part in (points, [p for p in points if p[0] not in thin]):
-                faint = 0.35 if part is points and thin else 1.0
-                ax.plot([k for k, _ in part], [a for _, a in part], style.dash, color=style.colour, lw=1.5, alpha=faint)
-            for k, a in points:
-                ax.plot([k], [a], **style.mark(3.2 if k in thin else 5.5, pale=k in thin))
+            alpha_line(ax, facts["methods"][name], look[name])
         ax.set_title(short(task_label(results, task), narrow), parse_math=False)
         ax.grid(axis="x", visible=False)
     axes[0].set_ylim(0, min(1.04, 1.12 * axes[0].get_ylim()[1]))
@@ -190,11 +170,11 @@ def alpha(results: Results, narrow: bool = False) -> Figure | None:
     for ax in bottom(axes):
         ax.set_xlabel("slot k")
     left_label(axes, "acceptance α at slot k")
-    _legend(figure, results, drawn, narrow)
+    above(figure, _labels(results, drawn), look, narrow)
     return figure
 
 
-@_styled
+@styled
 def training(results: Results, narrow: bool = False) -> Figure | None:
     """Loss, simulated tau, r_active and common-token accuracy over steps; panels without data are left out."""
     look, logs = styles(results), results.get("training") or {}
@@ -222,11 +202,11 @@ def training(results: Results, narrow: bool = False) -> Figure | None:
     axes[0].xaxis.set_major_locator(MaxNLocator(5, integer=True))
     for ax in bottom(axes):
         ax.set_xlabel("optimizer step")
-    _legend(figure, results, list(logs), narrow)
+    above(figure, _labels(results, list(logs)), look, narrow)
     return figure
 
 
-@_styled
+@styled
 def support(results: Results, narrow: bool = False) -> Figure | None:
     """The path of (r_active, a_support) through training, smoothed."""
     look, logs = styles(results), results.get("training") or {}
@@ -244,11 +224,11 @@ def support(results: Results, narrow: bool = False) -> Figure | None:
     ax.set_ylim(0, min(1.04, 1.15 * ax.get_ylim()[1]))
     ax.set_xlabel("share of slots that carry loss, r_active")
     ax.set_ylabel("accuracy on them, a_support")
-    _legend(figure, results, list(paths), narrow)
+    above(figure, _labels(results, list(paths)), look, narrow)
     return figure
 
 
-FIGURES: dict[str, Draw] = {
+FIGURES: dict[str, Callable[[Results, bool], Figure | None]] = {
     "tau": tau,
     "alpha": alpha,
     "training": training,
@@ -340,21 +320,55 @@ def left_label(axes: Sequence[Axes], text: str) -> None:
             ax.set_ylabel(text)
 
 
-def _legend(figure: Figure, results: Results, names: Sequence[str], narrow: bool) -> None:
-    look = styles(results)
-    handles = [Line2D([], [], linestyle=look[n].dash, linewidth=1.5, **look[n].mark(5)) for n in names]
-    legend = figure.legend(
-        handles,
-        ["x"] * len(names),  # set below: a legend would drop a name with a leading underscore and read $ as mathematics
-        loc="outside upper left",
-        ncols=2 if narrow else 4,
-        frameon=False,
-        borderpad=0,
-        handlelength=2.2,
-        columnspacing=1.6,
-    )
-    for text, name in zip(legend.get_texts(), names, strict=True):
-        text.set(text=short(method_label(results, name), narrow), parse_math=False, color=INK)
+def alpha_line(ax: Axes, scores: dict[str, Any], style: Style) -> None:
+    """alpha_k over slots; pale, with small marks, where it rests on few rounds."""
+    points = [(k, a) for k, a in enumerate(map(real, scores.get("alpha") or []), start=1) if a is not None]
+    thin = thin_slots(scores)
+    solid = [p for p in points if p[0] not in thin]
+    for some, strength in ((points, 0.35 if thin else 1.0), (solid, 1.0)):
+        ax.plot([k for k, _ in some], [a for _, a in some], style.dash, color=style.colour, lw=1.5, alpha=strength)
+    for k, a in points:
+        ax.plot([k], [a], **style.mark(3.2 if k in thin else 5.5, pale=k in thin))
+
+
+def _labels(results: Results, names: Sequence[str]) -> dict[str, str]:
+    return {name: method_label(results, name) for name in names}
+
+
+def label_rows(ax: Axes, labels: Mapping[str, str], look: Mapping[str, Style], narrow: bool) -> None:
+    """A row per method, named on the left in its colour. `labels` are by method, in the order of the rows."""
+    ax.set_yticks(range(len(labels)), [short(label, narrow) for label in labels.values()], parse_math=False)
+    for tick, name in zip(ax.get_yticklabels(), labels, strict=False):  # of panels that share it, the first column's
+        tick.set_color(look[name].colour)
+
+
+def tau_rows(ax: Axes, labels: Mapping[str, str], look: Mapping[str, Style], narrow: bool) -> None:
+    """Rows for marks of tau, from a line at 1."""
+    label_rows(ax, labels, look, narrow)
+    ax.grid(axis="y", visible=False)
+    ax.spines["left"].set_visible(False)
+    ax.axvline(1.0, color=SOFT, linewidth=0.9)
+
+
+def tau_ticks(ax: Axes, reach: float, most: int) -> None:
+    """Fewer than `most` round steps from 1 to 1 + `reach`."""
+    step = next(s for s in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if reach / s < most or s == 10)
+    ax.xaxis.set_major_locator(MultipleLocator(step, offset=1.0))
+
+
+def above(figure: Figure, labels: Mapping[str, str], look: Mapping[str, Style], narrow: bool) -> None:
+    """A legend of all panels, over them."""
+    columns = 2 if narrow else 4
+    legend(figure, labels, look, narrow, loc="outside upper left", ncols=columns, handlelength=2.2, columnspacing=1.6)
+
+
+def legend(of: Figure | Axes, labels: Mapping[str, str], look: Mapping[str, Style], narrow: bool, **place: Any) -> None:
+    """A legend of the methods that are keys of `labels`; `place` is matplotlib's."""
+    handles = [Line2D([], [], linestyle=look[n].dash, linewidth=1.5, **look[n].mark(5)) for n in labels]
+    made = of.legend(handles, ["x"] * len(labels), frameon=False, borderpad=0, **place)
+    # Named afterwards: a legend would drop a label with a leading underscore, and read $ as mathematics.
+    for text, label in zip(made.get_texts(), labels.values(), strict=True):
+        text.set(text=short(label, narrow), parse_math=False, color=INK)
 
 
 def short(text: str, narrow: bool) -> str:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import matplotlib
 from matplotlib.figure import Figure
 
 from specauf.report import plots, study_plots, study_training
@@ -83,13 +82,7 @@ def within(results: Results, part: dict[str, Any]) -> Results:
 
 
 def _drawing(part: str, name: str, caption: str, draw: Callable[[bool], Figure | None]) -> Drawing:
-    """A drawing under the report's style: matplotlib reads its parameters when an artist is made."""
-
-    def styled(narrow: bool) -> Figure | None:
-        with matplotlib.rc_context(plots.STYLE):
-            return draw(narrow)
-
-    return Drawing(name, part, " ".join(caption.split()), styled)
+    return Drawing(name, part, " ".join(caption.split()), plots.styled(draw))
 
 
 def _places(results: Results, part: dict[str, Any]) -> list[tuple[str, str]]:

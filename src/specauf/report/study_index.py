@@ -7,13 +7,13 @@ list, so that what is missing keeps its row and is reported as missing.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from specauf.config import LOOKUP
 from specauf.report import page
 from specauf.report.tables import Results
-from specauf.report.words import THIN, clean, real, series
+from specauf.report.words import clean, real, series
 
 MACRO = "macro"
 """The name of the average over benchmarks, in place of a task's."""
@@ -76,6 +76,10 @@ def is_lookup(results: Results, name: str) -> bool:
 
 def label(results: Results, name: str) -> str:
     return clean(method(results, name).get("label") or ("Prompt lookup" if name == LOOKUP else name))
+
+
+def labels(results: Results, names: Iterable[str]) -> dict[str, str]:
+    return {name: label(results, name) for name in names}
 
 
 def part_label(part: dict[str, Any]) -> str:
@@ -148,24 +152,6 @@ def noise_floor(results: Results, part: dict[str, Any], temperature: str, name: 
     here = [c for c in comparisons(results, part) if c["temperature"] == temperature and c["task"] == task]
     ranked = sorted(here, key=lambda c: name not in (c["a"], c["b"]))
     return next((floor for c in ranked if (floor := real(c.get("noise_floor"))) is not None), None)
-
-
-def alpha(results: Results, part: dict[str, Any], temperature: str, name: str) -> list[float | None]:
-    """alpha_1, alpha_2, ... over all benchmarks; empty where the method was not measured."""
-    return [real(a) for a in score(results, part, temperature, name, MACRO).get("alpha") or []]
-
-
-def thin_slots(score: dict[str, Any], curve: Sequence[float | None]) -> set[int]:
-    """Slots k, from 1, whose alpha rests on fewer than `THIN` rounds that reach them, by an estimate.
-
-    Survival weighs prompts and tasks alike, so where a few prompts have most rounds the estimate is off.
-    """
-    rounds, reached, found = real(score.get("rounds")), 1.0, set()
-    for k, a in enumerate(curve, start=1):
-        if rounds is not None and rounds * reached < THIN:
-            found.add(k)
-        reached *= a or 0.0
-    return found
 
 
 def drafters(results: Results, part: dict[str, Any]) -> list[str]:

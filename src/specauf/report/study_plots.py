@@ -5,14 +5,13 @@ Drawn with the run report's own palette and style. Figures are made under `plots
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, MultipleLocator
+from matplotlib.ticker import MaxNLocator
 
 from specauf.report import plots
 from specauf.report import study_index as index
@@ -95,26 +94,12 @@ def bars(results: Results, part: dict[str, Any], temperature: str, narrow: bool)
         for y, name in enumerate(names):
             lookup = index.is_lookup(results, name)
             _bar(ax, y, scored[place, name], look[name], limit if lookup else None)
-        ax.set_title(
-            plots.short(
-                index.task_label(results, place).capitalize() if place == MACRO else index.task_label(results, place),
-                narrow,
-            ),
-            parse_math=False,
-        )
-        ax.set_yticks(
-            range(len(names)), [plots.short(index.label(results, n), narrow) for n in names], parse_math=False
-        )
-        for tick, name in zip(ax.get_yticklabels(), names, strict=False):  # only the first column has any
-            tick.set_color(look[name].colour)
-        ax.grid(axis="y", visible=False)
-        ax.spines["left"].set_visible(False)
-        ax.axvline(1.0, color=SOFT, linewidth=0.9)
+        title = "Average" if place == MACRO else index.task_label(results, place)
+        ax.set_title(plots.short(title, narrow), parse_math=False)
+        plots.tau_rows(ax, index.labels(results, names), look, narrow)
     axes[0].set_ylim(len(names) - 0.4, -0.6)
     axes[0].set_xlim(1 - 0.02 * reach, limit)
-    wanted = 6 if narrow else 4
-    step = next(s for s in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if 1.3 * reach / s < wanted or s == 10)
-    axes[0].xaxis.set_major_locator(MultipleLocator(step, offset=1.0))
+    plots.tau_ticks(axes[0], 1.3 * reach, 6 if narrow else 4)
     for ax in plots.bottom(axes):
         ax.set_xlabel("tokens per round, τ")
     return figure
@@ -146,10 +131,10 @@ def _bar(ax: Axes, y: int, score: dict[str, Any], style: Style, limit: float | N
     assert end is not None
     ax.plot(seeds, [y + 0.2] * len(seeds), linestyle="none", marker="o", markersize=2.2, color=style.colour)
     if limit is not None and end > 1 + 0.8 * (limit - 1):  # no room behind it
-        told, place = (
-            (f"{fixed(value, 2)} →", (limit, -2, "right")) if value > limit else (fixed(value, 2), (1, 4, "left"))
+        beyond = value > limit
+        told, x, shift, side = (
+            (f"{fixed(value, 2)} →", limit, -2, "right") if beyond else (fixed(value, 2), 1.0, 4, "left")
         )
-        x, shift, side = place
         ax.annotate(told, (x, y), (shift, 0), textcoords="offset points", ha=side, va="center", color=INK, fontsize=8)
         return
     ax.annotate(fixed(value, 2), (end, y), (4, 0), textcoords="offset points", va="center", color=INK, fontsize=8)
@@ -161,24 +146,24 @@ def alpha(
     """alpha_k over all benchmarks. A panel is (title, part, temperature, methods) and has a legend of its own."""
     held = []
     for title, part, temperature, names in panels:
-        curves = {n: index.alpha(results, part, temperature, n) for n in names}
-        curves = {n: curve for n, curve in curves.items() if any(a is not None for a in curve)}
-        if curves:
-            held.append((title, part, temperature, curves))
+        scores = {n: index.score(results, part, temperature, n, MACRO) for n in names}
+        scores = {n: s for n, s in scores.items() if any(real(a) is not None for a in s.get("alpha") or [])}
+        if scores:
+            held.append((title, scores))
     if not held:
         return None
     look = looks(results)
-    rows = max(len(curves) for *_, curves in held)
+    rows = max(len(scores) for _, scores in held)
     columns = 2 if narrow or len(held) > 1 else 3
     figure, axes = plots.panels(len(held), narrow, 2.35 + 0.17 * -(-rows // columns), columns=2, sharey=True)
-    for ax, (title, part, temperature, curves) in zip(axes, held, strict=True):
-        for name, curve in curves.items():
-            _curve(ax, curve, index.score(results, part, temperature, name, MACRO), look[name])
+    for ax, (title, scores) in zip(axes, held, strict=True):
+        for name, score in scores.items():
+            plots.alpha_line(ax, score, look[name])
         ax.set_title(plots.short(title, narrow), parse_math=False)
         ax.grid(axis="x", visible=False)
         ax.set_xlabel("slot k")
         ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-        below(ax, results, list(curves), columns, narrow, 1.75)
+        below(ax, index.labels(results, scores), look, columns, narrow, 1.75)
     axes[0].set_ylim(0, min(1.04, 1.12 * axes[0].get_ylim()[1]))
     plots.left_label(axes, "acceptance α at slot k")
     apart(figure)
@@ -192,39 +177,11 @@ def apart(figure: Figure) -> None:
     engine.set(h_pad=0.14)
 
 
-def _curve(ax: Axes, curve: Sequence[float | None], score: dict[str, Any], style: Style) -> None:
-    points = [(k, a) for k, a in enumerate(curve, start=1) if a is not None]
-    thin = index.thin_slots(score, curve)
-    solid = [p for p in points if p[0] not in thin]
-    for some, strength in ((points, 0.35 if thin else 1.0), (solid, 1.0)):
-        ax.plot([k for k, _ in some], [a for _, a in some], style.dash, color=style.colour, lw=1.5, alpha=strength)
-    for k, a in points:
-        ax.plot([k], [a], **style.mark(3.2 if k in thin else 5.5, pale=k in thin))
-
-
-def below(ax: Axes, results: Results, names: Sequence[str], columns: int, narrow: bool, height: float) -> None:
+def below(
+    ax: Axes, labels: Mapping[str, str], look: Mapping[str, Style], columns: int, narrow: bool, height: float
+) -> None:
     """A legend of one panel, `height` inches tall, under the name of its axis."""
-    look = looks(results)
-    handles = [Line2D([], [], linestyle=look[n].dash, linewidth=1.5, **look[n].mark(5)) for n in names]
-    legend = ax.legend(
-        handles, ["x"] * len(names), loc="upper left", bbox_to_anchor=(-0.02, -0.42 / height), ncols=columns, frameon=False,
-        borderpad=0, handlelength=2.0, columnspacing=1.2, fontsize=8,
+    plots.legend(
+        ax, labels, look, narrow, loc="upper left", bbox_to_anchor=(-0.02, -0.42 / height), ncols=columns,
+        handlelength=2.0, columnspacing=1.2, fontsize=8,
     )  # fmt: skip
-    named(legend.get_texts(), results, names, narrow)
-
-
-def above(figure: Figure, results: Results, names: Sequence[str], narrow: bool) -> None:
-    """A legend of all panels, over them."""
-    look = looks(results)
-    handles = [Line2D([], [], linestyle=look[n].dash, linewidth=1.5, **look[n].mark(5)) for n in names]
-    legend = figure.legend(
-        handles, ["x"] * len(names), loc="outside upper left", ncols=2 if narrow else 4, frameon=False, borderpad=0,
-        handlelength=2.2, columnspacing=1.6,
-    )  # fmt: skip
-    named(legend.get_texts(), results, names, narrow)
-
-
-def named(texts: Sequence[Any], results: Results, names: Sequence[str], narrow: bool) -> None:
-    """Write the labels into a legend's texts: a legend would drop a leading underscore and read $ as mathematics."""
-    for text, name in zip(texts, names, strict=True):
-        text.set(text=plots.short(index.label(results, name), narrow), parse_math=False, color=INK)

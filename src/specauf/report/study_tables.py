@@ -160,17 +160,15 @@ def has_field(results: Results, part: dict[str, Any], field: str) -> bool:
 def detail_rows(results: Results, part: dict[str, Any]) -> Rows:
     """What was measured besides tau, over all benchmarks: a row per method and temperature."""
     places = [(name, t) for t in index.temperatures(results, part) for name in index.rows(results, part)]
-    curves = {place: index.alpha(results, part, place[1], place[0]) for place in places}
-    slots = min(max(map(len, curves.values()), default=0), SLOTS)
+    scores = [index.score(results, part, temperature, name, MACRO) for name, temperature in places]
+    slots = min(max((len(found.get("alpha") or []) for found in scores), default=0), SLOTS)
     rows = [["method", "T", "τ", "before a loop", "engine τ", "rounds", "prompts", "cut"]]
     rows[0] += [f"α{subscript(k + 1)}" for k in range(slots)]
-    for name, temperature in places:
-        found = index.score(results, part, temperature, name, MACRO)
+    for (name, temperature), found in zip(places, scores, strict=True):
         tau = tau_cell(found) if real(found.get("tau")) is not None else ABSENT
         row = [index.label(results, name), clean(temperature), tau, fixed(found.get("tau_before_loop"))]
         row += [fixed(found.get("engine_tau")), count(found.get("rounds")), count(found.get("prompts"))]
-        alphas = [*curves[name, temperature], *[None] * slots][:slots]
-        thin = index.thin_slots(found, curves[name, temperature])
+        alphas, thin = [*(found.get("alpha") or []), *[None] * slots][:slots], tables.thin_slots(found)
         shown = [f"({fixed(a)})" if a is not None and k in thin else fixed(a) for k, a in enumerate(alphas, start=1)]
         rows.append([*row, share(found.get("cut_share")), *shown])
     return dense(rows)

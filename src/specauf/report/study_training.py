@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from specauf.report import plots
 from specauf.report import study_index as index
 from specauf.report.plots import INK, PAPER, SOFT, Style
-from specauf.report.study_plots import above, apart, below, looks
+from specauf.report.study_plots import apart, below, looks
 from specauf.report.study_words import ACTIVE_LABEL, COMMON_LABEL, SUPPORT_LABEL, TAU_REPLAY, TAU_SIMULATED
 from specauf.report.tables import Results
 from specauf.report.words import clean, real
@@ -32,11 +32,9 @@ SHADE = 0.55
 """Strongest shade of a credit map: the numbers on it must stay legible in both themes."""
 
 
-def logs(results: Results, name: str, seeds: Sequence[int] | None = None) -> list[Log]:
-    """The logs of a method that hold something, one per seed; only those of `seeds` when given."""
-    held = (results.get("training") or {}).get(name) or {}
-    wanted = None if seeds is None else {str(s) for s in seeds}
-    return [log for seed, log in held.items() if log and (wanted is None or str(seed) in wanted)]
+def logs(results: Results, name: str) -> list[Log]:
+    """The logs of a method that hold something, one per seed."""
+    return [log for log in ((results.get("training") or {}).get(name) or {}).values() if log]
 
 
 def tau_key(results: Results, names: Sequence[str]) -> str:
@@ -96,7 +94,7 @@ def training(results: Results, names: Sequence[str], narrow: bool) -> Figure | N
     axes[0].xaxis.set_major_locator(MaxNLocator(5, integer=True))
     for ax in plots.bottom(axes):
         ax.set_xlabel("optimizer step")
-    above(figure, results, drawn, narrow)
+    plots.above(figure, index.labels(results, drawn), look, narrow)
     return figure
 
 
@@ -120,7 +118,7 @@ def support(results: Results, groups: Sequence[Sequence[str]], narrow: bool) -> 
             ax.plot(x[-1:], y[-1:], **{**look[name].mark(7), "markerfacecolor": look[name].colour})
         ax.set_xlim(0, 1.04)
         ax.set_xlabel("share of slots that carry loss, r_active")
-        below(ax, results, list(paths), columns, narrow, 2.3)
+        below(ax, index.labels(results, paths), look, columns, narrow, 2.3)
     axes[0].set_ylim(0, min(1.04, 1.15 * axes[0].get_ylim()[1]))
     plots.left_label(axes, "accuracy on them, a_support")
     apart(figure)
@@ -156,9 +154,7 @@ def credit(results: Results, names: Sequence[str], narrow: bool) -> Figure | Non
             _tile(ax, k - 0.5, y - 0.5, 1, value / top if top > 0 else 0.0, look[name].colour)
             if not (narrow and slots > 8):
                 ax.text(k, y, _short_number(value), ha="center", va="center", fontsize=7.5, color=INK)
-    ax.set_yticks(range(len(maps)), [plots.short(index.label(results, n), narrow) for n in maps], parse_math=False)
-    for tick, name in zip(ax.get_yticklabels(), maps, strict=True):
-        tick.set_color(look[name].colour)
+    plots.label_rows(ax, index.labels(results, maps), look, narrow)
     _tiled(ax)
     ax.set_xlim(0.5, slots + 0.5)
     ax.set_ylim(len(maps) - 0.5, -0.5)

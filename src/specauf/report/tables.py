@@ -14,6 +14,7 @@ from specauf.report.words import (
     EXPERIMENT,
     NO_LOOP,
     NONE,
+    THIN,
     average,
     clean,
     count,
@@ -52,6 +53,16 @@ def survival(scores: dict[str, Any]) -> list[float]:
         running = number if values else running * number
         kept.append(running)
     return kept
+
+
+def thin_slots(scores: dict[str, Any]) -> set[int]:
+    """Slots k, from 1, whose alpha rests on fewer than `THIN` rounds that reach them, by an estimate.
+
+    Survival weighs prompts and tasks alike, so where a few prompts have most rounds the estimate is off.
+    """
+    rounds, reached, alphas = real(scores.get("rounds")), [1.0, *survival(scores)], scores.get("alpha") or []
+    reached += [0.0] * len(alphas)  # survival stops at the first missing one
+    return {k for k in range(1, len(alphas) + 1) if rounds is not None and rounds * reached[k - 1] < THIN}
 
 
 def mean_alpha(results: Results, name: str, k: int) -> float | None:

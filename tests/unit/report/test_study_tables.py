@@ -9,6 +9,7 @@ from tests.unit.report.study_fixture import TASKS, study
 from specauf.report import study_findings, study_markdown, study_tables
 from specauf.report import study_index as index
 from specauf.report.study_tables import Grid, Row
+from specauf.report.tables import thin_slots
 
 Results = dict[str, Any]
 
@@ -200,8 +201,8 @@ def test_a_difference_of_single_runs_is_not_one_of_their_methods(results: Result
 
 def test_an_acceptance_of_few_rounds_is_in_brackets(results: Results) -> None:
     score = index.score(results, part(results, "a"), "0", "auf", "macro")
-    score |= {"rounds": 1000, "alpha": [0.5, 0.25, 0.2, 0.9]}
-    assert index.thin_slots(score, score["alpha"]) == {4}  # 1000, 500, 125 and 25 rounds
+    score |= {"rounds": 1000, "alpha": [0.5, 0.25, 0.2, 0.9], "survival": [0.5, 0.125, 0.025, 0.0225]}
+    assert thin_slots(score) == {4}  # 1000, 500, 125 and 25 rounds
     rows = study_tables.detail_rows(results, part(results, "a"))
     row = next(r for r in rows[1:] if r[0] == "AUF-only" and r[1] == "0")
     assert row[8:12] == ["0.500", "0.250", "0.200", "(0.900)"]
