@@ -159,43 +159,48 @@ def write_files(
 def render(results: dict[str, Any], figures: dict[str, dict[str, str]]) -> str:
     """The page. `figures` maps a name of `plots.FIGURES` to its SVG texts `wide` and `narrow`."""
     template = environment(CAPTIONS).from_string(source("page.html.j2"))
-    look, tasks = plots.styles(results), results["evaluation"]
-    ledger = results.get("ledger") or {}
+    tasks = [
+        {
+            "label": tables.task_label(results, t),
+            "note": tables.task_note(results, t),
+            "rows": tables.task_rows(results, t),
+        }
+        for t in results["evaluation"]
+    ]
     return template.render(
-        title=clean(results["title"]),
-        meta=tables.meta(results),
+        shared(results),
         headline=tables.headline(results),
         summary=tables.summary_rows(results),
         findings=tables.comparison_sentences(results),
-        tasks=[
-            {
-                "label": tables.task_label(results, t),
-                "note": tables.task_note(results, t),
-                "rows": tables.task_rows(results, t),
-            }
-            for t in tasks
-            if len(tables.task_rows(results, t)[0]) > 2  # more than the main table has
-        ],
+        tasks=[task for task in tasks if len(task["rows"][0]) > 2],  # more than the main table has
         methods=tables.method_rows(results),
         speedups=tables.speedup_rows(results),
         selection=tables.selection_rows(results),
         selection_note=SELECTION,
         live=[_sample(results, sample) for sample in results.get("live") or []],
-        ledger=tables.ledger_rows(results),
-        warnings=[clean(line) for line in ledger.get("warnings") or []],
-        checks=tables.check_rows(results),
         provenance=tables.provenance_rows(results),
         figures=figures,
-        looks={tables.method_label(results, name): style for name, style in look.items()},
+        looks={tables.method_label(results, name): style for name, style in plots.styles(results).items()},
         captions=CAPTIONS,
         compared=tables.compared(results),
         glossary=GLOSSARY,
         legend=LEGEND.removeprefix("Marked text"),
         prose=PROSE,
-        paper=plots.PAPER,
-        fonts=plots.FONTS,
         css=Markup(plots.dark_rules()),
     )
+
+
+def shared(results: dict[str, Any]) -> dict[str, Any]:
+    """What the pages of a run and of a study both show, and how."""
+    return {
+        "title": clean(results["title"]),
+        "meta": tables.meta(results),
+        "ledger": tables.ledger_rows(results),
+        "warnings": [clean(line) for line in (results.get("ledger") or {}).get("warnings") or []],
+        "checks": tables.check_rows(results),
+        "paper": plots.PAPER,
+        "fonts": plots.FONTS,
+    }
 
 
 def environment(captions: Mapping[str, str]) -> Environment:

@@ -106,9 +106,13 @@ def tasks(results: Results) -> list[str]:
     return [name for _, names in families(results) for name in names]
 
 
+def scores(results: Results, part: dict[str, Any]) -> list[dict[str, Any]]:
+    return [s for s in results.get("scores") or [] if s["part"] == part["key"]]
+
+
 def rows(results: Results, part: dict[str, Any]) -> list[str]:
     """Methods of a part in its order, then scored ones that it does not name, then prompt lookup, scored or not."""
-    scored = [s["method"] for s in results.get("scores") or [] if s["part"] == part["key"]]
+    scored = [s["method"] for s in scores(results, part)]
     named = list(dict.fromkeys([*(part.get("methods") or []), *scored]))
     lookups = [name for name in named if is_lookup(results, name)]
     known = [m["name"] for m in results["methods"] if is_lookup(results, m["name"])]
@@ -117,18 +121,15 @@ def rows(results: Results, part: dict[str, Any]) -> list[str]:
 
 def temperatures(results: Results, part: dict[str, Any]) -> list[str]:
     """Temperatures as the scores write them, "0" and "1"."""
-    scored = [s["temperature"] for s in results.get("scores") or [] if s["part"] == part["key"]]
+    scored = [s["temperature"] for s in scores(results, part)]
     return list(dict.fromkeys([*(part.get("temperatures") or []), *scored]))
 
 
 def score(results: Results, part: dict[str, Any], temperature: str, name: str, task: str) -> dict[str, Any]:
     """The score of one method at one place, empty when it has not been measured."""
-    for found in results.get("scores") or []:
-        here = found["method"] == name and found["task"] == task and found["temperature"] == temperature
-        if here and found["part"] == part["key"]:
-            score: dict[str, Any] = found
-            return score
-    return {}
+    place = temperature, name, task
+    found = (s for s in scores(results, part) if (s["temperature"], s["method"], s["task"]) == place)
+    return next(found, {})
 
 
 def comparisons(results: Results, part: dict[str, Any], before_loop: bool = False) -> list[dict[str, Any]]:
@@ -200,12 +201,8 @@ def absent(results: Results, part: dict[str, Any]) -> dict[str, dict[str, list[s
         name, _, seed = cell.rpartition("-s")
         wanted.append((name or cell, seed if name else ""))
     found: dict[str, dict[str, list[str]]] = {"missing": {}, "training": {}, "unmeasured": {}}
-    begun = {  # measured somewhere; `unmeasured` says where not
-        (s.get("method"), str(seed))
-        for s in results.get("scores") or []
-        if s.get("part") == part.get("key")
-        for seed in s.get("seeds") or []
-    }
+    # Measured somewhere; `unmeasured` says where not.
+    begun = {(s["method"], str(seed)) for s in scores(results, part) for seed in s.get("seeds") or []}
     for name, seed in dict.fromkeys(wanted):
         state = states.get((name, seed), "missing")
         if state == "done" and (name, seed) in begun:

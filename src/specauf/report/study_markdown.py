@@ -31,10 +31,8 @@ def markdown(results: Results, shown: Sequence[Drawing]) -> str:
     for part in results["parts"]:
         own = [drawing for drawing in shown if drawing.part == part["key"]]
         grids = []
-        for field in study_tables.FIELDS:
-            if field == "tau" or study_tables.has_field(results, part, field):
-                made = study_tables.emitted(results, part, field)
-                grids += [f"**{escape(made.caption)}**", grid(made), notes(made)]
+        for made in study_tables.grids(results, part):
+            grids += [f"**{escape(made.caption)}**", grid(made), notes(made)]
         compared = rows(study_tables.comparison_rows(results, part))
         details = rows(study_tables.detail_rows(results, part))
         blocks.append(

@@ -11,7 +11,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from specauf.report import page, plots, study_findings, study_markdown, study_tables, tables
+from specauf.report import page, plots, study_findings, study_markdown, study_tables
 from specauf.report import study_index as index
 from specauf.report.study_figures import Drawing, drawings
 from specauf.report.study_plots import looks
@@ -47,11 +47,9 @@ def render(results: Results, shown: list[Drawing], figures: dict[str, dict[str, 
     look, _, rest = page.source("page.html.j2").partition(BODY)
     assert rest  # the run's template has such a line
     template = page.environment(captions).from_string(f"{look}{BODY}\n{page.source('study_page.html.j2')}")
-    ledger = results.get("ledger") or {}
     style = looks(results)
     return template.render(
-        title=clean(results["title"]),
-        meta=tables.meta(results),
+        page.shared(results),
         headline=study_findings.headline(results),
         findings=study_findings.findings(results),
         missing=study_findings.missing(results),
@@ -61,9 +59,6 @@ def render(results: Results, shown: list[Drawing], figures: dict[str, dict[str, 
         budgets=study_tables.budget_rows(results),
         budgets_note=BUDGETS,
         benchmarks=study_tables.task_rows(results),
-        ledger=tables.ledger_rows(results),
-        warnings=[clean(line) for line in ledger.get("warnings") or []],
-        checks=tables.check_rows(results),
         provenance=study_tables.provenance_rows(results),
         recipe=study_tables.recipe_rows(results),
         figures=figures,
@@ -72,20 +67,17 @@ def render(results: Results, shown: list[Drawing], figures: dict[str, dict[str, 
         styles=style,
         glossary=TERMS,
         prose=PROSE,
-        paper=plots.PAPER,
-        fonts=plots.FONTS,
         css=Markup(plots.dark_rules() + page.source("study_page.css")),
     )
 
 
 def _part(results: Results, part: dict[str, Any], shown: list[Drawing]) -> dict[str, Any]:
     """What the template needs of one part."""
-    fields = [f for f in study_tables.FIELDS if f == "tau" or study_tables.has_field(results, part, f)]
     return {
         "id": f"part-{index.slugs(results)[part['key']]}",
         "title": index.part_label(part),
         "facts": study_findings.part_facts(results, part),
-        "grids": [_noted(study_tables.emitted(results, part, field)) for field in fields],
+        "grids": [_noted(grid) for grid in study_tables.grids(results, part)],
         "details": study_tables.detail_rows(results, part),
         "measured": MEASURED,
         "comparisons": study_tables.comparison_rows(results, part),

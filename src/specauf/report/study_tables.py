@@ -67,6 +67,13 @@ class Grid:
     notes: tuple[str, ...]
 
 
+def grids(results: Results, part: dict[str, Any]) -> list[Grid]:
+    """A part's tables of emitted lengths: of tau, run or not, and of every other field that was measured."""
+    scores = index.scores(results, part)
+    known = [field for field in FIELDS if field == "tau" or any(real(s.get(field)) is not None for s in scores)]
+    return [emitted(results, part, field) for field in known]
+
+
 def emitted(results: Results, part: dict[str, Any], field: str = "tau") -> Grid:
     """The paper's table of emitted lengths: a block of rows per temperature, benchmarks under families, their average last.
 
@@ -145,16 +152,11 @@ def _notes(results: Results, part: dict[str, Any], field: str, blocks: list[Bloc
     if field == "tau_before_loop":
         return (BEFORE_LOOP,)
     cells = [cell for block in blocks for row in block.rows for cell in row.cells]
-    scores = [s for s in results.get("scores") or [] if s["part"] == part["key"]]
     notes = [BOLD]
-    if any(_single(results, s["method"], s) for s in scores):
+    if any(_single(results, s["method"], s) for s in index.scores(results, part)):
         quoted = any(small.startswith("seed ±") for cell in cells for small in cell.small)
         notes.append(ONE_SEED.format(floor=FLOOR if quoted else NO_FLOOR))
     return tuple(notes)
-
-
-def has_field(results: Results, part: dict[str, Any], field: str) -> bool:
-    return any(real(s.get(field)) is not None for s in results.get("scores") or [] if s["part"] == part["key"])
 
 
 def detail_rows(results: Results, part: dict[str, Any]) -> Rows:

@@ -12,20 +12,8 @@ VERDICTS = {
 OUTCOMES = ("better", "equivalent", "worse", "undecided")
 
 PROSE = (
-    "note",
-    "value",
-    "outcome",
-    "task",
-    "verdict",
-    "T",
-    "state",
-    "objective",
-    "kind",
-    "family",
-    "source",
-    "licence",
-    "text",
-)
+    "note", "value", "outcome", "task", "verdict", "T", "state", "objective", "kind", "family", "source", "licence",
+)  # fmt: skip
 """Columns of words, aligned left."""
 
 BOLD = (
