@@ -77,10 +77,11 @@ class Recorded:
         """Where each text begins to repeat itself."""
         return [loop_onset(text) for text in self.texts()]
 
-    def chunks(self) -> Iterator[range]:
+    def chunks(self, size: int | None = None) -> Iterator[range]:
         """The trajectories' numbers, a chunk at a time; without `keep_features`, a chunk's features go before the next."""
-        for start in range(0, len(self.trajectories), CHUNK):
-            yield range(start, min(start + CHUNK, len(self.trajectories)))
+        numbers, size = range(len(self.trajectories)), size or CHUNK
+        for start in numbers[::size]:
+            yield numbers[start : start + size]
             if not self.keep_features:
                 self._features.clear()
 

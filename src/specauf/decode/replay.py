@@ -311,10 +311,10 @@ def walk(accepted: Sequence[int], trajectory: Trajectory) -> list[Round]:
 def replay(
     proposer: Replayable,
     trajectories: Sequence[Trajectory],
-    features: Sequence[Float[Tensor, "s taps_h"]] | None,
+    features: Sequence[Float[Tensor, "s taps_h"] | None] | None,
     limit: int,
 ) -> list[list[Round]]:
-    """The rounds of every trajectory. `features` as from `trajectory_features`; None for prompt lookup."""
+    """The rounds of every trajectory. `features` as from `trajectory_features`; None, or Nones, for prompt lookup."""
     return [
         walk(acceptances(proposer, t, features[i] if features is not None else None, limit).tolist(), t)
         for i, t in enumerate(trajectories)

@@ -6,16 +6,15 @@ import dataclasses
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from specauf.bench.runner import check_live
+from specauf.bench.runner import Recorded, check_live
 from specauf.config import digest
 from specauf.console import Console
 from specauf.decode.generate import Generation
 from specauf.decode.propose import DrafterProposer, PromptLookup
-from specauf.decode.replay import Replayable, Trajectory, replay, trajectory_features
+from specauf.decode.replay import Replayable, replay
 from specauf.drafter.checkpoint import load_drafter
 from specauf.files import atomic_write_text, read_json
 from specauf.locks import claim
@@ -33,15 +32,6 @@ Missing = dict[tuple[Subject, Place], set[int]]
 """Numbers of the trajectories to replay."""
 
 
-@dataclass(frozen=True)
-class Want:
-    """What a part needs of a subject."""
-
-    subject: Subject
-    limit: int
-    prompts: int | None
-
-
 def measure_all(
     study: Study, target: Target, parts: Sequence[str], recordings: Sequence[Recording], console: Console
 ) -> tuple[list[str], list[str]]:
@@ -57,34 +47,25 @@ def measure_all(
                 unrecorded.append(told)
             if not usable:
                 continue
-            about, wants = next(iter(usable.values())), _wants(study, usable, t)
-            if not _missing(study, task, about, wants):
+            about = next(iter(usable.values()))  # there is one recording
+            if not _missing(study, task, about, usable):
                 continue
             with claim(study.out / "measured" / f".{task}-t{wanted.temperature:g}") as mine:
                 if not mine:
                     left.append(told)
-                elif todo := _missing(study, task, about, wants):
+                elif todo := _missing(study, task, about, usable):
                     _measure(study, target, task, about, todo, console)
     return left, unrecorded
 
 
-def _wants(study: Study, parts: Iterable[str], temperature: float) -> list[Want]:
-    found: dict[Want, None] = {}
+def _missing(study: Study, task: str, about: Mapping[str, Any], parts: Iterable[str]) -> Missing:
+    missing: Missing = defaultdict(set)
     for key in parts:
         part = study.parts[key]
-        if temperature not in part.temperatures:
-            continue
+        place = Place(task, about["recording"]["temperature"], part.max_new_tokens, about["key"])
         for subject in subjects(study, key, part.seeds):
-            found[Want(subject, part.max_new_tokens, part.prompts)] = None
-    return list(found)
-
-
-def _missing(study: Study, task: str, about: Mapping[str, Any], wants: Iterable[Want]) -> Missing:
-    missing: Missing = defaultdict(set)
-    for want in wants:
-        place = Place(task, about["recording"]["temperature"], want.limit, about["key"])
-        have = load_records(study, want.subject, place)
-        missing[want.subject, place] |= set(chosen(about["clusters"], want.prompts)) - have.keys()
+            have = load_records(study, subject, place)
+            missing[subject, place] |= set(chosen(about["clusters"], part.prompts)) - have.keys()
     return {key: numbers for key, numbers in missing.items() if numbers}
 
 
@@ -98,37 +79,32 @@ def _measure(
     study: Study, target: Target, task: str, about: Mapping[str, Any], todo: Missing, console: Console
 ) -> None:
     recording = Recording(**about["recording"])
-    trajectories = open_recorded(study, target, task, recording).trajectories
+    opened = open_recorded(study, target, task, recording)
     names = list(dict.fromkeys(subject for subject, _ in todo))
     label = f"replaying {len(names)} drafters on {about['label']}, T={recording.temperature:g}"
     with console.progress(label, sum(len(numbers) for numbers in todo.values())) as advance:
         for first in range(0, len(names), AT_ONCE):
             group = names[first : first + AT_ONCE]
-            _replay(study, target, trajectories, {key: todo[key] for key in todo if key[0] in group}, advance)
+            _replay(study, target, opened, {key: todo[key] for key in todo if key[0] in group}, advance)
 
 
 def _replay(
     study: Study,
     target: Target,
-    trajectories: Sequence[Trajectory],
+    recorded: Recorded,
     todo: Missing,
     advance: Callable[[float, str], None],
 ) -> None:
     proposers = {subject: _proposer(subject, target) for subject, _ in todo}
-    for start in range(0, len(trajectories), CHUNK):
-        chunk = range(start, min(start + CHUNK, len(trajectories)))
-        features: dict[tuple[int, ...], list[Any]] = {}
+    for chunk in recorded.chunks(CHUNK):
         for (subject, place), numbers in todo.items():
             now = [i for i in chunk if i in numbers]
             if not now:
                 continue
             proposer = proposers[subject]
-            layers = tuple(proposer.layer_ids)
-            if layers and layers not in features:
-                features[layers] = trajectory_features(target, [trajectories[i] for i in chunk], layers)
-            some = [trajectories[i] for i in now]
-            tapped = [features[layers][i - start] for i in now] if layers else None
-            rounds = replay(proposer, some, tapped, place.limit)
+            features = recorded.features_of(target, proposer.layer_ids, chunk)
+            some = [recorded.trajectories[i] for i in now]
+            rounds = replay(proposer, some, [features[i - chunk.start] for i in now], place.limit)
             found = records(rounds, some, place.limit, subject.block_size)
             add_records(study, subject, place, dict(zip(now, found, strict=True)))
             advance(len(now), subject.name)
