@@ -268,13 +268,13 @@ def _check(study: Study, where: str) -> None:
     """Raise `ConfigError` when parts and methods do not fit together, or methods differ in what they must share."""
     for key, part in study.parts.items():
         for name in part.methods:
-            known(name, study.methods, "method", f"{where}: parts.{key}.methods")
+            _require_known(name, study.methods, "method", f"{where}: parts.{key}.methods")
     seen: dict[str, str] = {}
     for name, method in study.methods.items():
         at = f"{where}: methods.{name}"
         for other in ("start_from", "minutes_as"):
             if (named := getattr(method, other)) is not None:
-                known(named, study.methods, "method", f"{at}.{other}")
+                _require_known(named, study.methods, "method", f"{at}.{other}")
         try:
             study.needs(name)
             config = override(study.base, method.set)
@@ -317,14 +317,14 @@ def _check_shared(base: RunConfig, config: RunConfig, at: str) -> None:
 def known_parts(study: Study, names: Sequence[str]) -> list[str]:
     """The named parts, in the recipe's order; all of them when none is named. Raises `ConfigError` on an unknown one."""
     for name in names:
-        known(name, study.parts, "part")
+        _require_known(name, study.parts, "part")
     return [key for key in study.parts if key in names or not names]
 
 
-def known(name: str, choices: Iterable[str], what: str, where: str = "") -> str:
-    """`name` if it is one of `choices`, else `ConfigError` with the nearest."""
+def _require_known(name: str, choices: Iterable[str], what: str, where: str = "") -> None:
+    """Raise `ConfigError` with the nearest of `choices` when `name` is none of them."""
     try:
-        return choose(name, [str(choice) for choice in choices], what)  # a recipe's key may be a number
+        choose(name, [str(choice) for choice in choices], what)  # a recipe's key may be a number
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}" if where else str(error)) from None
 
@@ -337,9 +337,9 @@ def _override(data: dict[str, Any], item: str) -> None:
     node: Any = data
     for depth, parent in enumerate(parents):
         if depth == 0:
-            known(parent, SECTIONS, "section", f"override {item!r}")
+            _require_known(parent, SECTIONS, "section", f"override {item!r}")
         if depth == 1 and parents[0] in ("methods", "parts"):
-            known(parent, node, parents[0].removesuffix("s"), f"override {item!r}")
+            _require_known(parent, node, parents[0].removesuffix("s"), f"override {item!r}")
         node = node.setdefault(parent, {}) if isinstance(node, dict) else None
         require(isinstance(node, dict), f"override {item!r}: {'.'.join(parents[: depth + 1])!r} is no section")
     require(bool(parents) or last in SECTIONS, f"override {item!r}: unknown key {last!r}{nearest(last, SECTIONS)}")

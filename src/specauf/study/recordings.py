@@ -26,10 +26,10 @@ from specauf.study.recipe import Recording, Study
 from specauf.target import Target
 
 
-def describe(study: Study, task: str, wanted: Recording, target: Target | None = None) -> dict[str, Any] | None:
+def describe(study: Study, task: str, wanted: Recording, target: Target) -> dict[str, Any] | None:
     """What is recorded of a task, if `wanted` can be read out of it: enough conversations, tokens and slots; else None.
 
-    With `target`, also None when it is a recording of another target, or of other prompts or sampling than the recipe's.
+    Also None when it is a recording of another target, or of other prompts or sampling than the recipe's.
     Keys: `key` (digest of the tokens), `recording` (the fields of `Recording`), `made_of` (digest of target, EOS ids,
     prompts and sampling), `label`, `clusters` (conversation number of each trajectory), `repeated_share`.
     """
@@ -38,9 +38,7 @@ def describe(study: Study, task: str, wanted: Recording, target: Target | None =
         return None
     found: dict[str, Any] = read_json(path, "delete it, and it is made again")
     fits = Recording(**found["recording"]).covers(wanted, len(set(found["clusters"])))
-    if fits and target:
-        fits = found["made_of"] == _made_of(study, target, _prompts(study, task), wanted)
-    return found if fits else None
+    return found if fits and found["made_of"] == _made_of(study, target, _prompts(study, task), wanted) else None
 
 
 def check_tasks(study: Study, target: Target, recordings: Sequence[Recording]) -> None:

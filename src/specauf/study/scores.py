@@ -102,8 +102,8 @@ ByTask = dict[str, Counts]
 class Measured:
     """Everything measured of a study, read once from its directory."""
 
-    def __init__(self, study: Study, target: Target | None = None) -> None:
-        """With `target`, whatever was measured on recordings of another target or recipe counts as not measured."""
+    def __init__(self, study: Study, target: Target) -> None:
+        """Whatever was measured on recordings of another target or recipe counts as not measured."""
         self.study, self.target = study, target
         self._cache: dict[tuple[str, float, str, tuple[int, ...]], ByTask] = {}
 
@@ -221,10 +221,11 @@ def _family(
     first, second = measured.of(key, temperature, a), measured.of(key, temperature, b)
     if not first or not second:
         return []
-    seeds = _common(next(iter(first.values())).seeds, next(iter(second.values())).seeds)
-    if seeds is None:
+    own, others = (next(iter(side.values())).seeds for side in (first, second))
+    seeds = [s for s in others if s in own or not own]  # b is trained, a may be prompt lookup
+    if not seeds:
         return []
-    first, second = ({t: c.of(seeds or (0,)) for t, c in side.items()} for side in (first, second))
+    first, second = ({t: c.of(seeds) for t, c in side.items()} for side in (first, second))
     taus_a, taus_b = ({t: c.tau(before_loop) for t, c in side.items()} for side in (first, second))
     found = {task: _bootstrap(first, {task: taus_a[task]}, {task: taus_b[task]}) for task in first}
     adjusted: dict[str, float | None] = dict(zip(found, holm([d.p for d in found.values()]), strict=True))
@@ -232,7 +233,6 @@ def _family(
     rows = []
     for task, told in found.items():
         means = [macro(taus) if task == MACRO else task_mean(taus[task]) for taus in (taus_a, taus_b)]
-        few = len(seeds) <= 2
         row = {
             "part": key,
             "temperature": f"{temperature:g}",
@@ -246,21 +246,14 @@ def _family(
             "p": told.p,
             "p_holm": adjusted[task],
             "verdict": verdict(told.interval, MARGIN, adjusted[task], told.equivalence_interval),
-            "seeds": max(1, len(seeds)),
-            "noise_floor": floor(measured, key, temperature, task, before_loop) if few else None,
+            "seeds": len(seeds),
+            "noise_floor": floor(measured, key, temperature, task, before_loop) if len(seeds) <= 2 else None,
         }
         rows.append(row | {"standing": standing(row)})
     return rows
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...] | None:
-    """The seeds that both have; if one has no seeds, the other's; None when they share none."""
-    if not a or not b:
-        return tuple(a or b)
-    return tuple(s for s in a if s in b) or None
-
-
-def floor(measured: Measured, key: str, temperature: float, task: str, before_loop: bool = False) -> float | None:
+def floor(measured: Measured, key: str, temperature: float, task: str, before_loop: bool) -> float | None:
     """How far two seeds of one method lie apart on this part's prompts; None unless some part has several seeds measured.
 
     The spread is pooled over the methods of the first such part.
