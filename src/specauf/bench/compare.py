@@ -116,6 +116,15 @@ def evaluate(
     trajectories = sum(len(task.trajectories) for task in tasks.values())
     with console.progress("replaying", trajectories * len(proposers)) as advance:
         evaluation, rounds = measure(target, proposers, tasks, advance)
+    methods = [
+        {"name": n, "label": n, "kind": "drafter", "steps": d.config.extra.get("steps"), "weights": weights[n]}
+        for n, d in drafters.items()
+    ]
+    methods += [{"name": label, "label": label, "kind": "drafter", "of": n} for label, n in pools.items()]
+    methods += [{"name": label, "label": label, "kind": "both", "of": n} for label, n in behind.items()]
+    methods += [{"name": LOOKUP, "label": "prompt lookup", "kind": "lookup"}]
+    pairs = [*((other, names[0]) for other in names[1:]), *pools.items(), *behind.items()]
+    pairs += [(name, LOOKUP) for name in [*names, *behind]]  # the competitor that costs nothing
     results: dict[str, Any] = {
         "title": "Acceptance by replay",
         "created": box["created"],
@@ -129,39 +138,15 @@ def evaluate(
             "conversations a task": config.prompts,
             **_sampling(config.sampling),
         },
-        "methods": [
-            *(
-                {
-                    "name": n,
-                    "label": n,
-                    "kind": "drafter",
-                    "steps": d.config.extra.get("steps"),
-                    "weights": weights[n],
-                }
-                for n, d in drafters.items()
-            ),
-            *({"name": label, "label": label, "kind": "drafter", "of": n} for label, n in pools.items()),
-            *({"name": label, "label": label, "kind": "both", "of": n} for label, n in behind.items()),
-            {"name": LOOKUP, "label": "prompt lookup", "kind": "lookup"},
-        ],
+        "methods": methods,
         "evaluation": evaluation,
-        "comparisons": [
-            row
-            for other, first in [
-                *((other, names[0]) for other in names[1:]),
-                *pools.items(),
-                *behind.items(),
-                *((name, LOOKUP) for name in [*names, *behind]),  # the competitor that costs nothing
-            ]
-            for row in comparison(tasks, rounds, other, first)
-        ],
+        "comparisons": [row for a, b in pairs for row in comparison(tasks, rounds, a, b)],
         "checks": [],
         "speedups": [],
     }
     if selection:
-        made = {n: p for n, p in proposers.items() if isinstance(p, DrafterProposer)}
         results["selection"], results["checks"] = selected(
-            target, made, tasks, rounds, selection, config, console.progress
+            target, alone, tasks, rounds, selection, config, console.progress
         )
     passed = all(check["passed"] for check in results["checks"])
     _keep_others(out / "results.json", results)
@@ -268,24 +253,24 @@ def _live(
     plain[:] = [check.plain for check in checks]
     one, many = checks
     for how, check in (("batch 1", one), (f"batch {min(config.batch_size, len(many.generations))}", many)):
-        rounds = sum(len(g.rounds) for g in check.generations)
-        told = f"{counted(len(check.generations), 'prompts')}, {counted(rounds, 'rounds')}, "
-        told += counted(len(check.near_ties), "near ties")
-        results["checks"].append(
-            {
-                "name": f"{name}, {recording.label}, {how}: {what_agrees(bool(check.near_ties))}",
-                "value": "; ".join(check.problems) or told,
-                "passed": not check.problems,
-            }
-        )
+        prompts, rounds = len(check.generations), sum(len(g.rounds) for g in check.generations)
+        label = f"{name}, {recording.label}, {how}"
+        results["checks"].append(check_row(label, prompts, rounds, check.problems, check.near_ties))
     results["speedups"] += _ratios(name, recording.label, one, many)
     return not one.problems and not many.problems
 
 
-def what_agrees(near_ties: bool) -> str:
-    """What a passed check of live decoding shows."""
+def check_row(
+    label: str, prompts: int, rounds: int, problems: Sequence[str], near_ties: Sequence[str]
+) -> dict[str, Any]:
+    """The report's row for a check of live decoding."""
     apart = ", near ties apart" if near_ties else ""
-    return f"live tokens are plain decoding's, live rounds are replay's{apart}"
+    told = f"{counted(prompts, 'prompts')}, {counted(rounds, 'rounds')}, {counted(len(near_ties), 'near ties')}"
+    return {
+        "name": f"{label}: live tokens are plain decoding's, live rounds are replay's{apart}",
+        "value": "; ".join(problems) or told,
+        "passed": not problems,
+    }
 
 
 def _ratios(name: str, label: str, one: LiveCheck, many: LiveCheck) -> list[dict[str, Any]]:

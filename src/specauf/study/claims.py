@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 from scipy import stats
 
+from specauf.strict import counted
+
 Results = Mapping[str, Any]
 MACRO = "macro"
 TEMPERATURES = ("0", "1")
@@ -110,7 +112,7 @@ def inversion(results: Results) -> Found:
     interval = f" ± {100 * sure:.1f}" if math.isfinite(sure) else ""
     because = (
         f"decay's common-token accuracy ends {100 * abs(mean):.1f}{interval} points {_side(mean)} AUF's "
-        f"({_count(len(seeds), 'seed')}, {_count(min(map(len, steps.values())), 'reading')} each at the same steps), "
+        f"({counted(len(seeds), 'seeds')}, {counted(min(map(len, steps.values())), 'readings')} each at the same steps), "
         f"and {_told(results, index)}"
     )
     if verdict in ("worse", "equivalent") or (mean < 0 and sure < -mean):
@@ -303,7 +305,3 @@ def _half_width(values: Sequence[float]) -> float:
     if len(values) < 2:
         return math.inf
     return float(stats.t.ppf(0.975, len(values) - 1) * stdev(values) / math.sqrt(len(values)))
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}" if n == 1 else f"{n} {what}s"

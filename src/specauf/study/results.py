@@ -7,14 +7,14 @@ import sys
 from typing import Any
 
 from specauf import provenance
-from specauf.bench.compare import what_agrees
+from specauf.bench.compare import check_row
 from specauf.bench.statistics import MARGIN
 from specauf.bench.tasks import describe_task
 from specauf.config import LOOKUP, RunConfig, digest
 from specauf.data.dataset import Prepared
 from specauf.files import read_rows
 from specauf.run import settings_of
-from specauf.strict import UserError, counted, to_dict
+from specauf.strict import UserError, to_dict
 from specauf.study.cells import progress
 from specauf.study.claims import claims
 from specauf.study.measuring import read_live
@@ -217,13 +217,6 @@ def _checks(study: Study, target: Target) -> tuple[list[dict[str, Any]], list[st
             if about is None or (check := read_live(study, subject, task, about)) is None:
                 unchecked.append(f"{subject.name} on {task}")
                 continue
-            told = f"{counted(check['prompts'], 'prompts')}, {counted(check['rounds'], 'rounds')}, "
-            told += counted(len(check["near_ties"]), "near ties")
-            found.append(
-                {
-                    "name": f"{subject.name}, {about['label']}: {what_agrees(bool(check['near_ties']))}",
-                    "value": "; ".join(check["problems"]) or told,
-                    "passed": not check["problems"],
-                }
-            )
+            told = {key: check[key] for key in ("prompts", "rounds", "problems", "near_ties")}
+            found.append(check_row(f"{subject.name}, {about['label']}", **told))
     return found, unchecked
