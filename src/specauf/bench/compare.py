@@ -96,35 +96,15 @@ def evaluate(
     require(live >= 0, f"--live must be at least 0, got {live}")
     if selection and any(isinstance(d, Domino) for d in drafters.values()):
         raise ConfigError("--candidates draws the slots of a block one by one: Domino's depend on one another")
-    names, first = list(drafters), next(iter(drafters.values()))
+    first = next(iter(drafters.values()))
     block, flag = first.config.block_size, _thinking(first)
-    weights = {name: fingerprint(drafter) for name, drafter in drafters.items()}
-    drafters = {name: drafter.to(target.embed_weight) for name, drafter in drafters.items()}  # its dtype, as live
-    alone = {n: DrafterProposer(d, target) for n, d in drafters.items()}
-    proposers: dict[str, Replayable] = {**alone}
-    causal = [n for n, d in drafters.items() if isinstance(d, Domino)] if candidate_pool else []
-    pools = {f"{n}, pool {candidate_pool}": n for n in causal}
-    proposers |= {label: DrafterProposer(drafters[n], target, candidate_pool) for label, n in pools.items()}
-    if candidate_pool and not pools:
-        raise ConfigError("--candidate-pool is for Domino drafters, and none of these is one")
     lookup = lookup_block or block
-    behind = {f"{n}, lookup first": n for n in names} if lookup_first else {}
-    proposers |= {label: LookupFirst(alone[n], lookup_first, lookup) for label, n in behind.items()}
-    proposers[LOOKUP] = PromptLookup(lookup)
+    proposers, methods, pairs = _lineup(target, drafters, candidate_pool, lookup_first, lookup)
     box = provenance.for_report()  # now: a commit made while this runs is not what it runs
     tasks = record_tasks(target, config, max(block, lookup), flag, data_dir, out, console)
     trajectories = sum(len(task.trajectories) for task in tasks.values())
     with console.progress("replaying", trajectories * len(proposers)) as advance:
         evaluation, rounds = measure(target, proposers, tasks, advance)
-    methods = [
-        {"name": n, "label": n, "kind": "drafter", "steps": d.config.extra.get("steps"), "weights": weights[n]}
-        for n, d in drafters.items()
-    ]
-    methods += [{"name": label, "label": label, "kind": "drafter", "of": n} for label, n in pools.items()]
-    methods += [{"name": label, "label": label, "kind": "both", "of": n} for label, n in behind.items()]
-    methods += [{"name": LOOKUP, "label": "prompt lookup", "kind": "lookup"}]
-    pairs = [*((other, names[0]) for other in names[1:]), *pools.items(), *behind.items()]
-    pairs += [(name, LOOKUP) for name in [*names, *behind]]  # the competitor that costs nothing
     results: dict[str, Any] = {
         "title": "Acceptance by replay",
         "created": box["created"],
@@ -145,6 +125,7 @@ def evaluate(
         "speedups": [],
     }
     if selection:
+        alone = {n: p for n, p in proposers.items() if isinstance(p, DrafterProposer)}
         results["selection"], results["checks"] = selected(
             target, alone, tasks, rounds, selection, config, console.progress
         )
@@ -156,15 +137,46 @@ def evaluate(
         for task, recording in tasks.items() if live else ():
             passed &= _live(target, name, proposer, recording, live, config, results, plain[task], console)
     if server:
+        (name,) = drafters
         for task, recording in tasks.items():
             with console.progress(f"asking the server on {recording.label}", len(recording.trajectories)) as advance:
-                given = (server, target, recording, rounds[task][names[0]], config.sampling)
+                given = (server, target, recording, rounds[task][name], config.sampling)
                 served = check_server(*given, lambda advance=advance: advance(1, ""))  # type: ignore[misc]
             passed &= served.passed
-            what = f"{names[0]}, {recording.label}, served by vLLM: its text is the target's, its rounds are replay's"
+            what = f"{name}, {recording.label}, served by vLLM: its text is the target's, its rounds are replay's"
             results["checks"].append({"name": what, "value": str(served), "passed": served.passed})
     atomic_write_text(out / "results.json", json_text(results))
     return results, passed
+
+
+def _lineup(
+    target: Target, drafters: Mapping[str, DFlash], candidate_pool: int, lookup_first: int, lookup_block: int
+) -> tuple[dict[str, Replayable], list[dict[str, Any]], list[tuple[str, str]]]:
+    """What is measured, by name; the rows of the report's `methods`; and what is compared with what."""
+    methods: list[dict[str, Any]] = [
+        {"name": n, "label": n, "kind": "drafter", "steps": d.config.extra.get("steps"), "weights": fingerprint(d)}
+        for n, d in drafters.items()
+    ]
+    drafters = {name: drafter.to(target.embed_weight) for name, drafter in drafters.items()}  # its dtype, as live
+    alone = {n: DrafterProposer(d, target) for n, d in drafters.items()}
+    causal = [n for n, d in drafters.items() if isinstance(d, Domino)] if candidate_pool else []
+    if candidate_pool and not causal:
+        raise ConfigError("--candidate-pool is for Domino drafters, and none of these is one")
+    pools = {f"{n}, pool {candidate_pool}": n for n in causal}
+    behind = {f"{n}, lookup first": n for n in drafters} if lookup_first else {}
+    proposers: dict[str, Replayable] = {
+        **alone,
+        **{label: DrafterProposer(drafters[n], target, candidate_pool) for label, n in pools.items()},
+        **{label: LookupFirst(alone[n], lookup_first, lookup_block) for label, n in behind.items()},
+        LOOKUP: PromptLookup(lookup_block),
+    }
+    methods += [{"name": label, "label": label, "kind": "drafter", "of": n} for label, n in pools.items()]
+    methods += [{"name": label, "label": label, "kind": "both", "of": n} for label, n in behind.items()]
+    methods += [{"name": LOOKUP, "label": "prompt lookup", "kind": "lookup"}]
+    baseline, *others = drafters
+    pairs = [*((other, baseline) for other in others), *pools.items(), *behind.items()]
+    pairs += [(name, LOOKUP) for name in [*drafters, *behind]]  # the competitor that costs nothing
+    return proposers, methods, pairs
 
 
 def _keep_others(path: Path, results: dict[str, Any]) -> None:
