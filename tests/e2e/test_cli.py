@@ -134,7 +134,7 @@ def test_self_selection_and_the_drawn_proposal_are_told_apart(world: Path, capsy
     assert "self-selection, decoded live" in told and "untrained, self-selection, K=3, T_s=1.5" in told
     assert "ok: untrained, birds, self-selection, K=3, T_s=1.5: live tokens are plain decoding's" in told
     (row,) = json.loads((world / "chosen" / "results.json").read_text())["selection"]
-    assert row["tau"] >= 1 and row["chain_nodes"] == 4 < row["nodes"] <= 10
+    assert row["tau"] >= 1 and 4 < row["nodes"] <= 10
     assert main(["report", str(world / "chosen" / "results.json")]) == 0
     assert "K=3, T_s=1.5" in (world / "chosen" / "index.html").read_text()
     assert main([*measure, "--eval.sampling.temperature", "1", "--eval.sampling.proposal", "sampled"]) == 2

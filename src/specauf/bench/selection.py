@@ -51,7 +51,6 @@ def measure_selection(
         "tau": found.tau,
         "interval": list(found.interval),
         "nodes": sum(g.verified for g in out) / found.rounds,
-        "chain_nodes": proposer.block_size,
         "rounds": found.rounds,
         "gain": gain.difference,
         "gain_interval": list(gain.interval),

@@ -38,7 +38,7 @@ class Acceptance:
     prompts: int
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "accepted": self.tau - 1, "interval": list(self.interval)}
+        return {**asdict(self), "interval": list(self.interval)}
 
 
 def prompt_taus(rounds: Sequence[Sequence[Round]]) -> NDArray[np.float64]:

@@ -21,7 +21,7 @@ def scores(alpha: list[float | None]) -> dict[str, Any]:
     tau = 1 + sum(survived)
     width = 0.15 * (tau - 1) + 0.01
     return {
-        "tau": tau, "interval": [tau - width, tau + width], "accepted": tau - 1, "alpha": alpha, "survival": survived,
+        "tau": tau, "interval": [tau - width, tau + width], "alpha": alpha, "survival": survived,
         "rounds": round(2048 / tau), "cut_share": 0.004, "engine_tau": tau - 0.008,
     }  # fmt: skip
 
@@ -111,7 +111,7 @@ def full() -> dict[str, Any]:
         ],
         "selection": [
             {"name": "auf", "task": "humaneval", "how": "self-selection, K=8, T_s=1.5", "tau": 1.412, "interval": [1.35, 1.47],
-             "gain": 0.167, "gain_interval": [0.11, 0.22], "nodes": 41.3, "chain_nodes": 8, "rounds": 1450},
+             "gain": 0.167, "gain_interval": [0.11, 0.22], "nodes": 41.3, "rounds": 1450},
         ],
         "speedups": [
             {"name": "AUF's step over the full block's", "ratio": 2.12, "note": "alternating, idle machine"},
