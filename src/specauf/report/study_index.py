@@ -183,8 +183,10 @@ def slugs(results: Results) -> dict[str, str]:
     """Part key -> its name in file names and ids: plain letters, all different."""
     found: dict[str, str] = {}
     for i, part in enumerate(results["parts"]):
-        plain = re.sub(r"[^a-z0-9]+", "-", part["key"].lower()).strip("-")[:24]
-        found[part["key"]] = plain if plain and plain not in found.values() else f"{plain or 'part'}-{i + 1}"
+        name = re.sub(r"[^a-z0-9]+", "-", part["key"].lower()).strip("-")[:24] or f"part-{i + 1}"
+        while name in found.values():
+            name += f"-{i + 1}"
+        found[part["key"]] = name
     return found
 
 

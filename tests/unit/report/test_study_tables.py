@@ -283,3 +283,8 @@ def test_a_label_less_method_and_a_number_less_claim_are_told(results: Results) 
     assert row(study_tables.emitted(results, part(results, "a")), 0, "unlisted").label == "unlisted"
     results["claims"] = [{"claim": "x"}, {"claim": "y", "verdict": "perhaps"}]
     assert [f.verdict for f in study_findings.findings(results)] == ["Not run", "perhaps"]
+
+
+def test_parts_have_names_of_their_own_in_files(results: Results) -> None:
+    results["parts"] = [{"key": key} for key in ("x", "x-3", "x_", "é", "")]
+    assert list(index.slugs(results).values()) == ["x", "x-3", "x-3-3", "part-4", "part-5"]
