@@ -66,7 +66,13 @@ def train(
         {
             "drafter": {"block_size": BLOCK, "kind": "domino" if head else "dflash"},
             "objective": {"name": objective} if isinstance(objective, str) else objective,
-            "train": {"max_steps": steps, "batch_size": len(trajectories), "num_anchors": 32, "lr": 4e-3, "save_every": 10**6},
+            "train": {
+                "max_steps": steps,
+                "batch_size": len(trajectories),
+                "num_anchors": 32,
+                "lr": 4e-3,
+                "save_every": 10**6,
+            },
         },
     )
     batches = Batches(dataset_of(trajectories), None, config.train)
@@ -92,7 +98,9 @@ def test_a_memorised_text_is_accepted_whole(
     chaotic: Target, memorable: list[Trajectory], objective: str, tmp_path: Path
 ) -> None:
     lookup = replay(PromptLookup(BLOCK), memorable, None, LIMIT)
-    assert summarise(lookup, [LIMIT] * len(memorable), BLOCK - 1).tau < 2, "the text repeats itself: memorising proves nothing"
+    assert summarise(lookup, [LIMIT] * len(memorable), BLOCK - 1).tau < 2, (
+        "the text repeats itself: memorising proves nothing"
+    )
     by_replay, live = taus(chaotic, train(chaotic, memorable, objective, STEPS, tmp_path), memorable)
     assert by_replay >= 0.95 * BLOCK
     assert live >= 0.95 * BLOCK
