@@ -176,7 +176,7 @@ def whole(world: Path, tiny: Target, tmp_path_factory: pytest.TempPathFactory) -
     """A study that ran all its stages, and its results."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPECAUF_CACHE", str(world / "cache"))
-        patch.setattr("specauf.report.study_page.write", written)
+        patch.setattr("specauf.report.page.write", written)
         study = recipe.study_of(content(world, tmp_path_factory.mktemp("whole")), "test")
         index = run_study(study, [], [], tiny, Quiet())
     assert index == study.out / "report" / "index.html"

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from specauf.config import LOOKUP
-from specauf.report import page
+from specauf.report.shapes import check_run, demander
 from specauf.report.tables import Results
 from specauf.report.words import clean, real, series
 
@@ -32,9 +32,9 @@ LISTS: dict[str, dict[str, type]] = {
 
 def check(results: Results, where: str = "results") -> None:
     """Raise `UserError` naming `where` and the key unless `results` has the shape that a study's report reads."""
-    demand = page.demander(where, "specauf study")
+    demand = demander(where, "specauf study")
     demand("parts" in results, "'parts'", "there")
-    page.check({k: results[k] for k in SHARED if k in results} | {"evaluation": {}}, where, "specauf study")
+    check_run({k: results[k] for k in SHARED if k in results} | {"evaluation": {}}, where, "specauf study")
     for key, fields in RECORDS.items():
         records = results.get(key)
         demand(isinstance(records, list) or (records is None and key != "parts"), repr(key), "a list")

@@ -1,4 +1,4 @@
-"""A study's report: index.html (one file, no scripts), report.md, results.json, figures/. Findings stand first.
+"""The report of a study: its figures, its Markdown and its page. Findings stand first.
 
 The page looks like a run's report: it takes macros, head and style sheet from that template, up to where the body begins.
 """
@@ -6,18 +6,18 @@ The page looks like a run's report: it takes macros, head and style sheet from t
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
-from specauf.report import page, plots, study_findings, study_markdown, study_tables
+from specauf.report import plots, study_findings, study_markdown, study_tables
 from specauf.report import study_index as index
 from specauf.report.study_figures import Drawing, drawings
 from specauf.report.study_plots import looks
 from specauf.report.study_tables import Grid
 from specauf.report.study_words import BUDGETS, MEASURED, PROSE, TERMS
 from specauf.report.tables import Results
+from specauf.report.templates import Pieces, environment, shared, source
 from specauf.report.words import clean
 
 BODY = "<main>"
@@ -25,31 +25,26 @@ BODY = "<main>"
 UNDERLINED = "underlined"
 
 
-def write(results: Results, directory: Path) -> Path:
-    """Write the whole report of a study into `directory`, made if need be; index.html comes last. Returns its path.
-
-    Every file is replaced whole, others stay. Raises `UserError` when `results` cannot be reported, or the directory
-    cannot be written.
-    """
-    index.check(results)
+def pieces(results: Results) -> Pieces:
+    """Its figures by file name, and a function from their SVGs to the (Markdown, HTML)."""
     drawn = drawings(results)
 
     def texts(figures: dict[str, dict[str, str]]) -> tuple[str, str]:
         shown = [drawing for drawing in drawn if drawing.name in figures]
         return study_markdown.markdown(results, shown), render(results, shown, figures)
 
-    return page.write_files(results, Path(directory), {d.name: d.draw for d in drawn}, texts)
+    return {d.name: d.draw for d in drawn}, texts
 
 
 def render(results: Results, shown: list[Drawing], figures: dict[str, dict[str, str]]) -> str:
     """The page. `figures` maps the name of every drawing in `shown` to its SVG texts `wide` and `narrow`."""
     captions = {drawing.name: drawing.caption for drawing in shown}
-    look, _, rest = page.source("page.html.j2").partition(BODY)
+    look, _, rest = source("page.html.j2").partition(BODY)
     assert rest  # the run's template has such a line
-    template = page.environment(captions).from_string(f"{look}{BODY}\n{page.source('study_page.html.j2')}")
+    template = environment(captions).from_string(f"{look}{BODY}\n{source('study_page.html.j2')}")
     style = looks(results)
     return template.render(
-        page.shared(results),
+        shared(results),
         headline=study_findings.headline(results),
         findings=study_findings.findings(results),
         missing=study_findings.missing(results),
@@ -67,7 +62,7 @@ def render(results: Results, shown: list[Drawing], figures: dict[str, dict[str, 
         styles=style,
         glossary=TERMS,
         prose=PROSE,
-        css=Markup(plots.dark_rules() + page.source("study_page.css")),
+        css=Markup(plots.dark_rules() + source("study_page.css")),
     )
 
 

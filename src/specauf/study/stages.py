@@ -57,9 +57,9 @@ def run_study(
         return None
     found = collect(study, target, corpus.prepared(study.base))
     atomic_write_text(study.out / "results.json", json_text(found))
-    from specauf.report import study_page  # here, since it loads matplotlib
+    from specauf.report import page  # here, since it loads matplotlib
 
-    return study_page.write(found, study.out / "report")
+    return page.write(found, study.out / "report")
 
 
 def _left(what: str, names: Sequence[str]) -> str:

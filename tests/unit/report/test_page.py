@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tests.unit.report.browser import Outline, fetches, papers, widths
 
-from specauf.report import page
+from specauf.report import page, tables
 from specauf.strict import UserError
 
 Results = dict[str, Any]
@@ -58,9 +58,9 @@ def test_every_section_stands_in_its_order(text: str) -> None:
 
 def test_the_page_says_what_the_markdown_says(results: Results, text: str) -> None:
     words = " ".join(" ".join(Outline(text).words).split())
-    for row in page.tables.summary_rows(results)[1:]:
+    for row in tables.summary_rows(results)[1:]:
         assert row[0] in words
-    for sentence in [*page.tables.headline(results), *page.tables.comparison_sentences(results)]:
+    for sentence in [*tables.headline(results), *tables.comparison_sentences(results)]:
         assert sentence in words
     assert "1,204 bytes were lost" in words and "31 of 32 prompts" in words and "τ 1.410 · 91 rounds" in words
 
