@@ -100,6 +100,8 @@ def two_branch_loss(
     """
     branches: dict[Side, Branch] = {"base": base, "final": final}
     sources: dict[Side, RowSource] = {"base": hidden, "final": corrected}
+    for branch in (base, final):
+        branch.objective.require(target_hidden, uniform)
 
     def read(side: Side, valid: Tensor, needs_target: bool, **how: Any) -> tuple[Readout, Tensor]:
         source = Recorded(sources[side])
@@ -130,7 +132,6 @@ def two_branch_loss(
     found: dict[Side, LossTerms] = {}
     for side in SIDES:
         branch, objective = branches[side], branches[side].objective
-        objective.require(target_hidden, uniform)
         parts = credit_of(unread if branch.prior else gates[branch.support][0], blocks, objective, uniform)
         plain = objective.rule.loss is cross_entropy
         # A cross entropy counts the slots with credit alone; any other loss may look along the block.

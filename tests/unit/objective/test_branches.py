@@ -360,8 +360,11 @@ def test_a_loss_of_the_targets_distribution_on_the_final_branch() -> None:
 
 def test_what_is_missing_or_contradictory_is_said() -> None:
     s = scene(1)
-    with pytest.raises(ValueError, match="needs 'target_hidden'"):
-        ours(s, (Branch(Objective("auf"), "base"), Branch(Objective("pard2"), "final")), 0.5)
+    plain = Objective("auf")
+    for name, lacking in (("pard2", "target_hidden"), ("sampled-auf", "uniform")):
+        for pair in ((plain, Objective(name)), (Objective(name), plain)):
+            with pytest.raises(ValueError, match=f"needs '{lacking}'"):
+                ours(s, (Branch(pair[0], "base"), Branch(pair[1], "final")), 0.5)
     hot, cold = (Branch(Objective("soft-auf", options={"temperature": t}), "base") for t in (2.0, 0.5))
     with pytest.raises(ValueError, match="different temperatures"):
         ours(s, (hot, cold), 0.5)
