@@ -170,6 +170,7 @@ class Eval:
     candidates: int = 1
     """K > 1: also decode every drafter live with self-selection (see `specauf generate`), in separate rows."""
     candidate_temperature: float = 1.5
+    """Temperature at which the other K - 1 blocks are drawn."""
     candidate_pool: int = 0
     """N > 0: also measure Domino drafters with SGLang's approximation, in separate rows.
     It corrects only N candidate tokens."""
@@ -214,6 +215,7 @@ class Generate:
     target: TargetOf = field(default_factory=TargetOf)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     max_new_tokens: int = 128
+    """Tokens of the answer at most."""
     block_size: int = 0
     """Block size of prompt lookup; 0 is the drafter's, and 8 without one."""
     enable_thinking: bool = False
@@ -258,6 +260,7 @@ class Report:
     """Write the page, Markdown and figures again from a results.json."""
 
     results: Annotated[Path, tyro.conf.Positional]
+    """A results.json, or the directory that holds it."""
     out: Path | None = None
     """Output directory; the results' own when not given."""
 
@@ -282,6 +285,7 @@ class Export:
     layout: Literal["zlab", "speculators"] = "zlab"
     """`zlab` is loaded by z-lab's dflash, vLLM and SGLang; a `speculators` checkpoint names its target itself."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Precision of the weights that are written."""
     base_model: str | None = None
     """The target's public name, e.g. Qwen/Qwen3-8B; the training run's target when not given."""
     results: tuple[Path, ...] = ()
@@ -304,7 +308,9 @@ class Demo:
     minutes: float = 13.0
     """Budget of the whole demo, without installation. Turned once into conversations and steps; no clock stops them."""
     drafter: Literal["dflash", "domino"] = "dflash"
+    """Kind of both drafters, as drafter.kind in a recipe."""
     block_size: int = 8
+    """Slots of a block, the anchor included."""
     out: Path | None = None
     """Output directory; runs/demo-... when not given."""
     set: Overrides = ()

@@ -269,11 +269,14 @@ def options_of(kind: Any, prefix: str = "--") -> Iterator[tuple[str, Any]]:
             yield from options_of(hint, f"{prefix}{name}.")
 
 
-@pytest.mark.parametrize("verb", ["prepare", "rollout", "train", "eval", "generate", "report", "demo", "doctor"])
-def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("verb", [get_args(verb)[0].__name__.lower() for verb in get_args(cli._verbs())])
+def test_every_verb_explains_itself_and_all_its_options(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([verb, "--help"])
-    assert stop.value.code == 0 and f"usage: specauf {verb}" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert stop.value.code == 0 and f"usage: specauf {verb}" in told
+    bare = re.findall(r"^ +(-\S+)(?: \S+){0,3}\s+\((?:default|required)", told, re.M)
+    assert not bare, "a text stands two spaces or a line further than the option"
 
 
 def test_the_version_is_told_and_the_package_is_the_command() -> None:

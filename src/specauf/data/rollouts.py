@@ -36,6 +36,7 @@ class RolloutConfig:
     max_tokens: int | None = None
     """Start no further conversation once this many tokens have been generated."""
     batch_size: int = 32
+    """Conversations that are answered together."""
 
     def __post_init__(self) -> None:
         require(self.turns == "all" or self.turns >= 1, f"rollout: turns is 'all' or at least 1, got {self.turns}")
