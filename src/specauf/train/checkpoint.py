@@ -33,17 +33,15 @@ def identity(trainer: Trainer) -> dict[str, str]:
     are divided between accumulation and processes.
     """
     config, drafter = trainer.config, trainer.drafter.config
-    meta = trainer.batches.dataset.meta
-    free = (*DIVIDED, *FREE["train"])
-    objective = {key: value for key, value in to_dict(config.objective).items() if key not in FREE["objective"]}
+    meta, settled = trainer.batches.dataset.meta, _settled(config)
     parts = {
         "target": trainer.target.fingerprint(),
         "data": [dump(config.data), meta.get("key"), trainer.batches.examples],  # a path's data may be made anew
-        "features": [config.features.cache, config.features.cache and config.features.dtype],
+        "features": list(settled["features"].values()),
         "drafter": drafter.to_json() | {"specauf": drafter.extra.get("init_from", {}).get("weights")},
         "drafter.init_layers": config.drafter.init_layers,
-        "objective": [objective, trainer.plugin],
-        "train": {key: value for key, value in vars(config.train).items() if key not in free},
+        "objective": [settled["objective"], trainer.plugin],
+        "train": settled["train"],
         "train.accumulation times processes": config.train.accumulation * trainer.ranks.world,
     }
     return {name: digest(part) for name, part in parts.items()}
@@ -174,19 +172,20 @@ def require_same_recipe(out: Path, config: RunConfig) -> None:
 
 def changed_settings(out: Path, config: RunConfig) -> list[str]:
     """What differs from the run in `out`, of the sections that a resumed run must have word by word."""
-
-    def fixed(run: RunConfig) -> dict[str, Any]:
-        free = {**FREE, "train": (*FREE["train"], *DIVIDED)}
-        cached = {"cache": run.features.cache, "dtype": run.features.cache and run.features.dtype}
-        sections = {name: to_dict(getattr(run, name)) for name in ("data", "objective", "train")}
-        return {"features": cached} | {
-            name: {key: value for key, value in section.items() if key not in free.get(name, ())}
-            for name, section in sections.items()
-        }
-
     if not (path := out / "config.yaml").is_file():
         return []
-    return [f"{key}: {old!r} then, {new!r} now" for key, old, new in differences(fixed(load(path)), fixed(config))]
+    before = _settled(load(path))
+    return [f"{key}: {old!r} then, {new!r} now" for key, old, new in differences(before, _settled(config))]
+
+
+def _settled(run: RunConfig) -> dict[str, dict[str, Any]]:
+    """Those sections, without the settings that are free or compared in other ways."""
+    free = {**FREE, "train": (*FREE["train"], *DIVIDED)}
+    sections = {name: to_dict(getattr(run, name)) for name in ("data", "objective", "train")}
+    return {"features": {"cache": run.features.cache, "dtype": run.features.cache and run.features.dtype}} | {
+        name: {key: value for key, value in section.items() if key not in free.get(name, ())}
+        for name, section in sections.items()
+    }
 
 
 def _other(directory: Path, what: str, told: Sequence[str]) -> UserError:
