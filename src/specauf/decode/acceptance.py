@@ -18,6 +18,9 @@ from specauf.decode.generate import Round
 from specauf.decode.resampling import grouped, student
 from specauf.strict import UserError
 
+NGRAM = 8
+"""Tokens that occur a second time where a text repeats itself."""
+
 
 @dataclass(frozen=True)
 class Acceptance:
@@ -77,7 +80,7 @@ def summarise(
 
 
 def bootstrap(
-    values: NDArray[np.float64], clusters: Sequence[int] | None = None, resamples: int = 10_000, seed: int = 0
+    values: NDArray[np.float64], clusters: Sequence[int] | None = None, resamples: int = 10_000
 ) -> tuple[float, float]:
     """95 % bootstrap interval of the mean of one value per prompt, corrected for few prompts. NaN values are left out.
 
@@ -92,7 +95,7 @@ def bootstrap(
         return math.nan, math.nan
     if np.ptp(values) == 0:
         return mean, mean
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     moved = student([grouped(values, owner, resamples, rng)], rng)
     low, high = np.quantile(mean + moved, [0.025, 0.975]).tolist()
     return low, high
@@ -125,13 +128,16 @@ def compare(
     return Comparison(float((first - second)[both].mean()), bootstrap(first - second, clusters), ratio)
 
 
-def loop_onset(tokens: Sequence[int], n: int = 8) -> int:
+def _ngrams(tokens: Sequence[int]) -> list[tuple[int, ...]]:
+    return [tuple(tokens[i : i + NGRAM]) for i in range(len(tokens) - NGRAM + 1)]
+
+
+def loop_onset(tokens: Sequence[int]) -> int:
     """Index of the token that completes the first repeated n-gram: where a loop sets in. The length when none does."""
     seen: set[tuple[int, ...]] = set()
-    for end in range(n, len(tokens) + 1):
-        gram = tuple(tokens[end - n : end])
+    for start, gram in enumerate(_ngrams(tokens)):
         if gram in seen:
-            return end - 1
+            return start + NGRAM - 1
         seen.add(gram)
     return len(tokens)
 
@@ -144,11 +150,8 @@ def before_loop(rounds: Sequence[Sequence[Round]], onsets: Sequence[int]) -> lis
     return [[r for r in row if r.start < onset] for row, onset in zip(rounds, onsets, strict=True)]
 
 
-def repeated_share(sequences: Sequence[Sequence[int]], n: int = 8) -> float:
+def repeated_share(sequences: Sequence[Sequence[int]]) -> float:
     """Share of n-grams that occurred before in the same sequence: how much of the text repeats itself."""
-    repeated = total = 0
-    for tokens in sequences:
-        grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
-        total += len(grams)
-        repeated += len(grams) - len(set(grams))
-    return repeated / total if total else 0.0
+    found = [_ngrams(tokens) for tokens in sequences]
+    total = sum(map(len, found))
+    return (total - sum(len(set(grams)) for grams in found)) / total if total else 0.0
