@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import DynamicCache, cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from specauf.strict import UserError
+from specauf.target import Target
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
+    from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
 ROOM = 64
 """Columns to spare when memory is taken. It is taken anew when they are used up, or when rows have left the batch."""
-
 SHARING: Any = getattr(cache_utils, "DummyLayer", type(None))
 """The place of a layer that reads the keys and values of an earlier one. Transformers 5.0 may have none."""
 
@@ -51,6 +52,63 @@ def roomy_cache(config: Any) -> DynamicCache:
     cache = DynamicCache(config=config)
     cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+class Columns:
+    """A batch's cache, and which of its columns hold each row's committed tokens: `held` [b, s]. The rest is masked for good.
+
+    Raises `UserError` as `narrowest_window` does.
+    """
+
+    def __init__(self, target: Target, whole: bool = False) -> None:
+        self.target, self.cache = target, roomy_cache(target.config)
+        self.window = narrowest_window(self.cache, target.name, whole)
+
+    def fill(self, lengths: Int[Tensor, " b"]) -> None:
+        """The prompts, of these lengths, were read. Their padding, on the right, is the first of the holes."""
+        first = int(lengths.max())
+        if self.cache.get_seq_length() != first:
+            raise UserError(
+                f"{self.target.name} puts no keys and values into the cache, so it would forget what it has read"
+            )
+        self.held = torch.arange(first, device=lengths.device) < lengths[:, None]
+
+    def select(self, rows: Int[Tensor, " kept"]) -> None:
+        self.held = self.held[rows]
+        self.cache.batch_select_indices(rows)
+
+    def require_room(self, n: int) -> None:
+        """Raise `UserError` when `n` more columns fill a window."""
+        if self.window is not None and self.held.shape[1] + n >= self.window:
+            raise UserError(
+                f"{self.target.name} has layers that see the last {self.window} tokens alone, and specauf decodes exactly only "
+                "within those: shorten the prompts, or lower the new tokens or the batch size (whose rows wait for each other)"
+            )
+
+    def commit(self, n: int, gained: Int[Tensor, " b"], path: Int[Tensor, "b m"] | None, used: int) -> None:
+        """Of the newest `n` columns, keep what the luckiest row gained, the first ones or those along `path`.
+
+        `used` is the number of columns that the fullest row holds then.
+        """
+        most = int(gained.max())
+        if path is not None:
+            keep_path(self.cache, n, path[:, :most])
+        if most < n:  # `crop(0)` is never called: until mid 2026 it kept none
+            self.cache.crop(most - n)
+        held = torch.cat([self.held, torch.arange(most, device=gained.device) < gained[:, None]], 1)
+        self.held = without_holes(self.cache, held, used)
+
+
+def keep_path(cache: DynamicCache, n: int, path: Int[Tensor, "b m"]) -> None:
+    """Move each row's `path` to the front of the newest `n` columns, in its order."""
+    for layer in cache.layers:
+        if isinstance(layer, SHARING):
+            continue
+        assert layer.keys is not None and layer.values is not None
+        for states in (layer.keys, layer.values):
+            new = states[:, :, -n:]
+            index = path[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
+            new[:, :, : path.shape[1]] = new.gather(2, index)  # gathered whole before it is written
 
 
 def without_holes(cache: DynamicCache, columns: Bool[Tensor, "b s"], used: int) -> Bool[Tensor, "b kept"]:

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from specauf.config import SamplingConfig
-from specauf.decode.cache import narrowest_window, roomy_cache, without_holes
+from specauf.decode.cache import Columns
 from specauf.decode.propose import DrafterProposer, LookupFirst, Proposer
-from specauf.decode.select import Selection, along, build_tree, choose, keep_path, sample_candidates
+from specauf.decode.select import Selection, along, build_tree, choose, sample_candidates
 from specauf.decode.verify import (
     ACCEPT,
     PROPOSE,
@@ -38,7 +38,6 @@ from specauf.target import Target
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
-    from transformers import DynamicCache
 
 log = logging.getLogger(__name__)
 
@@ -97,89 +96,21 @@ def generate(
     and when the target's layers cannot drop a rejected draft, attend to a window that the text outgrows, or lack positions
     for it.
     """
-    began = time.perf_counter()
     sampling = sampling or SamplingConfig()
-    eos = target.eos_ids() if eos_ids is None else eos_ids
     empty = [i for i, prompt in enumerate(prompts) if not len(prompt)]
     if empty:
         raise UserError(f"prompt {empty[0]} is empty: there is no token to start from")
     _check(target, proposer, sampling, selection)
-    device, out = target.device, [Generation(list(prompt)) for prompt in prompts]
-    block = proposer.block_size if proposer else 1
-    layer_ids = proposer.layer_ids if proposer else ()
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     longest = max(len(p) + limit for p, limit in zip(prompts, limits, strict=True))
     target.require_reach(longest, "shorten the prompts, or lower the new tokens")
-    width = longest + 2 * block
-    ids = torch.zeros(len(prompts), width, dtype=torch.long, device=device)
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)] = torch.tensor(prompt, device=device)
-    uid = torch.as_tensor(uids if uids is not None else range(len(prompts)), device=device)
-    rows = torch.arange(len(prompts), device=device)  # the row of `out` for each row of the batch
-
-    # Prefill. Padding on the right is harmless under causal attention; its columns are masked from here on.
-    first, cache = int(lengths.max()), roomy_cache(target.config)
-    window = narrowest_window(cache, target.name, whole=selection is not None)
-    seen = target.run(ids[:, :first], layer_ids, cache=cache)
-    if cache.get_seq_length() != first:
-        raise UserError(f"{target.name} puts no keys and values into the cache, so it would forget what it has read")
-    columns = torch.arange(first, device=device) < lengths[:, None]
-    if proposer:
-        proposer.start(len(prompts), width)
-        proposer.observe(seen.features, torch.arange(first, device=device).expand(len(prompts), -1))
-    ending = seen.final.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, seen.final.shape[-1]))
-    anchors = lengths - 1  # position of the last committed token; only the prefill knows its features already
-    batch = _Batch(target, sampling, eos, limits, record_margins, on_commit, out, began)
-    active = batch.commit(rows, uid, ids, anchors, ids[:, :0], target.logits(ending), first=True)
-
-    while True:
-        if not active.all():
-            kept = active.nonzero().squeeze(1)
-            if not len(kept):
-                return out
-            rows, uid, ids, anchors, columns = (t[kept] for t in (rows, uid, ids, anchors, columns))
-            cache.batch_select_indices(kept)
-            if proposer:
-                proposer.select(kept)
-        candidates, law = _propose(proposer, ids, anchors, uid, sampling, selection)
-        tree = build_tree(ids.gather(1, anchors[:, None]), candidates)
-        n = tree.tokens.shape[1]
-        if window is not None and columns.shape[1] + n >= window:
-            raise UserError(
-                f"{target.name} has layers that see the last {window} tokens alone, and specauf decodes exactly only within "
-                "those: shorten the prompts, or lower the new tokens or the batch size (whose rows wait for each other)"
-            )
-        mask = tree.sees(columns) if selection else torch.cat([columns, columns.new_ones(len(rows), n)], 1)
-        positions = anchors[:, None] + tree.depth
-        if target.reach is not None:  # drafts beyond it are past the limit too, never emitted: any position will do
-            positions = positions.clamp(max=target.reach - 1)
-        seen = target.run(
-            tree.tokens,
-            layer_ids,
-            attention_mask=None if mask.all() else mask,
-            position_ids=positions,
-            cache=cache,
-        )
-        logits = target.logits(seen.final)
-        features, best = seen.features, torch.zeros_like(anchors)
-        if selection:  # a chain is its own path, and its logits are the round's largest tensor
-            best = choose(tree, candidates, logits, ids, anchors, sampling)
-            path = at(tree.path, best)  # b block
-            features, logits = along(features, path), along(logits, path)
-        if proposer:
-            proposer.observe(features, anchors[:, None] + torch.arange(block, device=device))
-        for row, nodes in zip(rows.tolist(), tree.size.tolist(), strict=True):
-            out[row].verified += nodes
-        before = anchors.clone()
-        active = batch.commit(rows, uid, ids, anchors, at(candidates, best), logits, law)
-        gained = anchors - before  # columns that hold committed tokens: the old anchor and the accepted drafts
-        most = int(gained.max())
-        if selection:
-            keep_path(cache, n, path[:, :most])
-        _forget(cache, n - most)
-        columns = torch.cat([columns, torch.arange(most, device=device) < gained[:, None]], 1)
-        columns = without_holes(cache, columns, int(anchors.max()))
+    eos = target.eos_ids() if eos_ids is None else eos_ids
+    batch = _Batch(target, proposer, sampling, selection, eos, limits, record_margins, on_commit)
+    active = batch.prefill(prompts, range(len(prompts)) if uids is None else uids, longest)
+    while any(active):
+        batch.select(active)
+        active = batch.round()
+    return batch.out
 
 
 def warm_tokens(target: Target, limit: int) -> int:
@@ -191,16 +122,10 @@ def undecodable(target: Target) -> str | None:
     """Why the target cannot be decoded here, as far as its configuration says; None if it can."""
     try:
         _require_columns(target)
-        narrowest_window(roomy_cache(target.config), target.name)
+        Columns(target)
     except UserError as error:
         return str(error)
     return None
-
-
-def _forget(cache: DynamicCache, columns: int) -> None:
-    """Drop the newest columns. `crop(0)` is never called: until mid 2026 it kept none."""
-    if columns:
-        cache.crop(-columns)
 
 
 def _require_columns(target: Target) -> None:
@@ -231,52 +156,118 @@ def _check(target: Target, proposer: Proposer | None, sampling: SamplingConfig, 
         raise UserError("self-selection draws the slots of a block one by one: Domino's depend on one another")
 
 
-def _propose(
-    proposer: Proposer | None,
-    ids: Int[Tensor, "b s"],
-    anchors: Int[Tensor, " b"],
-    uid: Int[Tensor, " b"],
-    sampling: SamplingConfig,
-    selection: Selection | None,
-) -> tuple[Int[Tensor, "b candidates k"], Float[Tensor, "b k v"] | None]:
-    """The candidate blocks, and the law of a block that was drawn from the drafter; None for the other proposals."""
-    if isinstance(proposer, DrafterProposer) and selection:
-        return sample_candidates(proposer.logits(ids, anchors), selection, sampling.seed, uid, anchors), None
-    if isinstance(proposer, DrafterProposer) and sampling.proposal == "sampled":
-        after = anchors[:, None] + torch.arange(1, proposer.block_size, device=ids.device)
-        numbers = uniform(sampling.seed, PROPOSE, uid[:, None], after)
-        draft, law = proposer.sample(ids, anchors, sampling.temperature, numbers)
-        return draft[:, None], law
-    return (proposer.propose(ids, anchors) if proposer else ids[:, :0])[:, None], None
-
-
 @dataclass
 class _Batch:
+    """The rows that are still decoded, and what has come of all."""
+
     target: Target
+    proposer: Proposer | None
     sampling: SamplingConfig
+    selection: Selection | None
     eos: frozenset[int]
     limits: Sequence[int]
     record_margins: bool
     on_commit: Callable[[int, list[int], list[bool]], None] | None
-    out: list[Generation]
-    began: float
+
+    def __post_init__(self) -> None:
+        self.began = time.perf_counter()
+        self.block = self.proposer.block_size if self.proposer else 1
+        self.layer_ids = self.proposer.layer_ids if self.proposer else ()
+        self.columns = Columns(self.target, whole=self.selection is not None)
+
+    def prefill(self, prompts: Sequence[Sequence[int]], uids: Sequence[int], longest: int) -> list[bool]:
+        """Read the prompts and commit a token after each. Returns which rows go on; none has more than `longest` tokens."""
+        device, count, width = self.target.device, len(prompts), longest + 2 * self.block
+        self.out = [Generation(list(prompt)) for prompt in prompts]
+        self.rows = torch.arange(count, device=device)  # the row of `out` for each row of the batch
+        self.uid = torch.as_tensor(uids, device=device)
+        self.ids = torch.zeros(count, width, dtype=torch.long, device=device)
+        for row, prompt in enumerate(prompts):
+            self.ids[row, : len(prompt)] = torch.tensor(prompt, device=device)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        first = int(lengths.max())
+        # Padding on the right is harmless under causal attention.
+        seen = self.target.run(self.ids[:, :first], self.layer_ids, cache=self.columns.cache)
+        self.columns.fill(lengths)
+        if self.proposer:
+            self.proposer.start(count, width)
+            self.proposer.observe(seen.features, torch.arange(first, device=device).expand(count, -1))
+        ending = seen.final.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, seen.final.shape[-1]))
+        self.anchors = lengths - 1  # position of the last committed token; only the prefill knows its features already
+        return self.commit(self.ids[:, :0], self.target.logits(ending), first=True)
+
+    def select(self, active: list[bool]) -> None:
+        """Let the other rows leave the batch."""
+        if all(active):
+            return
+        kept = torch.tensor([i for i, goes_on in enumerate(active) if goes_on], device=self.ids.device)
+        self.rows, self.uid, self.ids, self.anchors = (t[kept] for t in (self.rows, self.uid, self.ids, self.anchors))
+        self.columns.select(kept)
+        if self.proposer:
+            self.proposer.select(kept)
+
+    def round(self) -> list[bool]:
+        """Draft, verify, commit. Returns which rows go on."""
+        target, anchors, columns = self.target, self.anchors, self.columns
+        candidates, law = self.propose()
+        tree = build_tree(self.ids.gather(1, anchors[:, None]), candidates)
+        n = tree.tokens.shape[1]
+        columns.require_room(n)
+        if self.selection:
+            mask = tree.sees(columns.held)
+        else:
+            mask = torch.cat([columns.held, columns.held.new_ones(len(anchors), n)], 1)
+        positions = anchors[:, None] + tree.depth
+        if target.reach is not None:  # drafts beyond it are past the limit too, never emitted: any position will do
+            positions = positions.clamp(max=target.reach - 1)
+        seen = target.run(
+            tree.tokens,
+            self.layer_ids,
+            attention_mask=None if mask.all() else mask,
+            position_ids=positions,
+            cache=columns.cache,
+        )
+        features, logits = seen.features, target.logits(seen.final)
+        best, path = torch.zeros_like(anchors), None
+        if self.selection:  # a chain is its own path, and its logits are the round's largest tensor
+            best = choose(tree, candidates, logits, self.ids, anchors, self.sampling)
+            path = at(tree.path, best)  # b block
+            features, logits = along(features, path), along(logits, path)
+        if self.proposer:
+            self.proposer.observe(features, anchors[:, None] + torch.arange(self.block, device=anchors.device))
+        for row, nodes in zip(self.rows.tolist(), tree.size.tolist(), strict=True):
+            self.out[row].verified += nodes
+        before = anchors.clone()
+        active = self.commit(at(candidates, best), logits, law)
+        # Columns that hold committed tokens: the old anchor and the accepted drafts.
+        columns.commit(n, anchors - before, path, used=int(anchors.max()))
+        return active
+
+    def propose(self) -> tuple[Int[Tensor, "b candidates k"], Float[Tensor, "b k v"] | None]:
+        """The candidate blocks, and the law of a block that was drawn from the drafter; None for the other proposals."""
+        proposer, ids, anchors, sampling = self.proposer, self.ids, self.anchors, self.sampling
+        if isinstance(proposer, DrafterProposer) and self.selection:
+            logits = proposer.logits(ids, anchors)
+            return sample_candidates(logits, self.selection, sampling.seed, self.uid, anchors), None
+        if isinstance(proposer, DrafterProposer) and sampling.proposal == "sampled":
+            after = anchors[:, None] + torch.arange(1, proposer.block_size, device=ids.device)
+            numbers = uniform(sampling.seed, PROPOSE, self.uid[:, None], after)
+            draft, law = proposer.sample(ids, anchors, sampling.temperature, numbers)
+            return draft[:, None], law
+        return (proposer.propose(ids, anchors) if proposer else ids[:, :0])[:, None], None
 
     def commit(
         self,
-        rows: Int[Tensor, " b"],
-        uid: Int[Tensor, " b"],
-        ids: Int[Tensor, "b s"],
-        anchors: Int[Tensor, " b"],
         draft: Int[Tensor, "b k"],
         logits: Float[Tensor, "b slots v"],
         law: Float[Tensor, "b k v"] | None = None,
         first: bool = False,
-    ) -> Tensor:
-        """Verify `draft` with the target's `logits` of anchor and draft; write tokens into `ids`, advance `anchors`.
+    ) -> list[bool]:
+        """Verify `draft` with the target's `logits` of anchor and draft; write tokens into `ids`, advance `anchors` in place.
 
         `law` is the distribution that the draft was drawn from, None for a point mass. Returns which rows go on.
         """
-        k, seed = draft.shape[1], self.sampling.seed
+        ids, anchors, k, seed = self.ids, self.anchors, draft.shape[1], self.sampling.seed
         after = anchors[:, None] + 1 + torch.arange(k + 1, device=ids.device)  # positions that the logits predict
         ids.scatter_(1, after[:, :k], draft)
         logits = warp(logits, ids, anchors + 1 + k, self.sampling)
@@ -284,16 +275,16 @@ class _Batch:
             accepted, ending = accept_greedy(draft, logits)
         else:
             chance = logits.softmax(-1)
-            accepting = uniform(seed, ACCEPT, uid[:, None], after[:, :k])
-            drawing = uniform(seed, RESAMPLE, uid[:, None], after)
+            accepting = uniform(seed, ACCEPT, self.uid[:, None], after[:, :k])
+            drawing = uniform(seed, RESAMPLE, self.uid[:, None], after)
             if law is None:
                 accepted, ending = accept_sampled(draft, chance, accepting, drawing)
             else:
                 accepted, ending = accept_drawn(draft, chance, law, accepting, drawing)
         ids.scatter_(1, (anchors + 1 + accepted)[:, None], ending[:, None])
         margin = (-logits.topk(2).values.diff(dim=-1).squeeze(-1)).tolist() if self.record_margins else None
-        emitted, go_on = ids.gather(1, after).tolist(), []
-        for i, (row, a) in enumerate(zip(rows.tolist(), accepted.tolist(), strict=True)):
+        emitted, go_on = ids.gather(1, after).tolist(), list[bool]()
+        for i, (row, a) in enumerate(zip(self.rows.tolist(), accepted.tolist(), strict=True)):
             generation, new = self.out[row], emitted[i][: a + 1]
             stop = next((j for j, token in enumerate(new) if token in self.eos), None)
             new = new if stop is None else new[: stop + 1]
@@ -314,4 +305,4 @@ class _Batch:
             generation.seconds = time.perf_counter() - self.began
             go_on.append(stop is None and len(generation.tokens) < self.limits[row])
         anchors += 1 + accepted
-        return torch.tensor(go_on, device=ids.device)
+        return go_on

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from specauf.config import SamplingConfig
 from specauf.data.chat import Messages, TemplateRefused, UnstableTemplate, continuation_ids, prompt_ids
 from specauf.data.sources import Message
-from specauf.decode.cache import narrowest_window, roomy_cache
+from specauf.decode.cache import Columns
 from specauf.decode.generate import Round, generate
 from specauf.decode.propose import DrafterProposer, LookupFirst, PromptLookup
 from specauf.files import atomic_dir, save_tensors
@@ -118,7 +118,7 @@ def record(
 
 def check_reach(target: Target, dialogues: Sequence[Dialogue], tokens: int) -> None:
     """Raise `UserError` when a first prompt with `tokens` more tokens exceeds the target's reach, or fills a window."""
-    window = narrowest_window(roomy_cache(target.config), target.name)
+    window = Columns(target).window
     for d in dialogues:
         positions = len(d.prompt) + tokens
         remedy = f"{d.id} has a prompt of {len(d.prompt)} tokens; leave it out, or lower the new tokens"

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch.nn import functional as F
-from transformers import DynamicCache
 
 from specauf.config import SamplingConfig
 from specauf.decode.verify import CANDIDATE, draw, uniform, warp
@@ -135,12 +134,3 @@ def score(
 def along(nodes: Float[Tensor, "b n d"], path: Int[Tensor, "b m"]) -> Float[Tensor, "b m d"]:
     """The entries of the nodes on each row's path."""
     return nodes.gather(1, path[..., None].expand(-1, -1, nodes.shape[2]))
-
-
-def keep_path(cache: DynamicCache, n: int, path: Int[Tensor, "b m"]) -> None:
-    """Move each row's `path` to the front of the newest `n` columns, in its order."""
-    for key, value, *_ in cache:
-        for states in (key, value):
-            new = states[:, :, -n:]
-            index = path[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
-            new[:, :, : path.shape[1]] = new.gather(2, index)  # gathered whole before it is written

@@ -10,7 +10,7 @@ from transformers import DynamicCache, LlamaConfig, MistralConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from specauf.decode import cache
-from specauf.decode.cache import ROOM, SHARING, RoomyLayer, roomy_cache, without_holes
+from specauf.decode.cache import ROOM, SHARING, RoomyLayer, keep_path, roomy_cache, without_holes
 from specauf.decode.generate import generate, undecodable
 from specauf.decode.propose import PromptLookup
 from specauf.target import Target
@@ -88,3 +88,15 @@ def test_layers_that_share_the_cache_of_earlier_ones_are_decoded(monkeypatch: py
     target.run(torch.arange(24)[None], cache=held)
     assert without_holes(held, torch.arange(24)[None] % 3 == 0, 8).shape == (1, 8)
     assert [None if layer.keys is None else layer.keys.shape[2] for layer in held.layers] == [8, 8, 8, None, None]
+
+
+def test_the_cache_keeps_the_path_of_each_row() -> None:
+    cache = DynamicCache(config=LlamaConfig(num_hidden_layers=2))
+    columns = torch.arange(2 * 6.0).view(2, 1, 6, 1)
+    for layer in range(2):
+        cache.update(columns + layer, -columns, layer)
+    keep_path(cache, 4, torch.tensor([[0, 2], [0, 3]]))
+    cache.crop(-2)
+    for layer in range(2):
+        assert (cache.layers[layer].keys - layer).flatten(1).tolist() == [[0, 1, 2, 4], [6, 7, 8, 11]]
+        assert cache.layers[layer].values.flatten(1).tolist() == [[0, -1, -2, -4], [-6, -7, -8, -11]]

@@ -378,7 +378,7 @@ def test_layers_that_cannot_forget_a_draft_are_refused(
     target: Target, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = type("Cache", (), {"layers": [object()]})()
-    monkeypatch.setattr("specauf.decode.generate.roomy_cache", lambda config: cache)
+    monkeypatch.setattr("specauf.decode.cache.roomy_cache", lambda config: cache)
     with pytest.raises(UserError, match="tiny has layers with linear or sparse attention"):
         generate(target, None, prompts[:1])
 
@@ -486,7 +486,7 @@ def test_the_cache_does_not_fill_with_holes(
         return left
 
     monkeypatch.setattr(cache, "ROOM", 1)
-    monkeypatch.setattr("specauf.decode.generate.without_holes", spy)
+    monkeypatch.setattr(cache, "without_holes", spy)
     loop = [[5, 6, 5, 6, 5, 6], *prompts]
     made = generate(target, how, loop, max_new_tokens=40, eos_ids=frozenset())
     assert [g.tokens for g in made] == [reference(target, p, 40, 1.0, frozenset()) for p in loop]

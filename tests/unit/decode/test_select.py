@@ -6,13 +6,12 @@ import pytest
 import torch
 from jaxtyping import Bool, Float
 from tests.conftest import make_geometry
-from transformers import DynamicCache, LlamaConfig
 
 from specauf.config import SamplingConfig
 from specauf.decode.generate import Generation, generate
 from specauf.decode.propose import DrafterProposer, PromptLookup
 from specauf.decode.replay import record
-from specauf.decode.select import Selection, build_tree, choose, keep_path, sample_candidates
+from specauf.decode.select import Selection, build_tree, choose, sample_candidates
 from specauf.decode.verify import uniform
 from specauf.drafter.dflash import DFlash
 from specauf.strict import ConfigError, UserError
@@ -152,18 +151,6 @@ def test_the_penalty_reads_each_candidates_own_path() -> None:
     assert int(choose(tree, candidates, logits, ids, anchors, penalised)) == 1, (
         "1 has been said in the first, not in 2 1"
     )
-
-
-def test_the_cache_keeps_the_path_of_each_row() -> None:
-    cache = DynamicCache(config=LlamaConfig(num_hidden_layers=2))
-    columns = torch.arange(2 * 6.0).view(2, 1, 6, 1)
-    for layer in range(2):
-        cache.update(columns + layer, -columns, layer)
-    keep_path(cache, 4, torch.tensor([[0, 2], [0, 3]]))
-    cache.crop(-2)
-    for layer in range(2):
-        assert (cache.layers[layer].keys - layer).flatten(1).tolist() == [[0, 1, 2, 4], [6, 7, 8, 11]]
-        assert cache.layers[layer].values.flatten(1).tolist() == [[0, -1, -2, -4], [-6, -7, -8, -11]]
 
 
 def expected_best_of(
