@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -32,13 +33,12 @@ from specauf.decode.generate import Round, generate
 from specauf.decode.propose import DrafterProposer, LookupFirst, PromptLookup
 from specauf.files import atomic_dir, save_tensors
 from specauf.objective.blocks import counter_hash
-from specauf.objective.metrics import leading_run
 from specauf.objective.wavefront import default_cuts, read_head
 from specauf.strict import UserError
 from specauf.target import Target
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
 log = logging.getLogger(__name__)
@@ -245,57 +245,61 @@ def acceptances(
 
     `own`, for a drafter behind a lookup, is the drafter's own A at every anchor; it is computed when not given.
     """
-    ids = torch.tensor(trajectory.ids)
     first, count = len(trajectory.prompt), len(trajectory.tokens)
     stop = min(limit, count) - 1  # rounds start while fewer than `limit` tokens are committed, and not at the last one
     anchors = torch.arange(first, first + max(stop, 0))
-    if isinstance(proposer, DrafterProposer) and proposer.candidate_pool:
-        chunk = min(chunk, 16)  # the logits of all predictions are held at once
-    k = proposer.block_size - 1
-    place = anchors[:, None] + torch.arange(1, k + 1)
-    valid = place < len(ids)
-    labels = ids[place.clamp(max=len(ids) - 1)]
-    if isinstance(proposer, (PromptLookup, LookupFirst)):
-        lookup = proposer.lookup if isinstance(proposer, LookupFirst) else proposer
-        found = lookup.along(trajectory.ids, anchors.tolist())
-        copied = torch.tensor([draft for draft, _ in found], dtype=torch.long).view(-1, lookup.block_size - 1)
-        matched = torch.tensor([n for _, n in found], dtype=torch.long)
-        within = valid[:, : copied.shape[1]]
-        run = leading_run((copied == labels[:, : copied.shape[1]]) & within, torch.ones_like(within))
-        if isinstance(proposer, PromptLookup):
-            return run
-        if own is None:
-            own = acceptances(proposer.drafter, trajectory, features, limit)
-        return torch.where(matched >= proposer.ngram, run, own)
+    if isinstance(proposer, DrafterProposer):
+        return _drafted(proposer, torch.tensor(trajectory.ids), anchors, features, chunk)
+    lookup = proposer.lookup if isinstance(proposer, LookupFirst) else proposer
+    found = lookup.along(trajectory.ids, anchors.tolist())
+    copied = torch.tensor([draft for draft, _ in found], dtype=torch.long).view(-1, lookup.block_size - 1)
+    run = _run(copied == _after(torch.tensor(trajectory.ids), anchors, lookup.block_size - 1))
+    if isinstance(proposer, PromptLookup):
+        return run
+    if own is None:
+        own = acceptances(proposer.drafter, trajectory, features, limit)
+    return torch.where(torch.tensor([n >= proposer.ngram for _, n in found], dtype=torch.bool), run, own)
+
+
+def _drafted(
+    proposer: DrafterProposer, ids: Tensor, anchors: Tensor, features: Tensor | None, chunk: int
+) -> Int[Tensor, " anchors"]:
     if features is None:
         raise ValueError("a trained drafter is replayed over the trajectory's features")
-    head, device = proposer.head, proposer.target.device
-    parts = [anchors[:0]]
+    head, device, k = proposer.head, proposer.target.device, proposer.block_size - 1
+    if proposer.candidate_pool:
+        chunk = min(chunk, 16)  # the logits of all predictions are held at once
     everything = torch.arange(len(ids), device=device)[None]
     context = proposer.drafter.context(features[None].to(device, proposer.drafter.fc.weight.dtype), everything)
+    parts = [anchors[:0]]
     for start in range(0, len(anchors), chunk):
-        now = slice(start, start + chunk)
-        here = ids[None].to(device), anchors[now][None].to(device)
+        now = anchors[start : start + chunk]
+        labels = _after(ids, now, k)[None].to(device)
+        here = ids[None].to(device), now[None].to(device)
         if proposer.candidate_pool:
-            right = proposer.pooled(*here, context) == labels[now].to(device)
-            parts.append(leading_run(right[0] & valid[now].to(device), torch.ones_like(right[0])).cpu())
-            continue
-        hidden, expansion = proposer.reading(*here, context)
-        readout = read_head(
-            hidden,
-            labels[now][None].to(device),
-            valid[now][None].to(device),
-            head.weight,
-            head.bias,
-            expansion=expansion,
-            softcap=head.softcap,
-            cuts=default_cuts(k),
-            wants=(),
-            rows_of=head.rows_of,
-        )
-        # Slots beyond the end of the recording are not holes: nothing can be accepted there.
-        parts.append(leading_run(readout.hit[0], torch.ones_like(readout.hit[0])).cpu())
+            hit = proposer.pooled(*here, context) == labels
+        else:
+            hidden, expansion = proposer.reading(*here, context)
+            hit = read_head(
+                *(hidden, labels.clamp(min=0), labels >= 0, head.weight, head.bias),
+                expansion=expansion,
+                softcap=head.softcap,
+                cuts=default_cuts(k),
+                wants=(),
+                rows_of=head.rows_of,
+            ).hit
+        parts.append(_run(hit[0]).cpu())
     return torch.cat(parts)
+
+
+def _after(ids: Int[Tensor, " s"], anchors: Int[Tensor, " n"], k: int) -> Int[Tensor, "n k"]:
+    """The k tokens after each anchor. Beyond the end of the recording they are -1: nothing can be accepted there."""
+    return F.pad(ids, (0, k), value=-1)[anchors[:, None] + torch.arange(1, k + 1)]
+
+
+def _run(hit: Bool[Tensor, "n k"]) -> Int[Tensor, " n"]:
+    """The number of hits before the first that is none."""
+    return hit.cumprod(1).sum(1)
 
 
 def walk(accepted: Sequence[int], trajectory: Trajectory) -> list[Round]:
