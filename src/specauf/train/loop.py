@@ -11,11 +11,9 @@ import contextlib
 import json
 import logging
 import math
-import re
 import signal
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -35,7 +33,6 @@ from specauf.objective.blocks import (
     before_labels,
     block_inputs,
     build_blocks,
-    covered,
     prefix_tokens,
     sample_anchors,
     slot_uniform,
@@ -49,12 +46,12 @@ from specauf.target import Target
 from specauf.train import checkpoint
 from specauf.train.batches import Batch, Batches, Prefetcher
 from specauf.train.distributed import Ranks
+from specauf.train.figures import Figures
 from specauf.train.objectives import objectives_of, plugin_text
 from specauf.train.window import Window
 
 log = logging.getLogger(__name__)
 
-PER_SLOT = re.compile("(first_error|credit)_[0-9]+$")
 COMMON_BLOCKS = 16
 """Blocks on which common-token accuracy is measured where the wavefront does not evaluate every slot."""
 
@@ -202,9 +199,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         began, waited = time.perf_counter(), self.loader.waited
-        sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-        window = Window(list(self.drafter.parameters()), train.accumulation, self.ranks)
-        tokens = blocks_seen = 0
+        window, figures = Window(list(self.drafter.parameters()), train.accumulation, self.ranks), Figures()
         # Planned once a step, from checkpointed state: a resumed run has the same cuts, and so the same rounding.
         launch = LAUNCH_ROWS if self.device == "cpu" else LAUNCH_ROWS_GPU
         cuts = {name: plan_cuts(s, train.batch_size * train.num_anchors, launch) for name, s in self.survival.items()}
@@ -219,14 +214,9 @@ class Trainer:
                 hidden = self.hidden(batch, blocks)
                 terms, views = self.loss(hidden, batch, blocks, lam, cuts)
             window.add(terms)
-            supervised, length = int(batch.loss_mask.sum()), batch.loss_mask.shape[1]
-            tokens += supervised
-            blocks_seen += int(blocks.keep.sum())
-            sums["covered"] = [
-                a + b for a, b in zip(sums["covered"], (covered(blocks, length), supervised), strict=True)
-            ]
+            figures.count(batch, blocks)
             for name, view in views.items():
-                self._collect(sums, name, view, blocks, measure_common=self.done % train.common_every == 0)
+                self._collect(figures, name, view, blocks, measure_common=self.done % train.common_every == 0)
         loss = window.close()
         parameters = [p for p in window.parameters if p.grad is not None]
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, train.clip))
@@ -237,10 +227,9 @@ class Trainer:
             )
         self.optimizer.step()
         self.done += 1
-        tokens, blocks_seen = self._pool(sums, tokens, blocks_seen)
+        figures = self._pool(figures)
         seconds = time.perf_counter() - began
         self.seconds += seconds
-        figures = {name: total / count for name, (total, count) in sums.items() if count}
         return {
             "step": self.done,
             "loss": loss,
@@ -253,33 +242,25 @@ class Trainer:
             "seconds": seconds,
             "data_seconds": self.loader.waited - waited,
             "elapsed": self.seconds,
-            "tokens": tokens,
-            "blocks": blocks_seen,
-            "tokens_per_second": tokens / seconds,
+            "tokens": figures.tokens,
+            "blocks": figures.blocks,
+            "tokens_per_second": figures.tokens / seconds,
             "epoch": self.epochs,
             **{f"{name}cuts": stages for name, stages in cuts.items()},
-            **{k: v for k, v in figures.items() if not PER_SLOT.search(k)},
-            "first_error": [figures.get(f"first_error_{k}", 0.0) for k in range(self.drafter.config.block_size)],
-            "credit": [figures.get(f"credit_{k}", 0.0) for k in range(1, self.drafter.config.block_size)],
+            **figures.row(self.drafter.config.block_size),
         }
 
-    def _pool(self, sums: dict[str, list[float]], tokens: int, blocks: int) -> tuple[int, int]:
-        """Add up what all ranks saw in this step, for every rank; survival is averaged, so that all plan alike."""
-        everyone = self.ranks.gather((dict(sums), self.survival, tokens, blocks))
-        if len(everyone) > 1:
-            sums.clear()
-            for theirs, _, _, _ in everyone:
-                for key, (total, count) in theirs.items():
-                    sums[key][0] += total
-                    sums[key][1] += count
-            held = [survival for _, survival, _, _ in everyone]
-            self.survival = {k: [sum(s) / len(s) for s in zip(*(h[k] for h in held), strict=True)] for k in held[0]}
-        return sum(e[2] for e in everyone), sum(e[3] for e in everyone)
+    def _pool(self, figures: Figures) -> Figures:
+        """What all ranks saw in this step, for every rank; survival is averaged, so that all plan alike."""
+        everyone, pooled = self.ranks.gather((figures, self.survival)), Figures()
+        for theirs, _ in everyone:
+            pooled.merge(theirs)
+        held = [survival for _, survival in everyone]
+        self.survival = {k: [sum(s) / len(s) for s in zip(*(h[k] for h in held), strict=True)] for k in held[0]}
+        return pooled
 
-    def _collect(
-        self, sums: dict[str, list[float]], name: str, view: View, blocks: Blocks, measure_common: bool
-    ) -> None:
-        """Add a branch's figures to `sums`, over the predictions that are served; keep its survival for the next plan."""
+    def _collect(self, figures: Figures, name: str, view: View, blocks: Blocks, measure_common: bool) -> None:
+        """Add a branch's figures to `figures`, over the predictions that are served; keep its survival for the next plan."""
         terms, served = view.terms, self.drafter.config.num_predictions
         if terms.survival is not None:
             now = terms.survival.tolist()
@@ -302,10 +283,7 @@ class Trainer:
             found = block_metrics(readout, blocks._replace(valid=valid), terms.credit, served) | found
         if name or len(self.branches) > 1:
             found["loss"] = (float(terms.num[0].detach()), float(terms.den[0]))
-        for key, (total, count) in found.items():
-            key = f"{name or 'final_'}{key}" if key == "loss" else f"{name}{key}"
-            sums[key][0] += total
-            sums[key][1] += count
+        figures.add({f"{'final_' if key == 'loss' and not name else name}{key}": pair for key, pair in found.items()})
 
     def run(
         self,
