@@ -243,23 +243,8 @@ class DFlashConfig:
         known = ["DFlashDraftModel", "DominoDraftModel"] if domino else ["DFlashDraftModel"]
         if not set(known) & set(data.get("architectures") or []):
             raise ConfigError(f"{where}: architectures is {data.get('architectures')}, expected one of {known}")
-        neutral = dict(NEUTRAL) if domino else {**NEUTRAL, "shift_label": False}
-        for name, plain in neutral.items():
-            for section in (data, nested):
-                if section.get(name, plain) not in (plain, None):
-                    raise ConfigError(f"{where}: {name}={section[name]!r} is not supported, only {plain!r}")
-        if any(kind != "full_attention" for kind in data.get("layer_types") or ()):
-            raise ConfigError(f"{where}: only full_attention layers are supported, got {data['layer_types']}")
-        rope = data.get("rope_parameters") or {}
-        scaling = data.get("rope_scaling") or {}
-        if not isinstance(rope, Mapping) or not isinstance(scaling, Mapping):
-            raise ConfigError(f"{where}: rope_parameters and rope_scaling are mappings, got {rope!r} and {scaling!r}")
-        kinds = {kind.get("rope_type", kind.get("type", "default")) for kind in (rope, scaling)}
-        if kinds != {"default"} or rope.get("partial_rotary_factor") not in (None, 1):
-            raise ConfigError(f"{where}: only the default rotary embedding is supported")
-        theta = rope.get("rope_theta", data.get("rope_theta"))
-        if theta is None:
-            raise ConfigError(f"{where}: the field 'rope_theta' is missing; it is never guessed")
+        _require_plain(data, NEUTRAL if domino else {**NEUTRAL, "shift_label": False}, where)
+        theta = _shipped_theta(data, where)
         plain_fields = [
             "hidden_size",
             "intermediate_size",
@@ -293,6 +278,31 @@ class DFlashConfig:
             draft_vocab_size=_reduced(data.get("draft_vocab_size"), get("vocab_size"), where),
             extra=data.get("specauf", {}),
         )
+
+
+def _require_plain(data: Mapping[str, Any], neutral: Mapping[str, Any], where: str) -> None:
+    """Raise `ConfigError` when a shipped configuration asks for what the drafters here do not compute."""
+    for name, plain in neutral.items():
+        for section in (data, data.get("dflash_config", {})):
+            if section.get(name, plain) not in (plain, None):
+                raise ConfigError(f"{where}: {name}={section[name]!r} is not supported, only {plain!r}")
+    if any(kind != "full_attention" for kind in data.get("layer_types") or ()):
+        raise ConfigError(f"{where}: only full_attention layers are supported, got {data['layer_types']}")
+
+
+def _shipped_theta(data: Mapping[str, Any], where: str) -> Any:
+    """The rotary base of a shipped configuration, in either place."""
+    rope = data.get("rope_parameters") or {}
+    scaling = data.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping) or not isinstance(scaling, Mapping):
+        raise ConfigError(f"{where}: rope_parameters and rope_scaling are mappings, got {rope!r} and {scaling!r}")
+    kinds = {kind.get("rope_type", kind.get("type", "default")) for kind in (rope, scaling)}
+    if kinds != {"default"} or rope.get("partial_rotary_factor") not in (None, 1):
+        raise ConfigError(f"{where}: only the default rotary embedding is supported")
+    theta = rope.get("rope_theta", data.get("rope_theta"))
+    if theta is None:
+        raise ConfigError(f"{where}: the field 'rope_theta' is missing; it is never guessed")
+    return theta
 
 
 def _require_history(told: Any, where: str) -> None:
