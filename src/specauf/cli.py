@@ -231,25 +231,18 @@ class Generate:
 
     def run(self, terminal: Terminal) -> int:
         from specauf.data.chat import prompt_ids
-        from specauf.decode.propose import DrafterProposer, LookupFirst, PromptLookup
         from specauf.decode.select import Selection
         from specauf.drafter.checkpoint import load_drafter
-        from specauf.show import mismatches, show
+        from specauf.show import mismatches, proposer_of, require_options, show
 
         selection = Selection.of(self.candidates, self.candidate_temperature)
         drafter = None if str(self.checkpoint) == LOOKUP else load_drafter(self.checkpoint)
-        if drafter is None and (self.lookup_first or self.candidate_pool):
-            raise ConfigError("--lookup-first and --candidate-pool need a drafter; prompt-lookup is not one")
-        if drafter is not None and self.block_size and not self.lookup_first:
-            raise ConfigError("--block-size is prompt lookup's, alone or first: a drafter has its own")
+        options = (self.block_size, self.candidate_pool, self.lookup_first)
+        require_options(drafter, *options)
         target = _target(self.target.of(drafter.config.extra if drafter else {"target": EMBEDDED}))
-        proposer: DrafterProposer | PromptLookup | LookupFirst = PromptLookup(self.block_size or 8)
-        if drafter is not None:
-            for warning in mismatches(target, drafter.config.extra, self.enable_thinking):
-                terminal.say(f"warning: {warning}")
-            proposer = DrafterProposer(drafter.to(target.embed_weight), target, self.candidate_pool)
-            if self.lookup_first:
-                proposer = LookupFirst(proposer, self.lookup_first, self.block_size or None)
+        proposer = proposer_of(drafter, target, *options)
+        for warning in mismatches(target, drafter.config.extra, self.enable_thinking) if drafter else ():
+            terminal.say(f"warning: {warning}")
         said = sys.stdin.read().removesuffix("\n") if self.prompt == "-" else self.prompt
         ids = prompt_ids(target.require_tokenizer(), [{"role": "user", "content": said}], self.enable_thinking)
         return 0 if show(terminal, target, proposer, ids, self.sampling, self.max_new_tokens, selection) else 1

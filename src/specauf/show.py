@@ -15,9 +15,10 @@ from specauf.console import Terminal
 from specauf.data.chat import Rendered, colour, template_hash
 from specauf.data.dataset import TokenDataset, read_split
 from specauf.decode.generate import generate, warm_tokens
-from specauf.decode.propose import Proposer
+from specauf.decode.propose import DrafterProposer, LookupFirst, PromptLookup, Proposer
 from specauf.decode.select import Selection
 from specauf.drafter.checkpoint import histories
+from specauf.drafter.dflash import DFlash
 from specauf.strict import counted, require
 from specauf.target import Target
 
@@ -27,6 +28,24 @@ def show_conversation(terminal: Terminal, tokenizer: Any, data: TokenDataset, nu
     example = data[number]
     terminal.rich.rule(Text(f"conversation {data.meta['conversation_ids'][number]}"))
     terminal.rich.print(colour(tokenizer, Rendered(example.input_ids.tolist(), example.loss_mask.tolist())))
+
+
+def require_options(drafter: DFlash | None, block_size: int, candidate_pool: int, lookup_first: int) -> None:
+    """Raise `ConfigError` when options of `specauf generate` do not go together. `block_size` is prompt lookup's."""
+    without = drafter is None and bool(lookup_first or candidate_pool)
+    require(not without, "--lookup-first and --candidate-pool need a drafter; prompt-lookup is not one")
+    unused = drafter is not None and bool(block_size) and not lookup_first
+    require(not unused, "--block-size is prompt lookup's, alone or first: a drafter has its own")
+
+
+def proposer_of(
+    drafter: DFlash | None, target: Target, block_size: int, candidate_pool: int, lookup_first: int
+) -> Proposer:
+    """A drafter, prompt lookup, or both: what options that go together ask for."""
+    if drafter is None:
+        return PromptLookup(block_size or 8)
+    alone = DrafterProposer(drafter.to(target.embed_weight), target, candidate_pool)
+    return LookupFirst(alone, lookup_first, block_size or None) if lookup_first else alone
 
 
 def show(

@@ -104,7 +104,7 @@ def keep_path(cache: DynamicCache, n: int, path: Int[Tensor, "b m"]) -> None:
     for layer in cache.layers:
         if isinstance(layer, SHARING):
             continue
-        assert layer.keys is not None and layer.values is not None
+        assert isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None
         for states in (layer.keys, layer.values):
             new = states[:, :, -n:]
             index = path[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
