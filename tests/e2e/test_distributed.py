@@ -60,7 +60,7 @@ def test_a_mistake_is_said_once(world: Path) -> None:
     arguments = ["train", str(world / "recipe.yaml"), "--set", f"out={world}/none", "data.path=nowhere.jsonl"]
     done = subprocess.run([sys.executable, *ON_TWO, *arguments], capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
-    assert done.stderr.count("data.path: no such file: nowhere.jsonl") == 1
+    assert done.stderr.count("data.path: no such data file: nowhere.jsonl") == 1
     assert "Connection closed" not in done.stderr and "barrier" not in done.stderr
 
 
