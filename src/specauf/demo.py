@@ -28,7 +28,7 @@ from specauf.decode.propose import DrafterProposer, PromptLookup
 from specauf.decode.replay import Replayable
 from specauf.drafter.checkpoint import fingerprint, load_drafter, save_drafter
 from specauf.drafter.dflash import DFlash
-from specauf.files import atomic_write_text, read_rows
+from specauf.files import atomic_write_text, read_json, read_rows
 from specauf.report import page
 from specauf.run import (
     data_dir,
@@ -87,6 +87,14 @@ class Plan:
     """Rate of feature extraction."""
 
 
+def _read_plan(path: Path) -> Plan:
+    remedy = "delete it, and the budget is planned anew"
+    try:
+        return Plan(**read_json(path, remedy))
+    except TypeError as error:
+        raise UserError(f"{path} is no plan of a demo ({error}): {remedy}") from None
+
+
 def _write(plan: Plan, path: Path) -> None:
     atomic_write_text(path, json.dumps(dataclasses.asdict(plan), indent=2) + "\n")
 
@@ -106,7 +114,7 @@ def run_demo(base: RunConfig, minutes: float, console: Console) -> Path:
     tasks = record_tasks(target, base.eval, block, thinking, data_dir(base), out, console)
 
     plan_path = out / "plan.json"
-    plan = Plan(**json.loads(plan_path.read_text())) if plan_path.is_file() else None
+    plan = _read_plan(plan_path) if plan_path.is_file() else None
     if plan and plan.minutes != minutes:
         console.say(f"{plan_path} holds a plan for {plan.minutes:g} minutes: continuing with that plan")
     if plan and plan.examples > len(prepared.train):

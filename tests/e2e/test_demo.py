@@ -62,9 +62,15 @@ def test_the_demo_trains_decay_then_auf_for_the_same_time(
     index = run_demo(base, 2.0, Terminal(silent=True))
     plan = json.loads((tmp_path / "demo" / "plan.json").read_text())
     assert all(plan[key] == measured[key] for key in ("examples", "tokens_per_second"))
-    (tmp_path / "demo" / "plan.json").write_text(json.dumps(plan | {"examples": 10**6}))
-    with pytest.raises(UserError, match=r"plan\.json is a plan for 1000000 conversations"):
-        run_demo(base, 2.0, Terminal(silent=True))
+    other = json.dumps(plan | {"examples": 10**6})
+    for text, told in (
+        (other, "a plan for 1000000 conversations"),
+        ("{", "damaged"),
+        ('{"a": 1}', "no plan of a demo"),
+    ):
+        (tmp_path / "demo" / "plan.json").write_text(text)
+        with pytest.raises(UserError, match=rf"plan\.json is {told}"):
+            run_demo(base, 2.0, Terminal(silent=True))
     assert plan["steps"] == {"decay": 27, "auf": round(27 * 3 / 2)}, (
         "0.45 of two minutes, in halves, at a second a step"
     )

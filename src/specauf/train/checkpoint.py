@@ -133,15 +133,11 @@ def resume(trainer: Trainer, out: Path) -> bool:
         return False
     try:
         state = json.loads((directory / "state.json").read_text())
-        before, done, horizon = state["identity"], int(state["step"]), state["max_steps"]
+        before, done, horizon = dict(state["identity"]), int(state["step"]), state["max_steps"]
         moments = load_file(directory / "optimizer.safetensors")
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"{directory} is damaged ({error}): restore its files, or train with --fresh") from None
     now = identity(trainer)
-    if isinstance(before, str):
-        raise UserError(
-            f"{directory} is of an earlier version, which did not say what it was trained with: train it with --fresh"
-        )
     if changed := [name for name, part in now.items() if before.get(name) != part]:
         raise _other(directory, ", ".join(changed), changed_settings(out, trainer.config))
     wanted = trainer.max_steps
