@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.common import Row, alternate, main, peak_mb
-from specauf.objective import Blocks, Objective, block_loss
+from specauf.objective import Blocks, Head, Objective, block_loss
 from specauf.objective.wavefront import plan_cuts
 
 SHAPES = {"V=49152, h=576": (49152, 576), "V=151936, h=1024": (151936, 1024)}
@@ -50,7 +50,7 @@ def fused(name: str, hidden: torch.Tensor, blocks: Blocks, weight: torch.Tensor,
 
     def call() -> object:
         leaf = hidden.detach().requires_grad_()
-        block_loss(leaf, blocks, objective, weight, logits_rows=ROWS, cuts=cuts).loss.backward()
+        block_loss(leaf, blocks, objective, Head(weight), logits_rows=ROWS, cuts=cuts).loss.backward()
         return leaf.grad
 
     return call

@@ -28,7 +28,7 @@ from specauf.data.dataset import TokenDataset
 from specauf.drafter.config import DFlashConfig
 from specauf.drafter.dflash import DFlash
 from specauf.objective import Blocks
-from specauf.objective.wavefront import head_logits
+from specauf.objective.wavefront import Head
 from specauf.strict import from_dict
 from specauf.target import Target
 from specauf.train.batches import Batch, Batches
@@ -45,7 +45,11 @@ class Lent(SimpleNamespace):
         return F.embedding(ids, self.embed_weight)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return head_logits(hidden, self.head_weight, None, None)
+        return self.head.read(hidden)
+
+    @property
+    def head(self) -> Head:
+        return Head(self.head_weight)
 
 
 def lent(shape: Shape) -> Any:

@@ -20,9 +20,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 from specauf import assets
+from specauf.anatomy import body_of, decoder_layers, reach_of, softcap_of
 from specauf.config import EMBEDDED, TargetConfig
 from specauf.files import at_home
-from specauf.objective.wavefront import head_logits
+from specauf.objective.wavefront import Head
 from specauf.strict import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -45,7 +46,6 @@ UNREADABLE = (
     StrictDataclassError,
 )
 """What transformers raises for a directory or a hub id that it cannot load."""
-SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # RecurrentGemma's and xLSTM's too
 
 
 def _path(config: TargetConfig) -> str:
@@ -75,8 +75,8 @@ class Target:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str) -> None:
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
-        self.body: nn.Module = _body(model, name)
-        self.layers: nn.ModuleList = _decoder_layers(model, self.body)
+        self.body: nn.Module = body_of(model, name)
+        self.layers: nn.ModuleList = decoder_layers(model, self.body)
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         if head is None or embedding is None:
             raise UserError(f"{name}: this model has no LM head or no input embedding; specauf needs a causal LM")
@@ -91,8 +91,8 @@ class Target:
             )
         if getattr(model.config, "tie_word_embeddings", False) and head.weight is not embedding.weight:
             raise UserError(f"{name}: the config ties embedding and head, but the loaded weights are not tied")
-        self.softcap: float | None = next(filter(None, (getattr(model.config, name, None) for name in SOFTCAPS)), None)
-        self.reach = _reach(model.config, self.body, embedding)
+        self.softcap = softcap_of(model.config)
+        self.reach = reach_of(model.config, self.body, embedding)
         """How many positions text may take; None where more are no error."""
         self._warned = False
 
@@ -192,9 +192,13 @@ class Target:
     def embed(self, ids: Int[Tensor, ...]) -> Float[Tensor, "... h"]:
         return F.embedding(ids, self.embed_weight)
 
+    @property
+    def head(self) -> Head:
+        return Head(self.head_weight, self.head_bias, self.softcap)
+
     def logits(self, hidden: Float[Tensor, "... h"]) -> Float[Tensor, "... v"]:
         """LM head on final hidden states, as float32 (float64 stays)."""
-        return head_logits(hidden, self.head_weight, self.head_bias, self.softcap)
+        return self.head.read(hidden)
 
     @contextmanager
     def tap(self, layer_ids: Sequence[int]) -> Iterator[dict[int, Tensor]]:
@@ -357,44 +361,3 @@ class Target:
                 "no unused embedding row found for MASK: give drafter.mask_token_id a row that text never uses"
             )
         return max(free)
-
-
-def _body(model: PreTrainedModel, name: str) -> nn.Module:
-    """What lies below the LM head. Llama 4's is `model`, though its class names another prefix, that of the whole."""
-    for found in (model.base_model, getattr(model, "model", None)):
-        if isinstance(found, nn.Module) and found is not model:
-            return found
-    raise UserError(f"{name}: {type(model).__name__} keeps its body where specauf does not find it")
-
-
-def _reach(config: Any, body: nn.Module, embedding: nn.Module) -> int | None:
-    """The number of positions that text may take, or None.
-
-    A table of positions, learned or computed, ends somewhere. And some rotary scalings turn every position once the text is
-    long: what was cached before then belongs to another model than what follows.
-    """
-    most: int | None = getattr(config, "max_position_embeddings", None)
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    found = [
-        kind.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", most)
-        for kind in (rope, *rope.values())  # one for all layers, or one for each kind of layer
-        if isinstance(kind, dict) and kind.get("rope_type", kind.get("type")) in ("longrope", "dynamic")
-    ]
-    tables = [m.num_embeddings for m in body.modules() if isinstance(m, nn.Embedding) and m is not embedding]
-    tables += [t.shape[0] for name, t in body.named_buffers() if "pos" in name.rpartition(".")[2]]  # GPT-J's
-    found.append(getattr(config, "keep_window_size", None))  # Doge forgets beyond it, and other tokens with a cache
-    found += [most for rows in tables if most is not None and most <= rows <= most + 8]  # OPT's has two rows more
-    return min((int(limit) for limit in found if limit is not None), default=None)
-
-
-def _decoder_layers(model: PreTrainedModel, body: nn.Module) -> nn.ModuleList:
-    """The body's ModuleList with `num_hidden_layers` entries: its decoder layers, in every causal LM of the library."""
-    wanted = getattr(model.config, "num_hidden_layers", None)
-    if wanted is None:
-        raise UserError(
-            f"{type(model).__name__} is no plain causal LM: its configuration has no num_hidden_layers of its own"
-        )
-    for module in body.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == wanted:
-            return module
-    raise UserError(f"no list of {wanted} decoder layers found in {type(model).__name__}")

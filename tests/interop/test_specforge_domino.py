@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from specauf.drafter.config import DFlashConfig
 from specauf.drafter.domino import Corrected, Domino
-from specauf.objective import Objective, block_inputs, build_blocks
+from specauf.objective import Head, Objective, block_inputs, build_blocks
 from specauf.objective.blocks import prefix_tokens
 from specauf.objective.branches import Branch, Shared, two_branch_loss
 from specauf.objective.metrics import leading_run
@@ -75,7 +75,7 @@ def test_decay_only_is_specforges_loss(batch: dict[str, Tensor], shift: bool, ga
     corrected = Corrected(ours, rows, embed(prefix_tokens(ids, anchors, config.num_trained)))
     objective = Objective("uniform") if gamma is None else Objective("decay", gamma)
     pair = Branch(objective, "base"), Branch(objective, "final")
-    found = two_branch_loss(rows, corrected, blocks, *pair, lam, weight, ours.expansion)
+    found = two_branch_loss(rows, corrected, blocks, *pair, lam, Head(weight, expansion=ours.expansion))
     found.terms.loss.backward()
 
     torch.testing.assert_close(found.terms.loss, loss, rtol=1e-5, atol=0)

@@ -13,7 +13,7 @@ from specauf.drafter.dflash import ContextKV, DFlash
 from specauf.drafter.domino import Corrected, Domino, pool_mask
 from specauf.drafter.vocabulary import draft_head
 from specauf.objective.blocks import block_inputs, prefix_tokens
-from specauf.objective.wavefront import RowSource
+from specauf.objective.wavefront import Head, RowSource
 from specauf.strict import UserError
 from specauf.target import Target
 
@@ -61,7 +61,7 @@ class DrafterProposer:
         if deepest >= target.num_layers - 1:
             raise UserError(f"this drafter reads layer {deepest} of its target; {target.name} has {target.num_layers}")
         self.drafter, self.target = drafter.eval(), target
-        self.head = draft_head(drafter, target.head_weight, target.head_bias, target.softcap)
+        self.head = draft_head(drafter, target.head)
         if candidate_pool and not isinstance(drafter, Domino):
             raise UserError("a candidate pool limits what a Domino drafter corrects; this one corrects nothing")
         if candidate_pool < 0:
@@ -138,28 +138,27 @@ class DrafterProposer:
 
     def reading(
         self, ids: Int[Tensor, "b s"], anchors: Int[Tensor, "b n"], context: list[ContextKV]
-    ) -> tuple[RowSource, Tensor | None]:
-        """The rows that the head reads of any blocks of `ids`, computed on demand, and the head's expansion, if any.
+    ) -> tuple[RowSource, Head]:
+        """The rows that the head reads of any blocks of `ids`, computed on demand, and the head.
 
         Domino's rows follow the tokens of `ids`, which is what decoding reads as long as every draft agrees with them.
         """
         pending = self.drafter.pending(self._embeds(ids, anchors), anchors, context)
         if not isinstance(self.drafter, Domino):
-            return pending, None
+            return pending, self.head
         said = self.target.embed(prefix_tokens(ids, anchors, self.block_size - 1))
-        return Corrected(self.drafter, pending, said), self.drafter.expansion
+        return Corrected(self.drafter, pending, said), self.head._replace(expansion=self.drafter.expansion)
 
     @torch.no_grad()
     def one(
         self, ids: Int[Tensor, "1 s"], anchors: Int[Tensor, "1 1"], context: list[ContextKV], number: int
     ) -> Float[Tensor, " rows"]:
         """The head's logits of one prediction (0 is the first) of one block."""
-        rows, expansion = self.reading(ids, anchors, context)
+        rows, head = self.reading(ids, anchors, context)
         todo = torch.arange(self.block_size - 1, device=ids.device)[None, None] == number
-        z, code = rows.rows(todo)[0].split(
-            [self.drafter.config.hidden_size, 0 if expansion is None else expansion.shape[1]]
-        )
-        return self.head.read(z) if expansion is None else self.head.read(z) + expansion @ code
+        width = self.drafter.config.hidden_size
+        row = rows.rows(todo)[0]
+        return head.read(row[:width]) + (0 if head.expansion is None else head.expansion @ row[width:])
 
     @torch.no_grad()
     def pooled(

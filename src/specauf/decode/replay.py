@@ -266,7 +266,7 @@ def _drafted(
 ) -> Int[Tensor, " anchors"]:
     if features is None:
         raise ValueError("a trained drafter is replayed over the trajectory's features")
-    head, device, k = proposer.head, proposer.target.device, proposer.block_size - 1
+    device, k = proposer.target.device, proposer.block_size - 1
     if proposer.candidate_pool:
         chunk = min(chunk, 16)  # the logits of all predictions are held at once
     everything = torch.arange(len(ids), device=device)[None]
@@ -279,14 +279,11 @@ def _drafted(
         if proposer.candidate_pool:
             hit = proposer.pooled(*here, context) == labels
         else:
-            hidden, expansion = proposer.reading(*here, context)
+            hidden, head = proposer.reading(*here, context)
             hit = read_head(
-                *(hidden, labels.clamp(min=0), labels >= 0, head.weight, head.bias),
-                expansion=expansion,
-                softcap=head.softcap,
+                *(hidden, labels.clamp(min=0), labels >= 0, head),
                 cuts=default_cuts(k),
                 wants=(),
-                rows_of=head.rows_of,
             ).hit
         parts.append(_run(hit[0]).cpu())
     return torch.cat(parts)

@@ -7,55 +7,30 @@ as in speculators: `t2d` marks which of the target's tokens are kept, and row r 
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 
-from specauf.objective.wavefront import head_logits
+from specauf.objective.wavefront import Head
 from specauf.strict import ConfigError, UserError
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
+    from jaxtyping import Bool, Int
     from torch import Tensor
 
     from specauf.drafter.dflash import DFlash
 
 
-class DraftHead(NamedTuple):
-    """The LM head that a drafter's hidden states go through: the target's, or the rows of it that the drafter keeps."""
-
-    weight: Float[Tensor, "rows h"]
-    bias: Float[Tensor, " rows"] | None
-    softcap: float | None
-    tokens: Int[Tensor, " rows"] | None = None
-    """The token of each row, ascending; None when row r is token r."""
-    rows_of: Int[Tensor, " tokens"] | None = None
-    """The row of each of the target's tokens, -1 for those that are not kept."""
-
-    def read(self, hidden: Float[Tensor, "... h"]) -> Float[Tensor, "... rows"]:
-        """Logits of the rows."""
-        return head_logits(hidden, self.weight, self.bias, self.softcap)
-
-    def spread(self, logits: Float[Tensor, "... rows"]) -> Float[Tensor, "... tokens"]:
-        """The rows' logits over the target's whole vocabulary: -inf for tokens that are not kept."""
-        if self.tokens is None or self.rows_of is None:
-            return logits
-        wide = logits.new_full((*logits.shape[:-1], len(self.rows_of)), -torch.inf)
-        wide[..., self.tokens] = logits
-        return wide
-
-
-def draft_head(
-    drafter: DFlash, weight: Float[Tensor, "tokens h"], bias: Float[Tensor, " tokens"] | None, softcap: float | None
-) -> DraftHead:
+def draft_head(drafter: DFlash, head: Head) -> Head:
     """The target's head, or the part that `drafter` keeps. A part is a copy: make it once. Raises as `kept_tokens` does."""
     tokens = kept_tokens(drafter)
     if tokens is None:
-        return DraftHead(weight, bias, softcap)
-    tokens = tokens.to(weight.device)
-    rows_of = torch.full((drafter.config.vocab_size,), -1, device=weight.device)
-    rows_of[tokens] = torch.arange(len(tokens), device=weight.device)
-    return DraftHead(weight[tokens], None if bias is None else bias[tokens], softcap, tokens, rows_of)
+        return head
+    tokens = tokens.to(head.weight.device)
+    rows_of = torch.full((drafter.config.vocab_size,), -1, device=tokens.device)
+    rows_of[tokens] = torch.arange(len(tokens), device=tokens.device)
+    bias = None if head.bias is None else head.bias[tokens]
+    return head._replace(weight=head.weight[tokens], bias=bias, rows_of=rows_of)
 
 
 def kept_tokens(drafter: DFlash) -> Int[Tensor, " rows"] | None:

@@ -26,13 +26,14 @@ from specauf.objective.credit import Slots, auf, exclusive_prefix, gate, positio
 from specauf.objective.loss import LossTerms, Objective, block_loss
 from specauf.objective.metrics import block_metrics, leading_run
 from specauf.objective.registry import RULES, Rows, Rule, register
-from specauf.objective.wavefront import Readout, read_head
+from specauf.objective.wavefront import Head, Readout, read_head
 
 __all__ = [
     "RULES",
     "VARIANTS",
     "Blocks",
     "Branch",
+    "Head",
     "LossTerms",
     "Objective",
     "Readout",

@@ -27,7 +27,7 @@ from specauf.objective.blocks import Blocks
 from specauf.objective.credit import Slots
 from specauf.objective.loss import LossTerms, Objective, Recorded, credit_of, finish, survival, weigh
 from specauf.objective.registry import cross_entropy
-from specauf.objective.wavefront import Readout, RowSource, default_cuts, read_head
+from specauf.objective.wavefront import Head, Readout, RowSource, default_cuts, read_head
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -82,34 +82,30 @@ def two_branch_loss(
     base: Branch,
     final: Branch,
     lam: float,
-    weight: Float[Tensor, "v h"],
-    expansion: Float[Tensor, "v e"],
-    bias: Float[Tensor, " v"] | None = None,
+    head: Head,
     *,
     target_hidden: Float[Tensor, "b n k h"] | None = None,
     uniform: Float[Tensor, "b n k"] | None = None,
-    softcap: float | None = None,
     logits_rows: int = 256,
     cuts: Mapping[Side, Sequence[int]] | None = None,
 ) -> TwoBranchTerms:
     """Domino's loss: `hidden` gives the rows z, `corrected` the rows [z ; e], with e zero for uncorrected predictions.
 
-    `lam` is lambda_base and `expansion` is W2. The other arguments are those of `block_loss`; `cuts` are the stage ends of
+    `lam` is lambda_base and `head.expansion` is W2. The other arguments are those of `block_loss`; `cuts` are the stage ends of
     each branch. Raises `ValueError` when an objective's input is missing, or when two objectives read the same branch at
     different temperatures.
     """
     branches: dict[Side, Branch] = {"base": base, "final": final}
     sources: dict[Side, RowSource] = {"base": hidden, "final": corrected}
+    heads: dict[Side, Head] = {"base": head._replace(expansion=None), "final": head}
     for branch in (base, final):
         branch.objective.require(target_hidden, uniform)
 
     def read(side: Side, valid: Tensor, needs_target: bool, **how: Any) -> tuple[Readout, Tensor]:
         source = Recorded(sources[side])
         readout = read_head(
-            *(source, blocks.labels, valid, weight, bias),
-            expansion=expansion if side == "final" else None,
+            *(source, blocks.labels, valid, heads[side]),
             target_hidden=target_hidden if needs_target else None,
-            softcap=softcap,
             logits_rows=logits_rows,
             **how,
         )
@@ -127,7 +123,7 @@ def two_branch_loss(
 
     # The losses, over the slots that count.
     nothing = torch.zeros_like(blocks.valid)
-    zeros = nothing.to(torch.promote_types(weight.dtype, torch.float32))
+    zeros = nothing.to(torch.promote_types(head.weight.dtype, torch.float32))
     unread = Readout(zeros, nothing, nothing, zeros)
     found: dict[Side, LossTerms] = {}
     for side in SIDES:
@@ -145,7 +141,7 @@ def two_branch_loss(
                 gates[side] = read(side, blocks.valid, objective.needs_target, wants=())
             weights = weigh(unread if plain else gates[side][0], blocks, objective, parts)[2]
             readout, rows = read(side, counted, objective.needs_target, wants=objective.formed, weigh=weights)
-        terms = finish(readout, rows, blocks, objective, parts, expansion if side == "final" else None)
+        terms = finish(readout, rows, blocks, objective, parts, heads[side].expansion)
         if side in gates:  # report all that was read of the branch: for the credits, and for the loss
             gate = gates[side][0]
             both = {name: torch.where(gate.evaluated, getattr(gate, name), getattr(readout, name)) for name in READ}

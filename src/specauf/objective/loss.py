@@ -17,10 +17,10 @@ from torch.autograd.function import once_differentiable
 
 from specauf.objective.credit import Slots, position_decay
 from specauf.objective.registry import Rows, Rule, call, check_options, rule_of
-from specauf.objective.wavefront import Readout, RowSource, default_cuts, read_head
+from specauf.objective.wavefront import Head, Readout, RowSource, default_cuts, read_head
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
+    from jaxtyping import Bool, Float
     from torch import Tensor
 
     from specauf.objective.blocks import Blocks
@@ -115,25 +115,21 @@ def block_loss(
     hidden: Float[Tensor, "b n k h"] | RowSource,
     blocks: Blocks,
     objective: Objective,
-    weight: Float[Tensor, "v h"],
-    bias: Float[Tensor, " v"] | None = None,
+    head: Head,
     *,
     target_hidden: Float[Tensor, "b n k h"] | None = None,
     uniform: Float[Tensor, "b n k"] | None = None,
-    softcap: float | None = None,
     logits_rows: int = 256,
     cuts: Sequence[int] | None = None,
-    rows_of: Int[Tensor, " tokens"] | None = None,
 ) -> LossTerms:
     """The objective on the drafter's final hidden states of the predicted slots, given as a tensor or computed on demand.
 
-    `weight` [v, h], `bias` [v] and `softcap` are the target's frozen LM head; they get no gradient. `target_hidden` holds the
-    target's final hidden states at the position before each label (PARD-2, LK), `uniform` one number in [0, 1) per slot
-    (sampled AUF), and `cuts` the wavefront's stage ends (see `plan_cuts`). Rows outside the credited support get a gradient
-    of exactly 0.0.
+    `head` is the target's; it gets no gradient. `target_hidden` holds the target's final hidden states at the position before
+    each label (PARD-2, LK), `uniform` one number in [0, 1) per slot (sampled AUF), and `cuts` the wavefront's stage ends (see
+    `plan_cuts`). Rows outside the credited support get a gradient of exactly 0.0.
 
-    `rows_of` gives the head's row of each token, or -1 (see `read_head`): a label without a row fails, has no credit and is
-    in no denominator. Under `torch.no_grad` no gradient is formed. Raises `ValueError` when an input is missing.
+    A label for which the head has no row fails, has no credit and is in no denominator. Under `torch.no_grad` no gradient is
+    formed. Raises `ValueError` when an input is missing.
     """
     source = Recorded(hidden)
     objective.require(target_hidden, uniform)
@@ -141,8 +137,7 @@ def block_loss(
         source,
         blocks.labels,
         blocks.valid,
-        weight,
-        bias,
+        head,
         cuts=(cuts or default_cuts(blocks.valid.shape[-1])) if objective.truncates else None,
         survives=objective.survives,
         uniform=uniform,
@@ -150,9 +145,7 @@ def block_loss(
         temperature=objective.options.get("temperature", 1.0),
         wants=objective.formed,
         ranks="rank" in objective.rule.needs,
-        softcap=softcap,
         logits_rows=logits_rows,
-        rows_of=rows_of,
     )
     parts = credit_of(readout, blocks, objective, uniform)
     terms = finish(readout, torch.cat(source.given), blocks, objective, parts)

@@ -33,6 +33,33 @@ class RowSource(Protocol):
         """Those of the slots where `todo` is true, in the order of `todo.nonzero()`."""
 
 
+class Head(NamedTuple):
+    """An LM head: the target's, or the rows of it that a drafter keeps. Frozen but for `expansion`."""
+
+    weight: Float[Tensor, "v h"]
+    bias: Float[Tensor, " v"] | None = None
+    softcap: float | None = None
+    """Logits z become cap tanh(z / cap)."""
+    rows_of: Int[Tensor, " tokens"] | None = None
+    """The row of each token, -1 for those without; None where row r is token r."""
+    expansion: Float[Tensor, "v e"] | None = None
+    """Domino's W2: hidden states are [z ; e], h + e wide, and the head is [weight ; expansion]."""
+
+    def read(self, hidden: Float[Tensor, "... h"]) -> Float[Tensor, "... v"]:
+        """Logits of the rows without the expansion, in the head's dtype, then as float32 (float64 stays)."""
+        # As a matrix: for a batch that is a slice of another, matmul would copy the whole weight once per row of the batch.
+        rows = hidden.to(self.weight.dtype).reshape(-1, hidden.shape[-1])
+        logits = F.linear(rows, self.weight, self.bias).view(*hidden.shape[:-1], self.weight.shape[0])
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits if self.softcap is None else (logits / self.softcap).tanh() * self.softcap
+
+    def spread(self, logits: Float[Tensor, "... v"]) -> Float[Tensor, "... tokens"]:
+        """The rows' logits over all tokens: -inf for those without a row."""
+        if self.rows_of is None:
+            return logits
+        return logits[..., self.rows_of.clamp(min=0)].masked_fill(self.rows_of < 0, -torch.inf)
+
+
 class Readout(NamedTuple):
     """What the head found at every slot. Slots that were not evaluated hold zeros and false."""
 
@@ -69,8 +96,7 @@ def read_head(
     hidden: Float[Tensor, "b n k h"] | RowSource,
     labels: Int[Tensor, "b n k"],
     valid: Bool[Tensor, "b n k"],
-    weight: Float[Tensor, "v h"],
-    bias: Float[Tensor, " v"] | None = None,
+    head: Head,
     *,
     cuts: Sequence[int] | None = None,
     survives: Callable[[Slots], Tensor] | None = None,
@@ -79,11 +105,8 @@ def read_head(
     temperature: float = 1.0,
     wants: Collection[str] = ("ce",),
     ranks: bool = False,
-    softcap: float | None = None,
-    expansion: Float[Tensor, "v e"] | None = None,
     weigh: Float[Tensor, "kinds parts b n k"] | None = None,
     logits_rows: int = 256,
-    rows_of: Int[Tensor, " tokens"] | None = None,
 ) -> Readout:
     """Evaluate the head on the valid rows, stage by stage; a block that fails in a stage does not enter the next.
 
@@ -92,13 +115,11 @@ def read_head(
     gradients to form, of `ce`, `kl`, `overlap`; empty for none. `target_hidden` [b, n, k, h] holds the target's final hidden
     states at the position before each label, which go through the same head; `kl`, `overlap` and `target_prob` need them.
 
-    With `expansion` the rows are [hidden ; code], h + e wide, and the head is [weight ; expansion] (Domino's final branch).
-    The expansion's gradient is a sum over rows, so the weight of every row must be known: `weigh`, one plane for each of
+    The gradient of an expansion is a sum over rows, so the weight of every row must be known: `weigh`, one plane for each of
     `wants`.
 
-    With `rows_of` the head covers part of the vocabulary: it holds the head's row of each token, -1 for none. `weight` and
-    `bias` then have v rows, and so has the target's distribution, renormalised over them. A label without a row is a
-    failure that costs no head row: hit false, prob 0, rank v. It ends its block as any failure does.
+    Where the head covers part of the vocabulary, so does the target's distribution, renormalised. A label without a row is
+    a failure that costs no head row: hit false, prob 0, rank v. It ends its block as any failure does.
 
     At most `logits_rows` rows as wide as the vocabulary exist at a time. Rows are evaluated in stage-major order. Results
     do not depend on the cuts, up to the rounding of differently shaped matrix products.
@@ -114,8 +135,8 @@ def read_head(
         if given is not None and given.shape[:3] != shape:
             raise ValueError(f"{name} has one row per prediction, {tuple(shape)} in front; got {tuple(given.shape)}")
     outside = None
-    if rows_of is not None:
-        labels = rows_of[labels]
+    if head.rows_of is not None:
+        labels = head.rows_of[labels]
         outside, labels = valid & (labels < 0), labels.clamp(min=0)
     flat_labels = labels.reshape(-1)
     flat_target = target_hidden.reshape(-1, target_hidden.shape[-1]) if target_hidden is not None else None
@@ -125,16 +146,16 @@ def read_head(
     evaluated = torch.zeros(valid.numel(), dtype=torch.bool, device=device)
     alive = torch.ones(shape[:-1], dtype=torch.bool, device=device)
     expansion_grad = None
-    if expansion is not None:
+    if (w2 := head.expansion) is not None:
         if weigh is not None:
-            dtype = torch.promote_types(expansion.dtype, torch.float32)
-            expansion_grad = expansion.new_zeros(weigh.shape[1], *expansion.shape, dtype=dtype)
-        expansion = expansion.to(weight.dtype)
+            dtype = torch.promote_types(w2.dtype, torch.float32)
+            expansion_grad = w2.new_zeros(weigh.shape[1], *w2.shape, dtype=dtype)
+        head = head._replace(expansion=w2.to(head.weight.dtype))
 
     def readout() -> Readout:
         fields: dict[str, Any] = {name: values.view(shape) for name, values in found.items()}
         if outside is not None and ranks:
-            fields["rank"] = fields["rank"].masked_fill(outside, len(weight))
+            fields["rank"] = fields["rank"].masked_fill(outside, len(head.weight))
         return Readout(**fields, evaluated=evaluated.view(shape), outside=outside)
 
     for start, stop in pairwise([0, *cuts]):
@@ -148,9 +169,8 @@ def read_head(
         for at, part in zip(index.split(size), rows.split(size), strict=True):
             theirs = flat_target[at] if flat_target is not None else None
             factors = dict(zip(wants, weigh.flatten(2)[..., at], strict=True)) if weigh is not None else {}
-            head = (weight, bias, softcap, expansion)
             values, row_grads = _rows(
-                part, flat_labels[at], *head, theirs, temperature, wants, ranks, factors, expansion_grad
+                part, flat_labels[at], head, theirs, temperature, wants, ranks, factors, expansion_grad
             )
             for name, value in values.items():
                 if name not in found:
@@ -174,10 +194,7 @@ def read_head(
 def _rows(
     hidden: Tensor,
     labels: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    expansion: Tensor | None,
+    head: Head,
     target_hidden: Tensor | None,
     temperature: float,
     wants: Collection[str],
@@ -189,10 +206,11 @@ def _rows(
 
     `factors[kind]` [parts, rows] weighs the rows of the expansion's gradient, which is added to `expansion_grad` [parts, v, e].
     """
+    weight, expansion = head.weight, head.expansion
     hidden, code = hidden.split([weight.shape[1], hidden.shape[1] - weight.shape[1]], 1)
-    logits = head_logits(hidden, weight, bias, softcap)
+    logits = head.read(hidden)
     # d logits / d (hidden W^T): 1 - tanh^2 under a soft cap.
-    slope = None if softcap is None else 1 - (logits / softcap).square_()
+    slope = None if head.softcap is None else 1 - (logits / head.softcap).square_()
     if expansion is not None:
         logits += code.to(weight.dtype) @ expansion.t()
 
@@ -229,7 +247,7 @@ def _rows(
         grads["ce"] = back(gap)
         widen("ce", gap)
     if target_hidden is not None:
-        log_p = head_logits(target_hidden, weight, bias, softcap).log_softmax(-1)
+        log_p = head.read(target_hidden).log_softmax(-1)
         p, q = log_p.exp(), soft.div_(total)
         values["target_prob"] = p.gather(1, index).squeeze(1)
         values["kl"] = (p * log_p.sub_(logits.sub_(top).sub_(total.log()))).sum(-1)
@@ -245,20 +263,6 @@ def _rows(
             grads["overlap"] = back(low)
             widen("overlap", low)
     return values, {name: grad.to(hidden.dtype) for name, grad in grads.items()}
-
-
-def head_logits(
-    hidden: Float[Tensor, "... h"],
-    weight: Float[Tensor, "v h"],
-    bias: Float[Tensor, " v"] | None,
-    softcap: float | None,
-) -> Float[Tensor, "... v"]:
-    """Logits of an LM head in its own dtype, as float32 (float64 stays); soft-capped ones are cap tanh(z / cap)."""
-    # As a matrix: for a batch that is a slice of another, matmul would copy the whole weight once per row of the batch.
-    rows = hidden.to(weight.dtype).reshape(-1, hidden.shape[-1])
-    logits = F.linear(rows, weight, bias).view(*hidden.shape[:-1], weight.shape[0])
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits if softcap is None else (logits / softcap).tanh() * softcap
 
 
 def default_cuts(num_predictions: int) -> list[int]:

@@ -20,13 +20,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from specauf.config import RunConfig
 from specauf.data.features import argmax_of
 from specauf.drafter.dflash import DFlash, Pending
 from specauf.drafter.domino import Corrected, Domino
-from specauf.drafter.vocabulary import DraftHead, draft_head
+from specauf.drafter.vocabulary import draft_head
 from specauf.files import FULL, Journal, set_aside
 from specauf.objective.blocks import (
     Blocks,
@@ -40,7 +39,7 @@ from specauf.objective.blocks import (
 from specauf.objective.branches import Shared, Side, lambda_base, two_branch_loss
 from specauf.objective.loss import LossTerms, block_loss
 from specauf.objective.metrics import block_metrics
-from specauf.objective.wavefront import LAUNCH_ROWS, LAUNCH_ROWS_GPU, RowSource, plan_cuts, read_head
+from specauf.objective.wavefront import LAUNCH_ROWS, LAUNCH_ROWS_GPU, Head, RowSource, plan_cuts, read_head
 from specauf.strict import ConfigError, UserError
 from specauf.target import Target
 from specauf.train import checkpoint
@@ -69,7 +68,7 @@ class View(NamedTuple):
 
     terms: LossTerms
     rows: RowSource
-    expansion: Tensor | None = None
+    head: Head
 
 
 class Trainer:
@@ -101,9 +100,9 @@ class Trainer:
         )
 
     @cached_property
-    def head(self) -> DraftHead:
+    def head(self) -> Head:
         """The drafter's part of the target's LM head. Computed at the first step, when its vocabulary is settled."""
-        return draft_head(self.drafter, self.target.head_weight, self.target.head_bias, self.target.softcap)
+        return draft_head(self.drafter, self.target.head)
 
     @property
     def epochs(self) -> float:
@@ -167,25 +166,19 @@ class Trainer:
             target_hidden = before_labels(batch.final, blocks.anchors, size)
         if any("uniform" in b.objective.rule.needs for b in self.branches):
             uniform = slot_uniform(batch.uid, blocks.anchors, size, seed=train.seed, epoch=batch.epoch)
-        head, bias = self.head.weight, self.head.bias
-        how: dict[str, Any] = {
-            "target_hidden": target_hidden,
-            "uniform": uniform,
-            "softcap": self.head.softcap,
-            "logits_rows": self.config.objective.logits_rows,
-        }
+        rows_at_once = self.config.objective.logits_rows
+        how: dict[str, Any] = {"target_hidden": target_hidden, "uniform": uniform, "logits_rows": rows_at_once}
         if not isinstance(self.drafter, Domino):
-            how |= {"cuts": cuts.get(""), "rows_of": self.head.rows_of}
-            terms = block_loss(hidden, blocks, self.branches[0].objective, head, bias, **how)
-            return terms, {"": View(terms, hidden)}
-        rows, expansion = Shared(hidden, blocks.valid), self.drafter.expansion
+            terms = block_loss(hidden, blocks, self.branches[0].objective, self.head, cuts=cuts.get(""), **how)
+            return terms, {"": View(terms, hidden, self.head)}
+        rows, head = Shared(hidden, blocks.valid), self.head._replace(expansion=self.drafter.expansion)
         said = self.target.embed(prefix_tokens(batch.input_ids, blocks.anchors, size - 1))
         with self.autocast():
             corrected = Corrected(self.drafter, rows, said)
         stages: dict[Side, list[int]] = {s: cuts[p] for s, p in (("base", "base_"), ("final", "")) if p in cuts}  # type: ignore[misc]
         base, final = self.branches
-        found = two_branch_loss(rows, corrected, blocks, base, final, lam, head, expansion, bias, cuts=stages, **how)
-        return found.terms, {"": View(found.final, corrected, expansion), "base_": View(found.base, rows)}
+        found = two_branch_loss(rows, corrected, blocks, base, final, lam, head, cuts=stages, **how)
+        return found.terms, {"": View(found.final, corrected, head), "base_": View(found.base, rows, self.head)}
 
     def step(self) -> dict[str, Any]:
         """One optimizer step. Gradients are sums over the window divided by the window's denominator.
@@ -273,10 +266,7 @@ class Trainer:
             valid = torch.zeros_like(blocks.valid)
             valid.view(-1, valid.shape[-1])[take] = blocks.valid.flatten(0, 1)[take]
             readout = read_head(
-                *(view.rows, blocks.labels, valid, self.head.weight, self.head.bias),
-                expansion=view.expansion,
-                softcap=self.head.softcap,
-                rows_of=self.head.rows_of,
+                *(view.rows, blocks.labels, valid, view.head),
                 logits_rows=self.config.objective.logits_rows,
                 wants=(),
             )

@@ -15,6 +15,7 @@ from specauf.drafter.checkpoint import load_drafter, save_drafter
 from specauf.drafter.config import DFlashConfig
 from specauf.drafter.dflash import DFlash
 from specauf.drafter.vocabulary import coverage, draft_head, keep_tokens, kept_tokens, most_frequent
+from specauf.objective.wavefront import Head
 from specauf.strict import ConfigError, UserError
 from specauf.target import Target
 
@@ -48,17 +49,17 @@ def test_the_mapping_is_stored_as_speculators_stores_it(target: Target) -> None:
 
 
 def test_the_head_is_the_targets_rows_of_the_kept_tokens(target: Target) -> None:
-    head = draft_head(make(target), target.head_weight, torch.arange(61.0), None)
+    head = draft_head(make(target), Head(target.head_weight, torch.arange(61.0)))
     assert torch.equal(head.weight, target.head_weight[KEPT]) and head.bias is not None
     assert head.bias.tolist() == KEPT.tolist()
     assert head.rows_of is not None and head.rows_of[KEPT].tolist() == list(range(6)) and head.rows_of.max() == 5
     assert int((head.rows_of < 0).sum()) == 61 - 6
-    capped = draft_head(make(target), target.head_weight, None, 2.0)
+    capped = draft_head(make(target), Head(target.head_weight, None, 2.0))
     assert capped.softcap == 2.0 and 0 < capped.read(9 * torch.randn(2, 3, 32)).abs().max() <= 2
     logits = head.read(torch.randn(2, 3, 32))
     wide = head.spread(logits)
     assert torch.equal(wide[..., KEPT], logits) and int(wide.isinf().sum()) == 2 * 3 * 55
-    whole = draft_head(DFlash(make_geometry(target)), target.head_weight, None, None)
+    whole = draft_head(DFlash(make_geometry(target)), Head(target.head_weight))
     assert whole.weight is target.head_weight and whole.rows_of is None, "nothing is copied for the full vocabulary"
     assert whole.spread(logits) is logits
 

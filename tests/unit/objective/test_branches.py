@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from specauf.drafter.checkpoint import build_drafter
 from specauf.drafter.config import DominoHead
 from specauf.drafter.domino import Corrected, Domino
-from specauf.objective import Blocks, Objective
+from specauf.objective import Blocks, Head, Objective
 from specauf.objective.branches import VARIANTS, Branch, Shared, TwoBranchTerms, lambda_base, two_branch_loss
 from specauf.objective.credit import position_decay
 from tests.conftest import make_geometry, make_target
@@ -119,10 +119,18 @@ def branches(variant: str, gamma: float) -> tuple[Branch, Branch]:
     return Branch(objective(base), "base"), Branch(objective(final), side)
 
 
-def ours(s: Scene, pair: tuple[Branch, Branch], lam: float, **how: object) -> TwoBranchTerms:
+def ours(
+    s: Scene,
+    pair: tuple[Branch, Branch],
+    lam: float,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    **how: object,
+) -> TwoBranchTerms:
     rows = Shared(Rows(s.z), s.blocks.valid)
     corrected = Corrected(s.drafter, rows, s.said)
-    return two_branch_loss(rows, corrected, s.blocks, *pair, lam, s.weight, s.drafter.expansion, logits_rows=4, **how)  # type: ignore[arg-type]
+    head = Head(s.weight, bias, softcap, expansion=s.drafter.expansion)
+    return two_branch_loss(rows, corrected, s.blocks, *pair, lam, head, logits_rows=4, **how)  # type: ignore[arg-type]
 
 
 def gradients(loss: Tensor, s: Scene) -> dict[str, Tensor]:
@@ -329,7 +337,7 @@ def test_in_16_bits_the_corrections_products_are_the_heads_and_their_sum_is_not(
         pair = (Branch(Objective("uniform"), "base"), Branch(Objective("uniform"), "final"))
         given = Rows(s.z.detach().to(dtype)), Rows(rows.detach().to(dtype))
         with Products() if dtype == torch.bfloat16 else contextlib.nullcontext():
-            found = two_branch_loss(*given, s.blocks, *pair, 0.0, s.weight.to(dtype), w2, logits_rows=4)
+            found = two_branch_loss(*given, s.blocks, *pair, 0.0, Head(s.weight.to(dtype), expansion=w2), logits_rows=4)
         found.terms.loss.backward()
         assert w2.grad is not None and w2.grad.dtype == w2.dtype
         grads.append(w2.grad.double())

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from specauf.objective import Blocks, Objective, block_loss, block_metrics, read_head
+from specauf.objective import Blocks, Head, Objective, block_loss, block_metrics, read_head
 from specauf.objective.loss import LossTerms
 from specauf.objective.wavefront import default_cuts
 from tests.unit.objective import reference
@@ -31,15 +31,13 @@ class Reduced(Case):
         self.kept, self.rows_of = kept, torch.full((VOCAB,), -1)
         self.rows_of[kept] = torch.arange(len(kept))
         self.outside = (self.rows_of[self.blocks.labels] < 0) & self.blocks.valid
-        self.head = self.weight[kept], None if self.bias is None else self.bias[kept]
+        self.part = Head(self.weight[kept], None if self.bias is None else self.bias[kept], self.softcap, self.rows_of)
 
     def reduced(self, objective: Objective, hidden: Tensor, **changes: Any) -> LossTerms:
         return block_loss(
-            *(hidden, self.blocks, objective, *self.head),
+            *(hidden, self.blocks, objective, self.part),
             target_hidden=self.target_hidden,
             uniform=self.uniform,
-            softcap=self.softcap,
-            rows_of=self.rows_of,
             **{"logits_rows": 3, **changes},
         )
 
@@ -59,7 +57,7 @@ def test_loss_and_gradient_equal_the_dense_reference(
     k = case.hidden.shape[2]
     terms = case.reduced(objective, ours, cuts=default_cuts(k) if staged else list(range(1, k + 1)))
     wanted = reference.loss(
-        *(objective.name, theirs, case.blocks, *case.head),
+        *(objective.name, theirs, case.blocks, case.part.weight, case.part.bias),
         gamma=objective.gamma,
         reduction=reduction,
         options=dict(objective.options),
@@ -105,7 +103,7 @@ def test_an_outside_label_ends_the_support_before_anything_behind_it_is_read() -
     rows_of = torch.tensor([0, 1, 2, -1])
     hidden = 3 * eye[rows_of[labels].clamp(min=0)]
     blocks = Blocks(torch.zeros(1, 3).long(), torch.ones(1, 3).bool(), labels, torch.ones(1, 3, 4).bool())
-    terms = block_loss(hidden.requires_grad_(), blocks, Objective("auf"), eye, rows_of=rows_of, cuts=[1, 2, 3, 4])
+    terms = block_loss(hidden.requires_grad_(), blocks, Objective("auf"), Head(eye, rows_of=rows_of), cuts=[1, 2, 3, 4])
     assert terms.credit[0].tolist() == [[1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]]
     assert terms.readout.evaluated[0].tolist() == [[1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]]
     assert float(terms.den) == 5
@@ -119,11 +117,11 @@ def test_an_outside_label_ends_the_support_before_anything_behind_it_is_read() -
 def test_what_is_measured_over_all_slots_counts_outside_labels_as_wrong() -> None:
     case = Reduced(8, kept=[0, 2, 3])
     assert case.outside.any()
-    dense = read_head(case.hidden, case.blocks.labels, case.blocks.valid, *case.head, rows_of=case.rows_of)
+    dense = read_head(case.hidden, case.blocks.labels, case.blocks.valid, case.part)
     assert torch.equal(dense.evaluated, case.blocks.valid & ~case.outside)
     found = block_metrics(dense, case.blocks, case.blocks.valid.double())
     right = float((dense.hit & case.blocks.valid).sum())
     assert found["common_accuracy"] == (right, float(case.blocks.valid.sum()))
     assert found["outside"] == (float(case.outside.sum()), float(case.blocks.valid.sum()))
-    whole = read_head(case.hidden, case.blocks.labels, case.blocks.valid, case.weight, case.bias)
+    whole = read_head(case.hidden, case.blocks.labels, case.blocks.valid, case.head)
     assert "outside" not in block_metrics(whole, case.blocks, case.blocks.valid.double())

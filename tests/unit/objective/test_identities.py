@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from specauf.objective import Blocks, Objective, Slots, auf, block_loss, gate, position_decay
+from specauf.objective import Blocks, Head, Objective, Slots, auf, block_loss, gate, position_decay
 from specauf.objective import credit as credits
 from specauf.objective.loss import credit_of
 from specauf.objective.registry import RULES, call, options_of
@@ -265,10 +265,10 @@ def test_t22_the_inclusive_form_has_dead_blocks() -> None:
     )
     eye = torch.eye(4, dtype=torch.float64)
     leaf = z.clone().requires_grad_()
-    dead = block_loss(leaf, blocks, Objective("griffin-inclusive"), eye).loss
+    dead = block_loss(leaf, blocks, Objective("griffin-inclusive"), Head(eye)).loss
     dead.backward()
     assert dead == 0 and (leaf.grad == 0).all()
-    alive = block_loss(z.clone().requires_grad_(), blocks, Objective("griffin-exclusive"), eye).loss
+    alive = block_loss(z.clone().requires_grad_(), blocks, Objective("griffin-exclusive"), Head(eye)).loss
     torch.testing.assert_close(alive, F.cross_entropy(z[0, 0], torch.tensor([3])), **TOL)
 
 
@@ -309,11 +309,11 @@ def test_t25_the_streak_reward() -> None:
     right, first_wrong = torch.eye(5).double()[None, None], torch.eye(5).double()[None, None].clone()
     first_wrong[0, 0, 0] = torch.eye(5).double()[1]
     objective = Objective("streak", None, "sequence")
-    assert float(block_loss(right, blocks, objective, eye).loss) == pytest.approx(-5)
-    assert float(block_loss(first_wrong, blocks, objective, eye).loss) == pytest.approx(0, abs=1e-20)
+    assert float(block_loss(right, blocks, objective, Head(eye)).loss) == pytest.approx(-5)
+    assert float(block_loss(first_wrong, blocks, objective, Head(eye)).loss) == pytest.approx(0, abs=1e-20)
     alone = Blocks(*(t[..., :1] for t in blocks))
     q = torch.tensor([0.4, 0.3, 0.1, 0.1, 0.1], dtype=torch.float64)
-    one = block_loss(q.log()[None, None, None], alone, objective, torch.eye(5, dtype=torch.float64))
+    one = block_loss(q.log()[None, None, None], alone, objective, Head(torch.eye(5, dtype=torch.float64)))
     assert float(one.loss) == pytest.approx(-0.4), "one slot: its own probability"
 
 
@@ -339,7 +339,7 @@ def distributions(p: list[float], q: list[float], label: int = 0) -> tuple[Tenso
 def test_t29_lk_losses() -> None:
     p, q = [0.5, 0.3, 0.15, 0.05], [0.4, 0.3, 0.2, 0.1]
     hidden, blocks, eye, target_hidden = distributions(p, q)
-    found = block_loss(hidden, blocks, Objective("lk-alpha"), eye, target_hidden=target_hidden)
+    found = block_loss(hidden, blocks, Objective("lk-alpha"), Head(eye), target_hidden=target_hidden)
     assert float(found.readout.overlap) == pytest.approx(0.9)  # type: ignore[arg-type]
     found.loss.backward()
     slope = hidden.grad.clone()
@@ -347,7 +347,7 @@ def test_t29_lk_losses() -> None:
     for eta in (0.0, 1e9):  # T29: eta 0 is KL, eta -> infinity the total variation
         leaf = hidden.detach().clone().requires_grad_()
         block_loss(
-            leaf, blocks, Objective("lk-lambda", options={"eta": eta}), eye, target_hidden=target_hidden
+            leaf, blocks, Objective("lk-lambda", options={"eta": eta}), Head(eye), target_hidden=target_hidden
         ).loss.backward()
         pure[eta] = leaf.grad
     torch.testing.assert_close(
@@ -355,7 +355,7 @@ def test_t29_lk_losses() -> None:
     )
     torch.testing.assert_close(slope, pure[1e9] / 0.9, **TOL)
     hidden, blocks, eye, target_hidden = distributions(q, q)
-    same = block_loss(hidden, blocks, Objective("lk-alpha"), eye, target_hidden=target_hidden)
+    same = block_loss(hidden, blocks, Objective("lk-alpha"), Head(eye), target_hidden=target_hidden)
     assert float(same.loss.detach()) == pytest.approx(0, abs=1e-12)
     assert float(same.readout.kl) == pytest.approx(0, abs=1e-12)  # type: ignore[arg-type]
 
@@ -364,7 +364,7 @@ def test_t29_a_certain_target_makes_lk_alpha_cross_entropy() -> None:
     q = [0.4, 0.3, 0.2, 0.1]
     hidden, blocks, eye, _ = distributions(q, q, label=2)
     certain = torch.tensor([-800.0, -800.0, 0.0, -800.0], dtype=torch.float64)[None, None, None]
-    found = block_loss(hidden, blocks, Objective("lk-alpha"), eye, target_hidden=certain)
+    found = block_loss(hidden, blocks, Objective("lk-alpha"), Head(eye), target_hidden=certain)
     assert float(found.loss.detach()) == pytest.approx(-math.log(0.2))
     found.loss.backward()
     want = torch.tensor(q, dtype=torch.float64) - F.one_hot(torch.tensor(2), 4)
@@ -380,7 +380,7 @@ def test_t30_granularities_of_lambda_agree_where_every_overlap_is_the_same() -> 
             hidden.requires_grad_(),
             blocks,
             Objective("lk-lambda", options={"per": per}),
-            eye,
+            Head(eye),
             target_hidden=target_hidden,
         ).loss
         for per in ("token", "slot", "all")
@@ -395,7 +395,7 @@ def test_t30_granularities_of_lambda_agree_where_every_overlap_is_the_same() -> 
 def test_t31_kl_row_gradient_is_q_minus_p() -> None:
     hidden, blocks, eye, target_hidden = distributions([0.7, 0.1, 0.1, 0.1], [0.4, 0.3, 0.2, 0.1])
     block_loss(
-        hidden, blocks, Objective("pard2", options={"ce_weight": 0}), eye, target_hidden=target_hidden
+        hidden, blocks, Objective("pard2", options={"ce_weight": 0}), Head(eye), target_hidden=target_hidden
     ).loss.backward()
     want = torch.tensor([-0.3, 0.2, 0.1, 0.0], dtype=torch.float64)
     torch.testing.assert_close(hidden.grad.flatten(), want, **TOL)

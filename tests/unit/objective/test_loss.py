@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from specauf import config
-from specauf.objective import RULES, Blocks, Objective, Slots, block_loss, block_metrics, read_head
+from specauf.objective import RULES, Blocks, Head, Objective, Slots, block_loss, block_metrics, read_head
 from specauf.objective.credit import dpace
 from specauf.objective.loss import LossTerms, credit_of
 from specauf.objective.metrics import leading_run
@@ -65,16 +65,19 @@ class Case:
         self.blocks = Blocks(torch.zeros(b, n).long(), valid.any(-1), labels.masked_fill(~valid, 0), valid)
         self.uniform = torch.rand(b, n, k, generator=g, dtype=torch.float64)
 
+    @property
+    def head(self) -> Head:
+        return Head(self.weight, self.bias, self.softcap)
+
     def terms(self, objective: Objective, hidden: Tensor | None = None, **changes: Any) -> LossTerms:
         given = {
             "blocks": self.blocks,
             "target_hidden": self.target_hidden,
             "logits_rows": 3,
-            "softcap": self.softcap,
             **changes,
         }
         leaf = self.hidden.clone().requires_grad_() if hidden is None else hidden
-        return block_loss(leaf, given.pop("blocks"), objective, self.weight, self.bias, uniform=self.uniform, **given)
+        return block_loss(leaf, given.pop("blocks"), objective, self.head, uniform=self.uniform, **given)
 
     def reference(self, objective: Objective, hidden: Tensor) -> Tensor:
         return reference.loss(
@@ -132,11 +135,11 @@ def test_the_wavefront_reads_the_supports_and_changes_nothing(
     if not objective.truncates:
         return
     k = case.hidden.shape[2]
-    how = {"uniform": case.uniform, "ranks": "rank" in objective.rule.needs, "softcap": case.softcap}
-    dense = read_head(case.hidden, case.blocks.labels, case.blocks.valid, case.weight, case.bias, **how)
+    how = {"uniform": case.uniform, "ranks": "rank" in objective.rule.needs}
+    dense = read_head(case.hidden, case.blocks.labels, case.blocks.valid, case.head, **how)
     cuts = default_cuts(k) if staged else list(range(1, k + 1))
     found = read_head(
-        *(case.hidden, case.blocks.labels, case.blocks.valid, case.weight, case.bias),
+        *(case.hidden, case.blocks.labels, case.blocks.valid, case.head),
         cuts=cuts,
         survives=objective.survives,
         **how,
@@ -176,7 +179,7 @@ def test_first_slot_wrong_is_that_slot_alone() -> None:
     hidden = 3 * F.one_hot(torch.tensor([[[0, 1, 2], [1, 1, 2]]]), 4).double()
     labels = torch.tensor([[[0, 1, 2], [0, 1, 2]]])
     blocks = Blocks(torch.zeros(1, 2).long(), torch.ones(1, 2).bool(), labels, torch.ones(1, 2, 3).bool())
-    credit = block_loss(hidden.requires_grad_(), blocks, Objective("auf"), weight).credit
+    credit = block_loss(hidden.requires_grad_(), blocks, Objective("auf"), Head(weight)).credit
     assert credit[0].tolist() == [[1, 1, 1], [1, 0, 0]]
 
 
@@ -224,7 +227,7 @@ def test_metrics_of_a_block_worked_by_hand(cuts: list[int] | None) -> None:
     valid = torch.ones(1, 2, 4).bool()
     valid[0, 0, 1] = False  # a hole is passed over
     blocks = Blocks(torch.zeros(1, 2).long(), torch.ones(1, 2).bool(), labels.masked_fill(~valid, 0), valid)
-    terms = block_loss(hidden.requires_grad_(), blocks, Objective("auf"), weight, cuts=cuts)
+    terms = block_loss(hidden.requires_grad_(), blocks, Objective("auf"), Head(weight), cuts=cuts)
     found = {k: s / c for k, (s, c) in block_metrics(terms.readout, blocks, terms.credit).items()}
     assert found["simulated_tau"] == (1 + 3 + 1 + 1) / 2
     assert found["r_active"] == 5 / 8 and found["r_active_B"] == 5 / 10
@@ -240,7 +243,7 @@ def test_metrics_are_of_the_blocks_that_are_there_and_of_the_predictions_that_ar
     labels = torch.tensor([[[0, 1, 2], [0, 1, 2], [0, 0, 0]]])
     valid = torch.tensor([[[True] * 3, [True] * 3, [False] * 3]])
     blocks = Blocks(torch.zeros(1, 3).long(), valid.any(-1), labels, valid)
-    terms = block_loss(3 * F.one_hot(said, 5).double(), blocks, Objective("uniform"), weight)
+    terms = block_loss(3 * F.one_hot(said, 5).double(), blocks, Objective("uniform"), Head(weight))
 
     def figures(served: int | None) -> dict[str, float]:
         return {k: s / c for k, (s, c) in block_metrics(terms.readout, blocks, terms.credit, served).items()}
@@ -259,7 +262,7 @@ def test_accuracy_on_all_slots_needs_all_slots() -> None:
     hidden = 3 * F.one_hot(torch.tensor([[[0, 0, 2, 3], [0, 1, 2, 3]]]), 4).double()
     blocks = Blocks(torch.zeros(1, 2).long(), torch.ones(1, 2).bool(), labels, torch.ones(1, 2, 4).bool())
     for name, known in (("auf", False), ("uniform", True)):
-        terms = block_loss(hidden, blocks, Objective(name), weight, cuts=[1, 2, 3, 4])
+        terms = block_loss(hidden, blocks, Objective(name), Head(weight), cuts=[1, 2, 3, 4])
         found = block_metrics(terms.readout, blocks, terms.credit)
         assert ("common_accuracy" in found) == known, name
         assert found["simulated_tau"] == (2 + 5, 2)
@@ -279,7 +282,7 @@ def test_survival_is_the_share_of_real_blocks_that_go_on_past_each_slot() -> Non
     labels, valid = torch.tensor([[[0, 1, 2], [0, 1, 2], [0, 0, 2], [0, 0, 0]]]), torch.ones(1, 4, 3).bool()
     valid[0, 2, 1] = valid[0, 3, :] = False
     blocks = Blocks(torch.zeros(1, 4).long(), valid.any(-1), labels, valid)
-    found = block_loss(hidden, blocks, Objective("auf"), weight).survival
+    found = block_loss(hidden, blocks, Objective("auf"), Head(weight)).survival
     assert found is not None and found.tolist() == pytest.approx([1, 2 / 3, 2 / 3])
 
 
@@ -363,7 +366,7 @@ def test_objectives_that_cannot_be_meant_are_refused(arguments: tuple[Any, ...],
 def test_what_an_objective_needs_is_asked_for_by_name(name: str, missing: str) -> None:
     case = Case(2)
     with pytest.raises(ValueError, match=f"needs '{missing}'"):
-        block_loss(case.hidden, case.blocks, Objective(name), case.weight)
+        block_loss(case.hidden, case.blocks, Objective(name), Head(case.weight))
 
 
 def test_inputs_that_are_laid_out_otherwise_are_refused() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from specauf.objective import RULES, Blocks, Objective, block_loss
+from specauf.objective import RULES, Blocks, Head, Objective, block_loss
 from specauf.objective.registry import options_of
 from tests.unit.objective import reference
 
@@ -49,7 +49,7 @@ def exact_and_cut(
     for m in range(len(q)):
         block = {"logits": logits[0, m], "labels": blocks.labels[0, m].tolist(), "valid": valid[m].tolist()}
         c[m] = c.new_tensor([part[0][1] for part in reference.credits(name, block, None, options)])
-    terms = block_loss(logits, blocks, Objective(name, None, "sequence", {**options, "eps": eps}), eye)
+    terms = block_loss(logits, blocks, Objective(name, None, "sequence", {**options, "eps": eps}), Head(eye))
     (got,) = torch.autograd.grad(terms.num.sum(), logits)
     return (c * valid, want[0]), (terms.credit[0], got[0])
 
@@ -111,7 +111,9 @@ def test_at_zero_it_is_the_dense_readout_and_exact(name: str) -> None:
     assert not objective.truncates and objective == Objective(name)
     q = torch.full((2, SLOTS), 1e-9, dtype=torch.float64)
     logits, blocks = blocks_of(q, torch.ones(2, SLOTS).bool())
-    terms = block_loss(logits.requires_grad_(), blocks, objective, torch.eye(VOCAB, dtype=torch.float64), cuts=[1, 6])
+    terms = block_loss(
+        logits.requires_grad_(), blocks, objective, Head(torch.eye(VOCAB, dtype=torch.float64)), cuts=[1, 6]
+    )
     assert terms.readout.evaluated.all() and terms.survival is None
     assert Objective(name, options={"eps": 1e-3}).truncates
 
@@ -123,7 +125,7 @@ def test_a_block_is_read_until_its_gate_is_below_eps(name: str) -> None:
     logits, blocks = blocks_of(q, torch.ones(2, SLOTS).bool())
     eye = torch.eye(VOCAB, dtype=torch.float64)
     terms = block_loss(
-        logits.requires_grad_(), blocks, Objective(name, options=options), eye, cuts=list(range(1, SLOTS + 1))
+        logits.requires_grad_(), blocks, Objective(name, options=options), Head(eye), cuts=list(range(1, SLOTS + 1))
     )
     assert terms.readout.evaluated.sum(-1).tolist() == [[3, 1]]
     assert (terms.credit > 0).sum(-1).tolist() == [[3, 1]]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from specauf.objective import RULES, Blocks, Objective, block_loss
-from specauf.objective.wavefront import default_cuts, head_logits, plan_cuts
+from specauf.objective.wavefront import Head, default_cuts, plan_cuts
 from tests.unit.objective.test_loss import Case
 
 
@@ -93,7 +93,7 @@ def test_no_tensor_is_larger_than_the_budget_of_logits_rows(name: str) -> None:
     gamma = 4.0 if isinstance(RULES[name].gamma, str) else None
     with Largest() as seen:
         terms = block_loss(
-            *(hidden, blocks, Objective(name, gamma), weight),
+            *(hidden, blocks, Objective(name, gamma), Head(weight)),
             target_hidden=hidden.detach().roll(1, 1),
             uniform=torch.rand(1, n, 5, generator=g),
             logits_rows=budget,
@@ -107,7 +107,7 @@ def test_the_weight_is_not_copied_for_every_row_of_a_batch_that_is_a_slice() -> 
     weight, blocks = torch.randn(vocab, width), torch.randn(8, 1, 5, width)
     predictions = blocks[:, 0, 1:]  # as decoding slices them: not contiguous
     with Largest() as seen:
-        logits = head_logits(predictions, weight, None, None)
+        logits = Head(weight).read(predictions)
     assert seen.numel == vocab * width, "that is the weight itself"
     torch.testing.assert_close(logits, predictions.contiguous() @ weight.T)
 
@@ -122,8 +122,8 @@ def test_bfloat16_supports_differ_from_float32s_only_at_near_ties() -> None:
     exact = low_hidden.float() @ low_weight.float().T
     labels = torch.where(torch.rand(1, n, k, generator=g) < 0.8, exact.argmax(-1), 0)
     blocks = Blocks(torch.zeros(1, n).long(), torch.ones(1, n).bool(), labels, torch.ones(1, n, k).bool())
-    high = block_loss(low_hidden.float().requires_grad_(), blocks, Objective("auf"), low_weight.float()).credit
-    low = block_loss(low_hidden.requires_grad_(), blocks, Objective("auf"), low_weight).credit
+    high = block_loss(low_hidden.float().requires_grad_(), blocks, Objective("auf"), Head(low_weight.float())).credit
+    low = block_loss(low_hidden.requires_grad_(), blocks, Objective("auf"), Head(low_weight)).credit
     moved = (high != low).any(-1)
     top = exact.topk(2).values
     near = ((top[..., 0] - top[..., 1]) <= 2**-7 * top[..., 0].abs()).any(-1)
@@ -147,7 +147,7 @@ def test_a_confident_token_has_its_own_gradient_in_16_bits(name: str, dtype: tor
     grads = []
     for cast in (torch.float64, dtype):
         leaf = sure.to(cast).requires_grad_()
-        terms = block_loss(leaf, blocks, Objective(name), weight.to(cast), target_hidden=target_hidden.to(cast))
+        terms = block_loss(leaf, blocks, Objective(name), Head(weight.to(cast)), target_hidden=target_hidden.to(cast))
         terms.loss.backward()
         assert leaf.grad is not None
         grads.append(leaf.grad.double())
@@ -168,7 +168,7 @@ def test_a_confident_token_has_its_own_gradient_under_autocast_too(softcap: floa
     for on in (False, True):
         leaf = sure.clone().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=on):
-            terms = block_loss(leaf, blocks, Objective("uniform"), weight, softcap=softcap)
+            terms = block_loss(leaf, blocks, Objective("uniform"), Head(weight, softcap=softcap))
         terms.loss.backward()
         assert leaf.grad is not None
         grads.append(leaf.grad)
@@ -184,6 +184,6 @@ def test_float16_holds_the_normaliser_of_a_large_vocabulary() -> None:
         torch.zeros(1, 1).long(), torch.ones(1, 1).bool(), torch.tensor([[[7]]]), torch.ones(1, 1, 1).bool()
     )
     leaf = torch.zeros(1, 1, 1, width, dtype=torch.float16, requires_grad=True)
-    block_loss(leaf, blocks, Objective("uniform"), weight).loss.backward()
+    block_loss(leaf, blocks, Objective("uniform"), Head(weight)).loss.backward()
     assert leaf.grad is not None
     torch.testing.assert_close(leaf.grad.float(), torch.full((1, 1, 1, width), -1.0), rtol=1e-3, atol=1e-3)
