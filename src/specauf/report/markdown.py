@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping
 
 from specauf.report.tables import (
     Results,
@@ -24,16 +24,15 @@ from specauf.report.tables import (
     task_note,
     task_rows,
 )
-from specauf.report.words import CAPTIONS, GLOSSARY, LEGEND, PROSE, SELECTION, clean, escape
+from specauf.report.words import GLOSSARY, LEGEND, PROSE, SELECTION, clean, escape
 
 
-def markdown(results: Results, figures: Sequence[str] = ()) -> str:
-    """The whole report as Markdown. `figures` are the names, keys of `CAPTIONS`, of the files in figures/ to show."""
+def markdown(results: Results, captions: Mapping[str, str] | None = None) -> str:
+    """The whole report as Markdown. `captions` are those of the files in figures/ to show, by name."""
 
     def figure(name: str) -> str:
-        return (
-            f"![{escape(CAPTIONS[name])}](figures/{name}.png)\n\n*{escape(CAPTIONS[name])}*" if name in figures else ""
-        )
+        caption = escape((captions or {}).get(name, ""))
+        return f"![{caption}](figures/{name}.png)\n\n*{caption}*" if caption else ""
 
     tasks, ledger = results["evaluation"], results.get("ledger") or {}
     per_task = [

@@ -9,21 +9,23 @@ from markupsafe import Markup
 
 from specauf.report import markdown, plots, tables
 from specauf.report.templates import Pieces, environment, shared, source
-from specauf.report.words import CAPTIONS, GLOSSARY, LEGEND, PROSE, SELECTION, clean
+from specauf.report.words import CAPTIONS, GLOSSARY, HOLLOW, LEGEND, PROSE, SELECTION, clean
 
 
 def pieces(results: dict[str, Any]) -> Pieces:
     """Its figures by file name, and a function from their SVGs to the (Markdown, HTML)."""
 
     def texts(figures: dict[str, dict[str, str]]) -> tuple[str, str]:
-        return markdown.markdown(results, tuple(figures)), render(results, figures)
+        told = {name: caption for name, caption in _captions(results).items() if name in figures}
+        return markdown.markdown(results, told), render(results, figures)
 
     return {name: partial(draw, results) for name, draw in plots.FIGURES.items()}, texts
 
 
 def render(results: dict[str, Any], figures: dict[str, dict[str, str]]) -> str:
     """The page. `figures` maps a name of `plots.FIGURES` to its SVG texts `wide` and `narrow`."""
-    template = environment(CAPTIONS).from_string(source("page.html.j2"))
+    captions = _captions(results)
+    template = environment(captions).from_string(source("page.html.j2"))
     tasks = [
         {
             "label": tables.task_label(results, t),
@@ -46,13 +48,19 @@ def render(results: dict[str, Any], figures: dict[str, dict[str, str]]) -> str:
         provenance=tables.provenance_rows(results),
         figures=figures,
         looks={tables.method_label(results, name): style for name, style in plots.styles(results).items()},
-        captions=CAPTIONS,
+        captions=captions,
         compared=tables.compared(results),
         glossary=GLOSSARY,
         legend=LEGEND.removeprefix("Marked text"),
         prose=PROSE,
         css=Markup(plots.dark_rules()),
     )
+
+
+def _captions(results: dict[str, Any]) -> dict[str, str]:
+    """By figure; they explain no mark that the figure does not have."""
+    hollow = any(style.hollow for style in plots.styles(results).values())
+    return {**CAPTIONS, "tau": CAPTIONS["tau"] + (HOLLOW if hollow else "")}
 
 
 def _sample(results: dict[str, Any], sample: dict[str, Any]) -> dict[str, Any]:

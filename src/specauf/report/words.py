@@ -37,7 +37,7 @@ SELECTION = (
 )
 CAPTIONS = {
     "tau": "Tokens emitted per verify round, τ, with its 95 % interval over prompts. At τ = 1 no draft token is ever "
-    "accepted. A hollow mark is the same objective at another number of steps; prompt lookup has no parameters.",
+    "accepted.",
     "alpha": "Conditional acceptance α_k: of the rounds whose first k − 1 draft tokens were accepted, the share whose "
     f"k-th was accepted too. Small pale marks rest on fewer than about {THIN} rounds.",
     "training": "Training, step by step: raw values faint, running means solid. Losses of different objectives average "
@@ -45,6 +45,8 @@ CAPTIONS = {
     "support": "The path of training, from the open mark to the full one. A method with a fixed support can only move "
     "up; one with a growing support moves up and to the right.",
 }
+HOLLOW = " A hollow mark is the same objective at another number of steps."
+"""Follows the first caption where there is one."""
 GLOSSARY = (
     ("target", "The language model whose output is to be reproduced faster. It is frozen, and it has the last word."),
     ("drafter", "The small network that proposes tokens for the target to verify."),

@@ -161,3 +161,10 @@ def test_no_screen_has_to_scroll_sideways(text: str, tmp_path: Path, width: int)
 def test_the_page_can_be_drawn_in_light_and_dark(report: Path, tmp_path: Path) -> None:
     light, dark = papers(report / "index.html", tmp_path)
     assert light > 0.9 and dark < 0.2
+
+
+def test_a_caption_explains_no_mark_that_is_not_there(results: Results, minimal: Results, tmp_path: Path) -> None:
+    for number, (found, hollow) in enumerate(((results, True), (minimal, False))):
+        out = page.write(found, tmp_path / str(number)).parent
+        for name in ("report.md", "index.html"):
+            assert ("hollow mark" in (out / name).read_text(encoding="utf-8")) == hollow

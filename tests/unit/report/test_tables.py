@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from specauf.report import markdown, tables
-from specauf.report.words import clean, escape, fixed, large, signed, span
+from specauf.report.words import CAPTIONS, clean, escape, fixed, large, signed, span
 
 Results = dict[str, Any]
 
@@ -134,7 +134,7 @@ def test_numbers_are_written_for_readers() -> None:
 
 
 def test_markdown_has_every_section_and_as_many_cells_in_each_row(results: Results) -> None:
-    text = markdown.markdown(results, ("tau", "alpha", "training", "support"))
+    text = markdown.markdown(results, CAPTIONS)
     for title in ("Emitted length", "What was compared", "Live decoding", "Data", "Checks", "Provenance", "Terms"):
         assert f"\n## {title}\n" in text
     assert text.count("](figures/") == 4 and "<b>    for</b> i<b> in</b>" in text
