@@ -21,7 +21,7 @@ class Fake:
         self.target, self.proposer = target, proposer
         self.rounds = self.accepted = 0
         self.surplus = self.wrong = self.late = 0.0
-        self.ids, self.lock = True, threading.Lock()
+        self.lock, self.decoding = threading.Lock(), threading.Lock()
         self.requests = list[dict[str, Any]]()
         outer = self
 
@@ -64,14 +64,16 @@ class Fake:
 
     def complete(self, request: dict[str, Any]) -> str:
         assert request["model"] == "m"
-        self.requests.append(request)
+        assert request["min_p"] == request["presence_penalty"] == request["frequency_penalty"] == 0
         names = ("temperature", "top_p", "repetition_penalty", "seed")
-        (made,) = generate(
-            *(self.target, self.proposer, [request["prompt"]]),
-            sampling=SamplingConfig(top_k=max(0, request["top_k"]), **{name: request[name] for name in names}),
-            max_new_tokens=request["max_tokens"],
-            eos_ids=frozenset(request["stop_token_ids"]),
-        )
+        with self.decoding:
+            self.requests.append(request)
+            (made,) = generate(
+                *(self.target, self.proposer, [request["prompt"]]),
+                sampling=SamplingConfig(top_k=max(0, request["top_k"]), **{name: request[name] for name in names}),
+                max_new_tokens=request["max_tokens"],
+                eos_ids=frozenset(request["stop_token_ids"]),
+            )
 
         def count() -> None:
             time.sleep(self.late)
@@ -82,5 +84,6 @@ class Fake:
         threading.Thread(target=count).start()
         tokens = [*made.tokens]
         if self.wrong:
-            tokens[3] += 1
-        return json.dumps({"choices": [{"text": "...", **({"token_ids": tokens} if self.ids else {})}]})
+            at = min(3, len(tokens) - 1)
+            tokens[at] += 1
+        return json.dumps({"choices": [{"text": "...", "token_ids": tokens}]})

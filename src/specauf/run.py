@@ -9,6 +9,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,6 @@ from specauf.bench.runner import measure, recorded
 from specauf.bench.server import require_target
 from specauf.bench.tasks import describe_task, load_task, render_prompts, task_texts
 from specauf.config import RunConfig, digest, dump
-from specauf.data.chat import prompt_ids
 from specauf.data.dataset import Prepared, Prompts, TokenDataset, prepare, read_prompts
 from specauf.data.features import FeatureCache, build_features
 from specauf.data.records import corpus_files
@@ -25,7 +25,7 @@ from specauf.data.rollouts import RolloutConfig, open_rollouts, rollout_meta
 from specauf.decode.generate import undecodable
 from specauf.decode.propose import DrafterProposer
 from specauf.decode.roller import Roller
-from specauf.decode.rollout import Advance, rollout
+from specauf.decode.rollout import Advance, begin_all, rollout
 from specauf.decode.server import Server
 from specauf.drafter.checkpoint import build_drafter, load_drafter, weights_hash
 from specauf.drafter.config import DFlashConfig, DominoHead
@@ -156,8 +156,8 @@ def make_rollouts(
     proposer = DrafterProposer(load_drafter(drafter).to(target.embed_weight), target) if drafter else None
     roller = Roller(target, config.data, plan, target.mask_token_id(config.drafter.mask_token_id), proposer, server)
     if server:
-        text = [{"role": "user", "content": "Count from one to ten in words, then name a colour."}]
-        require_target(server, target, prompt_ids(target.require_tokenizer(), text, config.data.enable_thinking))
+        begun = [samples[0] for _, samples in islice(begin_all(roller, source.train), 64) if samples]
+        require_target(server, target, [sample.pending for sample in begun[:4]])
     drafted_by = weights_hash(drafter) if drafter else None
     return rollout(roller, source, out, drafter=drafted_by, on_progress=on_progress)
 

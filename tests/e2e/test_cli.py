@@ -16,11 +16,13 @@ from typing import Any, get_args, get_origin, get_type_hints
 import pytest
 import torch
 from tests.conftest import make_geometry
+from tests.fake_server import Fake
 
 from specauf import __version__, cli
 from specauf.arguments import LISTS
 from specauf.cli import main
 from specauf.config import TargetConfig
+from specauf.data.dataset import TokenDataset
 from specauf.decode.propose import DrafterProposer
 from specauf.drafter.checkpoint import load_drafter, save_drafter
 from specauf.drafter.dflash import DFlash
@@ -120,6 +122,30 @@ def test_the_python_of_the_serving_page_decodes(
         code = code.replace(theirs, ours)
     exec(compile(code, "serving.md", "exec"), {})
     assert float(capsys.readouterr().out.split()[-1]) >= 1
+
+
+def test_a_server_is_held_against_replay_and_answers_in_the_targets_place(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
+    target = Target.load(TargetConfig(path=str(world / "target"), device="cpu"))
+    drafter = DFlash(make_geometry(target, block_size=4))
+    fake = Fake(target, DrafterProposer(drafter, target))
+    request.addfinalizer(fake.http.shutdown)
+    ask = ["eval", str(save_drafter(drafter, tmp_path / "drafter")), "--target.path", str(world / "target")]
+    ask += ["--eval.tasks", "birds", "--eval.tasks-dir", str(world / "tasks"), "--eval.max-new-tokens", "12"]
+    ask += ["--out", str(tmp_path / "eval"), "--server", fake.url]
+    assert main(ask) == 0 and "ok: drafter, birds, served by vLLM" in capsys.readouterr().out
+    fake.surplus = 1
+    assert main(ask) == 1 and "FAILED: drafter, birds, served by vLLM" in capsys.readouterr().out
+    roll = ["rollout", str(world / "recipe.yaml"), "--max-new-tokens", "8", "--max-tokens", "40"]
+    asked = [*roll, "--server", fake.url]
+    assert main([*asked, "--out", str(tmp_path / "own")]) == 0
+    assert main([*roll, "--out", str(tmp_path / "plain")]) == 0
+    theirs, ours = (TokenDataset.load(tmp_path / name) for name in ("own", "plain"))
+    assert theirs.ids.equal(ours.ids) and theirs.meta["rollout"]["server"] == "vLLM, m"
+    assert main([*asked, "--out", str(tmp_path / "both"), "--drafter", str(tmp_path / "drafter")]) == 2
+    fake.wrong = 1
+    assert main([*asked, "--out", str(tmp_path / "wrong")]) == 2 and "does not serve" in capsys.readouterr().err
 
 
 def test_self_selection_and_the_drawn_proposal_are_told_apart(world: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -140,7 +140,7 @@ def evaluate(
         (name,) = drafters
         for task, recording in tasks.items():
             with console.progress(f"asking the server on {recording.label}", len(recording.trajectories)) as advance:
-                given = (server, target, recording, rounds[task][name], config.sampling)
+                given = (server, target, recording, rounds[task][name], config.sampling, block)
                 served = check_server(*given, lambda advance=advance: advance(1, ""))  # type: ignore[misc]
             passed &= served.passed
             what = f"{name}, {recording.label}, served by vLLM: its text is the target's, its rounds are replay's"

@@ -41,8 +41,9 @@ class Served:
 
     @property
     def passed(self) -> bool:
-        apart = abs(self.rounds - self.replayed)
-        return not self.problems and self.same > 0 and apart <= TOLERANCE * self.replayed
+        """Whether enough was compared, half of the texts and a round at least, and agrees."""
+        apart, compared = abs(self.rounds - self.replayed), self.replayed > 0 and self.same >= len(self.near_ties)
+        return compared and not self.problems and apart <= TOLERANCE * self.replayed
 
     def __str__(self) -> str:
         return "; ".join(
@@ -61,12 +62,22 @@ def check_server(
     task: Recorded,
     rounds: Sequence[Sequence[Round]],
     sampling: SamplingConfig,
+    block_size: int,
     on_done: Callable[[], None] = lambda: None,
 ) -> Served:
-    """Send a task's prompts, recorded with `sampling` (T=0); compare text with the recording, and rounds with replay's."""
-    found = Served()
+    """Send a task's prompts, recorded with `sampling` (T=0); compare text with the recording, and rounds with replay's.
+
+    Raises `UserError` when the counters tell of more than these prompts.
+    """
+    found, seen = Served(), server.counters()
     for trajectory, text, replayed in zip(task.trajectories, task.texts(), rounds, strict=True):
-        tokens, made = _answer(server, target, trajectory.prompt, task.limit, sampling)
+        if server.counters() != seen:
+            raise _busy(server)
+        tokens = server.complete(trajectory.prompt, task.limit, sampling, target.eos_ids())
+        before, seen = seen, _counters(server, seen, len(tokens))
+        made, accepted = (now - then for now, then in zip(seen, before, strict=True))
+        if made + accepted + 1 >= len(tokens) + block_size:  # a last round may reach beyond the end
+            raise _busy(server)
         if tokens == text:
             found.same, found.tokens = found.same + 1, found.tokens + len(tokens)
             found.rounds, found.replayed = found.rounds + made, found.replayed + len(replayed)
@@ -81,31 +92,39 @@ def check_server(
     return found
 
 
-def require_target(server: Server, target: Target, prompt: list[int], tokens: int = 16) -> None:
-    """Raise `UserError` unless the server says what the target says, near ties apart, in a few greedy tokens."""
-    (plain,) = generate(target, None, [prompt], max_new_tokens=tokens, record_margins=True)
-    said = server.complete(prompt, tokens, SamplingConfig(), target.eos_ids())
-    if (at := departure(said, plain)) is not None and plain.margins[at] > near_tie(target):
+def require_target(server: Server, target: Target, prompts: Sequence[list[int]], tokens: int = 64) -> None:
+    """Raise `UserError` unless the server says what the target says, near ties apart, in greedy answers to a few prompts."""
+    plain = generate(target, None, prompts, max_new_tokens=tokens, record_margins=True)
+    compared = 0
+    for prompt, answer in zip(prompts, plain, strict=True):
+        said = server.complete(prompt, tokens, SamplingConfig(), target.eos_ids())
+        at = departure(said, answer)
+        if at is not None and answer.margins[at] > near_tie(target):
+            raise UserError(
+                f"{server.url} does not serve {target.display_name}: its model {server.model!r} departs from it at token {at} "
+                f"of a greedy answer, top-2 margin {answer.margins[at]:.2e}. Serve the recipe's target, in its dtype"
+            )
+        compared += len(said) if at is None else at
+    if compared < tokens:
         raise UserError(
-            f"{server.url} does not serve {target.display_name}: its model {server.model!r} departs from it at token {at} of a "
-            f"greedy answer, top-2 margin {plain.margins[at]:.2e}. Serve the recipe's target, in its dtype"
+            f"{server.url} could not be compared with {target.display_name}: near ties end the greedy answers to "
+            f"{counted(len(prompts), 'prompts')} after {counted(compared, 'tokens')} in all"
         )
 
 
-def _answer(
-    server: Server, target: Target, prompt: Sequence[int], limit: int, sampling: SamplingConfig
-) -> tuple[list[int], int]:
-    """An answer and the number of verify rounds that it took."""
-    before = server.counters()
-    tokens = server.complete(prompt, limit, sampling, target.eos_ids())
-    made, changed, now = (0, 0), time.monotonic(), time.monotonic()
+def _counters(server: Server, before: tuple[int, int], tokens: int) -> tuple[int, int]:
+    """The counters when they have the rounds of an answer of so many tokens, or stand still without."""
+    now, changed = server.counters(), time.monotonic()
     # The prefill made the first token, each round one more than it accepted.
-    while sum(made) + 1 < len(tokens) and now - changed < PATIENCE:
+    while sum(now) - sum(before) + 1 < tokens and time.monotonic() - changed < PATIENCE:
         time.sleep(0.005)
-        last, after = made, server.counters()
-        made, now = (after[0] - before[0], after[1] - before[1]), time.monotonic()
-        changed = now if made != last else changed
-    return tokens, made[0]
+        last, now = now, server.counters()
+        changed = time.monotonic() if now != last else changed
+    return now
+
+
+def _busy(server: Server) -> UserError:
+    return UserError(f"{server.url} decodes for others too: its counters tell of more than was asked. It must be idle")
 
 
 def _ratio(tokens: int, rounds: int) -> str:

@@ -76,6 +76,13 @@ class TokenDataset:
         low, high = self.offsets[index % len(self)], self.offsets[index % len(self) + 1]
         return Example(int(self.uid[index]), self.ids[low:high].long(), self.mask[low:high].bool())
 
+    @property
+    def conversations(self) -> list[Any]:
+        """Which conversation each row is of. Rollouts have several rows of one, next to each other; a corpus has one each."""
+        if numbers := self.meta.get("conversation_numbers"):
+            return list(numbers)
+        return list(self.meta["conversation_ids"] if "rollout" in self.meta else range(len(self)))
+
     @classmethod
     def from_rows(cls, rows: Sequence[Row], meta: dict[str, Any]) -> TokenDataset:
         """`rows` are (uid, input ids int32 [s], loss mask uint8 [s]); at least one."""
@@ -174,6 +181,7 @@ def read_prompts(
 ) -> Prompts:
     """Read and split the corpus as `prepare` does, without rendering its answers, which some templates do not allow."""
     excluded, ledger = sorted(set(excluded_prompts)), Ledger()
+    before = _fingerprint(source)
     train, heldout = training_order(config, source, ledger, excluded)
     prompts, counts = _heldout_prompts(heldout, config, tokenizer, max_prompt_tokens)
     meta = _settings(config, tokenizer, source, excluded, max_prompt_tokens) | {
@@ -184,6 +192,8 @@ def read_prompts(
         "split": {"seed": config.seed, "heldout": config.heldout},
         "kept_out": list(kept_out),
     }
+    if meta["source"] != before:
+        raise UserError(f"{source} changed while it was read (is it still being written?): run the command again")
     return Prompts(train, prompts, meta, ledger)
 
 
@@ -282,7 +292,7 @@ def _require_supervision(rows: list[Row], ledger: Ledger, source: Path) -> None:
         if any(reason.startswith("unstable") for reason in ledger.dropped):
             table += (
                 "\nThe template renders answers in another way than it prompts for them. The target's own answers can be\n"
-                "trained on: specauf rollout RECIPE --out DIR --turns 1"
+                "trained on: specauf rollout RECIPE --out DIR"
             )
         raise UserError(table)
     if all(bool(mask.all()) for _, _, mask in rows):

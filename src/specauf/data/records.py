@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
 """Of the files that are read from a directory."""
+PACKED = (".gz", ".zst", ".zip", ".bz2", ".xz")
 CHUNK = 1 << 23
 _SEPARATOR = re.compile(r"[\s,]*")
 
@@ -29,8 +30,14 @@ def corpus_files(path: Path) -> list[Path]:
     Raises `UserError` when there are none.
     """
     if path.is_dir():
-        if files := sorted(p for p in path.glob("[!.]*") if p.suffix in SUFFIXES and p.is_file()):
-            return files
+        there = sorted(path.glob("[!.]*"))
+        if packed := [p.name for p in there if p.suffix.lower() in PACKED]:
+            raise UserError(f"{path} holds compressed files ({', '.join(packed[:3])}): unpack them, or take them away")
+        found = [p for p in there if p.suffix.lower() in SUFFIXES and not p.is_dir()]
+        if broken := [p.name for p in found if not p.is_file()]:
+            raise UserError(f"{path} holds {', '.join(broken[:3])}, which cannot be read: a link to nothing?")
+        if found:
+            return found
         raise UserError(f"{path} is a directory, and holds neither rollouts nor {', '.join(SUFFIXES)} files")
     if not path.is_file():
         raise UserError(f"{path} is not a regular file" if path.exists() else f"no such data file: {path}")
@@ -44,7 +51,11 @@ def read_records(path: Path, ledger: Ledger) -> Iterator[Any]:
     a line that is not JSON is dropped and counted. Raises `UserError` as `corpus_files` does, for a compressed file, and
     for parquet when pyarrow is not installed.
     """
-    for file in corpus_files(path):
+    files = corpus_files(path)
+    if other := sorted({p.name for p in path.glob("[!.]*")} - {p.name for p in files}) if path.is_dir() else ():
+        ledger.warnings.append(f"{path.name}: not read: {', '.join(other)}")
+    for file in files:
+        ledger.file = (file.name, ledger.records_in) if len(files) > 1 else ("", 0)
         for record in _records(file, ledger):
             ledger.records_in += 1
             yield record

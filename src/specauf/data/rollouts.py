@@ -108,12 +108,15 @@ def _first(dataset: TokenDataset, conversations: int) -> TokenDataset:
     from specauf.data.dataset import TokenDataset
 
     meta, ledger = dataset.meta, dict(dataset.meta["ledger"])
-    samples = [len(list(group)) for _, group in groupby(meta["conversation_ids"])]
+    samples = [len(list(group)) for _, group in groupby(dataset.conversations)]
     if conversations >= len(samples):
         return dataset
     n = sum(samples[:conversations])
     end, over = int(dataset.offsets[n]), len(samples) - conversations
     ledger["dropped"] = {**ledger["dropped"], "over the limit": ledger["dropped"].get("over the limit", 0) + over}
     ledger["kept"] -= over
-    meta = {**meta, "key": digest([meta["key"], n]), "conversation_ids": meta["conversation_ids"][:n], "ledger": ledger}
+    rows: dict[str, Any] = {
+        name: meta[name][:n] for name in ("conversation_ids", "conversation_numbers") if name in meta
+    }
+    meta = {**meta, **rows, "key": digest([meta["key"], n]), "ledger": ledger}
     return TokenDataset(dataset.ids[:end], dataset.mask[:end], dataset.offsets[: n + 1], dataset.uid[:n], meta)

@@ -60,6 +60,14 @@ class Ledger:
     changed: dict[str, int] = field(default_factory=dict)
     """Repairs of records, by reason, where the fault did not drop the record; a record counts once per reason."""
     warnings: list[str] = field(default_factory=list)
+    file: tuple[str, int] = ("", 0)
+    """Of several files the one that is read, and how many records came before it. Not stored."""
+
+    @property
+    def place(self) -> str:
+        """The record that is read, for a reader with the file open."""
+        name, before = self.file
+        return f"record {self.records_in - before:,}{name and f' of {name}'}"
 
     def drop(self, reason: str, count: int = 1, example: str = "") -> None:
         if example and reason not in self.dropped:
@@ -77,7 +85,7 @@ class Ledger:
             raise RuntimeError(f"the data ledger does not balance by {lost} records: {self.to_dict()}")
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {key: value for key, value in asdict(self).items() if key != "file"}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Ledger:
@@ -216,7 +224,7 @@ def normalise(record: Any, ledger: Ledger) -> Conversation | None:
     except _Unusable as unusable:
         reason, *shown = unusable.args
         name = f" (id {short(record['id'])})" if isinstance(record, dict) and record.get("id") else ""
-        ledger.drop(reason, example=" in ".join([*map(short, shown), f"record {ledger.records_in:,}{name}"]))
+        ledger.drop(reason, example=" in ".join([*map(short, shown), ledger.place + name]))
         return None
     for reason in repairs:
         ledger.change(reason)

@@ -79,7 +79,7 @@ def rollout(
     with _turn(out):
         _begin(out, made_of)
     made_by = provenance.collect()  # now: a commit made while this runs is not what it runs
-    planned, queue = list[Planned](), _plan(roller, source.train)
+    planned, queue = list[Planned](), begin_all(roller, source.train)
     found = dict(answer for part in sorted((out / PARTS).glob("*")) for answer in _read(part).items())
     tokens, seconds = 0, 0.0
     while not (out / META).is_file() and (window := _window(queue, planned, plan, tokens, roller.data.max_length)):
@@ -110,6 +110,7 @@ def _save(out: Path, planned: Sequence[Planned], source: Prompts, made_of: dict[
     meta = {name: source.meta[name] for name in INHERITED} | {
         "key": digest(made_of),
         "conversation_ids": [row.conversation.id for row in kept],
+        "conversation_numbers": _numbers(kept),
         "ledger": source.ledger.to_dict(),
         "rollout": {**made_of, "tokens": _generated(kept)},
     }
@@ -140,7 +141,8 @@ def _begin(out: Path, made_of: dict[str, Any]) -> None:
         atomic_write_text(path, json.dumps(made_of, indent=1) + "\n")
 
 
-def _plan(roller: Roller, conversations: Sequence[Identified]) -> Iterator[Planned]:
+def begin_all(roller: Roller, conversations: Sequence[Identified]) -> Iterator[Planned]:
+    """The samples of every conversation before their first answer, or why there are none."""
     begun = 0
     for uid, conversation in conversations:
         if begun == roller.data.max_conversations:
@@ -268,6 +270,12 @@ def _settle(planned: Sequence[Planned], total: int, ledger: Ledger, max_tokens: 
     return kept
 
 
+def _numbers(rows: Sequence[Sample]) -> list[int]:
+    """Which conversation each row is of: several may have one id."""
+    groups = groupby(rows, key=lambda row: id(row.conversation))
+    return [number for number, (_, group) in enumerate(groups) for _ in group]
+
+
 def _rows(samples: Sequence[Sample]) -> list[Sample]:
     return [row for sample in samples for row in sample.rows()]
 
@@ -277,7 +285,7 @@ def _generated(rows: Sequence[Sample]) -> int:
 
 
 def _write_text(path: Path, rows: Sequence[Sample]) -> None:
-    """One line a sample: its last row has all that was said."""
+    """One line a sample: its last row has what the earlier ones have."""
     with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
         for _, sample in groupby(rows, key=lambda row: (id(row.conversation), row.number)):
             *_, last = sample

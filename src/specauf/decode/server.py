@@ -4,33 +4,36 @@ from __future__ import annotations
 
 import json
 import re
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from http.client import HTTPException
 from typing import Any
 
 from specauf.config import SamplingConfig
 from specauf.strict import UserError
 
-COUNTER = re.compile(r"^vllm:spec_decode_num_(drafts|accepted_tokens)(?:_total)?(?:\{[^}]*\})? (\S+)$", re.MULTILINE)
+COUNTER = re.compile(r"^vllm:spec_decode_num_(drafts|accepted_tokens)(?:_total)?(\{[^}]*\})? (\S+)$", re.MULTILINE)
+PAUSES = (0.5, 5.0, 30.0)
+"""Seconds before a failed request for an answer is made again: whoever waits for hundreds should not lose them to one."""
 
 
 class Server:
-    """vLLM's OpenAI-compatible server at `url`."""
+    """vLLM's OpenAI-compatible server at `url`. Whatever it answers that is not vLLM's form is a `UserError`."""
 
     def __init__(self, url: str) -> None:
-        """Raises `UserError` when there is no such server."""
         self.url = url.rstrip("/").removesuffix("/v1")
         if not self.url.startswith(("http://", "https://")):
             raise UserError(f"--server: {url!r} is no address like http://127.0.0.1:8000")
-        self.model = str(json.loads(self._ask("/v1/models"))["data"][0]["id"])
+        self.model = self._read("/v1/models", lambda found: str(found["data"][0]["id"]))
 
     def complete(
-        self, prompt: Sequence[int], limit: int, sampling: SamplingConfig, stop: Iterable[int], seed: int = 0
+        self, prompt: Sequence[int], limit: int, sampling: SamplingConfig, stop: Collection[int], seed: int = 0
     ) -> list[int]:
         """Up to `limit` tokens after `prompt`; one of `stop` ends them and is the last.
 
-        `seed` is of this answer's draws. Its request says every setting: a server may have other defaults.
+        `seed` is of this answer's draws. The request says every setting: a server may have other defaults.
         """
         request = {
             "model": self.model,
@@ -39,6 +42,7 @@ class Server:
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k or -1,
+            "min_p": 0,
             "repetition_penalty": sampling.repetition_penalty,
             "presence_penalty": 0,
             "frequency_penalty": 0,
@@ -46,10 +50,15 @@ class Server:
             "stop_token_ids": sorted(stop),
             "return_token_ids": True,
         }
-        (choice,) = json.loads(self._ask("/v1/completions", request))["choices"]
-        if choice.get("token_ids") is None:
+        choice = self._read("/v1/completions", lambda found: dict(found["choices"][0]), request)
+        if (tokens := choice.get("token_ids")) is None:
             raise UserError(f"{self.url} returns no token_ids: a newer vLLM does")
-        return list(choice["token_ids"])
+        if not tokens or (tokens[-1] not in stop and len(tokens) != limit):
+            raise UserError(
+                f"{self.url} ended an answer after {len(tokens)} of {limit} tokens, at none that ends a text "
+                f"(finish_reason {choice.get('finish_reason')!r})"
+            )
+        return [int(token) for token in tokens]
 
     def counters(self) -> tuple[int, int]:
         """(verify rounds, accepted draft tokens) since the server began. Raises `UserError` when it has no drafter."""
@@ -60,18 +69,30 @@ class Server:
                 f"{self.url}/metrics has no vllm:spec_decode_ counters: start vLLM with --speculative-config, and without "
                 "--disable-log-stats"
             )
-        for name, value in lines:  # one a worker
+        for name, _, value in lines:  # one an engine
             found[name] += float(value)
         return round(found["drafts"]), round(found["accepted_tokens"])
 
+    def _read(self, path: str, pick: Callable[[Any], Any], body: dict[str, Any] | None = None) -> Any:
+        text = self._ask(path, body)
+        try:
+            return pick(json.loads(text))
+        except (ValueError, LookupError, TypeError):
+            raise UserError(f"{self.url}{path} does not answer as vLLM does: {text[:200]!r}") from None
+
     def _ask(self, path: str, body: dict[str, Any] | None = None) -> str:
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
-        try:
-            with urllib.request.urlopen(request) as response:
-                return str(response.read().decode())
-        except urllib.error.HTTPError as error:
-            said = error.read().decode(errors="replace")[:500]
-            raise UserError(f"{self.url}{path} answers {error.code}: {said}") from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.url}{path} cannot be reached ({error}): is the server running?") from None
+        for pause in (*(PAUSES if body else ()), None):
+            try:
+                request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+                with urllib.request.urlopen(request, timeout=None if body else 60) as response:
+                    return str(response.read().decode(errors="replace"))
+            except urllib.error.HTTPError as error:
+                said = error.read().decode(errors="replace")[:500]
+                if error.code < 500 or pause is None:
+                    raise UserError(f"{self.url}{path} answers {error.code}: {said}") from None
+            except (OSError, ValueError, HTTPException) as error:
+                if pause is None:
+                    raise UserError(f"{self.url}{path} cannot be reached ({error}): is the server running?") from None
+            time.sleep(pause)
+        raise AssertionError("the last attempt returns or raises")

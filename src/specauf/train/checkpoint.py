@@ -84,7 +84,7 @@ def _data_of(trainer: Trainer) -> dict[str, Any]:
     meta, rollouts = dataset.meta, dataset.meta.get("rollout")
     return {
         "path": config.data.path,
-        "conversations": len(set(meta.get("conversation_ids", range(used))[:used])),
+        "conversations": len(set(dataset.conversations[:used])),
         "supervised_tokens": int(dataset.mask[: dataset.offsets[used]].sum()),
         "max_length": config.data.max_length,
         "kept_out": meta.get("kept_out"),

@@ -186,6 +186,19 @@ def test_a_directory_is_known_by_each_of_its_files(tmp_path: Path) -> None:
     assert len({str(one) for one in found}) == 3
 
 
+def test_a_corpus_that_grows_while_it_is_read_is_not_stored(run: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
+    order = dataset.training_order
+
+    def grows(config: Any, source: Path, *given: Any) -> Any:
+        found = order(config, source, *given)
+        source.write_text(source.read_text() + " ")
+        return found
+
+    monkeypatch.setattr(dataset, "training_order", grows)
+    with pytest.raises(UserError, match="changed while it was read"):
+        run()
+
+
 def test_another_template_rebuilds(run: Prepare, make_tokenizer: Callable[..., Any]) -> None:
     run()
     tokenizer = make_tokenizer()
@@ -243,7 +256,7 @@ def test_a_template_that_supervises_nothing_is_an_error_with_the_ledger(
     with pytest.raises(UserError, match="no conversation is left") as error:
         run(tok=tokenizer)
     assert "unstable rendering" in str(error.value) and "records in" in str(error.value)
-    assert "specauf rollout RECIPE --out DIR --turns 1" in str(error.value), "which needs no rendered answer"
+    assert "specauf rollout RECIPE --out DIR" in str(error.value), "which needs no rendered answer"
     assert not (tmp_path / "out" / META).exists()
 
 

@@ -282,7 +282,7 @@ def test_the_list_that_holds_something_is_the_conversation() -> None:
 def test_what_is_no_corpus_is_refused_by_what_it_is(tmp_path: Path) -> None:
     packed = tmp_path / "chats.jsonl.gz"
     packed.write_bytes(gzip.compress(b"{}"))
-    for path, told in ((packed, "is compressed: unpack it first"), (tmp_path, "is a directory")):
+    for path, told in ((packed, "is compressed: unpack it first"), (tmp_path, "holds compressed files")):
         with pytest.raises(UserError, match=told):
             list(read_records(path, Ledger()))
     deep = tmp_path / "deep.jsonl"
@@ -296,16 +296,34 @@ def test_what_is_no_corpus_is_refused_by_what_it_is(tmp_path: Path) -> None:
         assert "is cut or broken in record 2" in ledger.warnings[0]
 
 
-def test_a_directory_is_read_file_by_file_in_the_order_of_their_names(tmp_path: Path) -> None:
+def test_a_directory_is_read_file_by_file_in_the_order_of_their_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     records = [share(("human", f"q{i}"), ("gpt", f"a{i}"), id=f"chat{i}") for i in range(4)]
-    (tmp_path / "b.json").write_text(json.dumps(records[2:]))
+    (tmp_path / "b.JSON").write_text(json.dumps([*records[2:], {"id": "odd"}]))
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in [*records[:2], records[3]]))
     for other in ("README.md", ".a.json", "c.txt"):
         (tmp_path / other).write_text("[]")
     (tmp_path / "sub.json").mkdir()
-    ledger = Ledger()
-    assert [c.id for c in read_conversations(tmp_path, ledger)] == ["chat0", "chat1", "chat3", "chat2"]
-    assert ledger.records_in == 5 and ledger.dropped == {"exact duplicate": 1}
+    listed = Path.glob
+    for turn in (1, -1):
+        monkeypatch.setattr(Path, "glob", lambda *given, turn=turn: sorted(listed(*given))[::turn])
+        ledger = Ledger()
+        assert [c.id for c in read_conversations(tmp_path, ledger)] == ["chat0", "chat1", "chat3", "chat2"]
+        assert ledger.records_in == 6 == ledger.kept + sum(ledger.dropped.values())
+        assert ledger.warnings[0].endswith(": not read: README.md, c.txt, sub.json")
+        assert "record 3 of b.JSON (id 'odd')" in ledger.warnings[1]
+        assert Ledger.from_dict(ledger.to_dict()).lines() == ledger.lines()
+
+
+def test_a_directory_with_files_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "nothing")
+    with pytest.raises(UserError, match=r"holds b\.jsonl, which cannot be read"):
+        list(read_records(tmp_path, Ledger()))
+    (tmp_path / "c.jsonl.gz").write_bytes(b"")
+    with pytest.raises(UserError, match=r"compressed files \(c\.jsonl\.gz\)"):
+        list(read_records(tmp_path, Ledger()))
 
 
 def test_a_missing_id_becomes_a_hash_of_the_content() -> None:

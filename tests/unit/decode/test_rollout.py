@@ -20,7 +20,7 @@ from specauf import provenance
 from specauf.config import DataConfig, SamplingConfig
 from specauf.data.chat import prompt_ids
 from specauf.data.dataset import HELDOUT, META, TOKENS, Prompts, TokenDataset, prepare, read_prompts, training_order
-from specauf.data.rollouts import RolloutConfig, rollout_meta
+from specauf.data.rollouts import RolloutConfig, _first, rollout_meta
 from specauf.data.sources import Ledger
 from specauf.decode.generate import generate
 from specauf.decode.propose import PromptLookup
@@ -383,6 +383,28 @@ def test_where_a_template_rewrites_history_every_answer_has_a_row_with_the_promp
     assert several > 3 and len(set(data.uid.tolist())) == len(data)
     assert data.meta["ledger"]["changed"][ANEW] >= len(data) - len(texts) > 0
     assert data.meta["rollout"]["tokens"] == int(data.mask.sum())
+
+
+def test_a_row_begun_anew_has_the_room_of_its_own_prompt(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """History that the template drops leaves room: what was said does not fit max_length together."""
+    short = THINKER.replace("m['content'] +", "(m['content'] if m['role'] == 'user' or loop.last else '') +")
+    monkeypatch.setattr(world.target.tokenizer, "chat_template", short)
+    longest = {"max_length": 110}
+    data = world.roll(dataclasses.replace(GREEDY, max_new_tokens=30), data=dataclasses.replace(DATA, **longest))
+    runs = [sum(len(ids) for _, ids, _ in run) for run in by_conversation(data)]
+    assert max(len(ids) for _, ids, _ in rows(data)) <= 110 < max(runs)
+
+
+def test_conversations_may_share_an_id(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = [record | {"id": "source"} for record in json.loads(world.corpus.read_text())]
+    world.corpus = world.out / "corpus.json"
+    world.corpus.write_text(json.dumps(records))
+    data = world.roll(SAMPLED)
+    assert set(data.meta["conversation_ids"]) == {"source"}
+    assert len(set(data.conversations)) == data.meta["ledger"]["kept"] > 4
+    few = world.roll(SAMPLED, "few", data=dataclasses.replace(DATA, max_conversations=4))
+    assert rows(_first(data, 4)) == rows(few) and _first(data, 4).conversations == few.conversations
+    assert _first(data, 4).meta["ledger"]["kept"] == 4
 
 
 def test_rows_that_go_on_from_another_survive_a_kill_and_a_change_of_max_tokens(
