@@ -68,7 +68,7 @@ def _records(path: Path, ledger: Ledger) -> Iterator[Any]:
         raise UserError(f"{path} is compressed: unpack it first (gunzip, unzstd, unzip)")
     if head.startswith(b"PAR1"):
         return _read_parquet(path)
-    if head.startswith(b"[") and path.suffix not in (".jsonl", ".ndjson"):
+    if head.startswith(b"[") and path.suffix.lower() not in (".jsonl", ".ndjson"):
         return _read_array(path, ledger)
     return _read_lines(path, ledger)
 
