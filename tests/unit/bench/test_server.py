@@ -127,6 +127,16 @@ def test_a_server_that_decodes_for_others_is_told(
         check_server(Server(fake.url), target, task, rounds, SAMPLING, 5)
 
 
+def test_a_server_that_decodes_for_others_between_two_prompts_is_told(
+    target: Target, fake: Fake, task: Recorded, rounds: list[list[Round]]
+) -> None:
+    def other() -> None:
+        fake.rounds += 1
+
+    with pytest.raises(UserError, match="decodes for others too"):
+        check_server(Server(fake.url), target, task, rounds, SAMPLING, 5, other)
+
+
 def test_too_little_compared_is_no_pass() -> None:
     assert not Served(same=1).passed, "a text of one token has no round"
     assert not Served(same=1, near_ties=["", ""], rounds=2, replayed=2).passed
