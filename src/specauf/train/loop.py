@@ -147,7 +147,9 @@ class Trainer:
         )
         dtype = self.drafter.fc.weight.dtype
         with self.autocast():
-            context = self.drafter.context(features.to(dtype), positions)
+            if not torch.is_autocast_enabled(self.device):  # otherwise the first product rounds them to 16 bits anyway
+                features = features.to(dtype)
+            context = self.drafter.context(features, positions)
             return self.drafter.pending(embeds.to(dtype), blocks.anchors, context)
 
     def loss(
