@@ -130,7 +130,8 @@ class Train:
                 raise ConfigError("set train.max_steps or train.minutes: the learning-rate schedule needs a horizon")
             objectives_of(config)  # an impossible objective is refused before anything is loaded
             ranks.require_own_device(config.target.device)
-            target = _target(config.target)
+            sharded = config.train.shard_target and ranks.world > 1
+            target = _target(config.target, to_shard=sharded)
             terminal.say(f"data: reading {config.data.path} ...")
             prepared = run.prepare_data(config, target)
             run.require_trainable(config, target, prepared, resume=not self.fresh)
@@ -139,7 +140,7 @@ class Train:
         with terminal.progress("features", float(len(prepared.train.ids)) if config.features.cache else 0) as advance:
             features = run.feature_cache(config, target, prepared, on_progress=lambda n: advance(n, ""), ranks=ranks)
         trainer = run.open_run(config, target, prepared, features, resume=not self.fresh, ranks=ranks)
-        if sharded := config.train.shard_target and ranks.world > 1:
+        if sharded:
             target.shard()  # not before the drafter has its copies of the target's layers
         terminal.say(run.set_horizon(trainer))
         evaluate = None
@@ -370,11 +371,11 @@ class Doctor:
         return 1 if any(c.status == "fail" for c in checks) else 0
 
 
-def _target(config: TargetConfig) -> Target:
+def _target(config: TargetConfig, to_shard: bool = False) -> Target:
     from specauf.target import Target
 
     quiet_transformers()
-    return Target.load(config)
+    return Target.load(config, to_shard)
 
 
 def _verbs() -> Any:

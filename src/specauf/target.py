@@ -16,6 +16,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import nn
+from torch.distributed import get_world_size
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
@@ -97,8 +99,11 @@ class Target:
         self._warned = False
 
     @classmethod
-    def load(cls, config: TargetConfig) -> Target:
-        """Load a directory, a hub id or the embedded default. Raises `UserError` saying what is wrong with the path."""
+    def load(cls, config: TargetConfig, to_shard: bool = False) -> Target:
+        """Load a directory, a hub id or the embedded default. Raises `UserError` saying what is wrong with the path.
+
+        With `to_shard` the decoder layers stay in host memory, and how the target computes is checked by `shard`.
+        """
         from transformers import AutoModelForCausalLM
 
         path = _path(config)
@@ -130,15 +135,23 @@ class Target:
                 "its weights are incomplete, or of another architecture than its config.json says"
             )
         tokenizer = load_tokenizer(config)
-        target = cls(model.to(device), tokenizer, config.path)
+        if to_shard:
+            layers = set(decoder_layers(model, body_of(model, config.path)).modules())
+            for module in model.modules():
+                if module not in layers:
+                    module._apply(lambda t: t.to(device), recurse=False)
+        else:
+            model = model.to(device)
+        target = cls(model, tokenizer, config.path)
         rows, most = target.embed_weight.shape[0], max(tokenizer.get_vocab().values(), default=0)
         if most >= rows:
             log.warning(
                 "%s: the tokenizer has ids up to %d and the embedding %d rows: text with the others cannot be read",
                 *(config.path, most, rows),
             )
-        target.require_own_logits()
-        target.require_causal()
+        if not to_shard:
+            target.require_own_logits()
+            target.require_causal()
         return target
 
     @torch.no_grad()
@@ -272,15 +285,20 @@ class Target:
     def shard(self) -> None:
         """Spread the decoder layers over the processes of the default group (FSDP2); embedding, norm and head stay whole.
 
-        A layer's weights are gathered when it runs and dropped after, so every process has to run it the same number of
-        times from here on.
+        Layer by layer each process moves one to its device and keeps its part of it, so that the whole need fit on none. A
+        layer's weights are gathered when it runs and dropped after, so every process has to run it the same number of times
+        from here on. Raises `UserError` as `load` does.
         """
         self.fingerprint()  # now, while weights are whole
+        mesh = init_device_mesh(self.device.type, (get_world_size(),))
         for layer in self.layers:
-            fully_shard(layer, reshard_after_forward=True)
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
         # With a root of their own above them, a layer's weights are gathered while the layer before it computes.
         within = {id(p) for p in self.layers.parameters()}
-        fully_shard(self.body, ignored_params={p for p in self.body.parameters() if id(p) not in within})
+        rest = {p for p in self.body.parameters() if id(p) not in within}
+        fully_shard(self.body, mesh=mesh, ignored_params=rest)
+        self.require_own_logits()
+        self.require_causal()
 
     @property
     def num_layers(self) -> int:

@@ -289,6 +289,35 @@ def test_spread_layers_have_one_root_and_the_rest_stays_whole(tmp_path: Path) ->
         _forget_groups()
 
 
+def test_a_target_to_shard_never_stands_whole_on_its_device(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`meta` stands for a GPU: what goes there is seen, and nothing runs."""
+    model = make_target(vocab=len(tokenizer) + 8).model
+    model.lm_head.weight, model.config.tie_word_embeddings = torch.nn.Parameter(model.lm_head.weight.clone()), False
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    seen, checked = [], []
+
+    def shard(part: torch.nn.Module, *, mesh: str, **_: object) -> None:
+        seen.append([layer.get_parameter("mlp.up_proj.weight").is_meta for layer in target.layers])
+        part.to(mesh)
+
+    monkeypatch.setattr("specauf.target.fully_shard", shard)
+    monkeypatch.setattr("specauf.target.init_device_mesh", lambda kind, sizes: kind)
+    monkeypatch.setattr("specauf.target.get_world_size", lambda: 8)
+    for check in ("require_own_logits", "require_causal"):
+        monkeypatch.setattr(Target, check, lambda self, check=check: checked.append(check))
+    target = Target.load(TargetConfig(path=str(tmp_path), device="meta"), to_shard=True)
+    outside = (target.embed_weight, target.head_weight, target.final_norm.weight, *target.body.rotary_emb.buffers())  # type: ignore[union-attr]
+    assert target.device.type == "meta" and all(t.is_meta for t in outside) and not checked
+    target.fingerprint = lambda: ""  # type: ignore[method-assign]  # meta has no numbers
+    target.shard()
+    count = target.num_layers
+    assert seen == [[True] * i + [False] * (count - i) for i in range(count + 1)]
+    assert checked == ["require_own_logits", "require_causal"]
+
+
 def test_text_beyond_what_the_target_was_made_for_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
     """Plain rotary positions go on; the text may be poor there."""
     small = make_target()
