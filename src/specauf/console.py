@@ -30,6 +30,14 @@ RESUMABLE = ("train", "rollout", "study", "demo", "eval")
 """Verbs whose work is kept when they are interrupted."""
 
 
+ROOM = {
+    "train": "train.batch_size (raise train.accumulation in its place), train.num_anchors or objective.logits_rows",
+    "rollout": "--batch-size",
+    "eval": "--eval.batch-size",
+}
+"""What a verb that ran out of memory takes less of."""
+
+
 class Console(Protocol):
     """Where demo and study send their output; `Terminal` prints it, tests inspect it."""
 
@@ -130,6 +138,13 @@ def reported(work: Callable[[], int], arguments: Sequence[str]) -> int:
         if error.errno not in MENDABLE:
             raise
         print(f"specauf: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        # torch's, for a device and for the host, told by name: no command waits for torch to be imported here.
+        if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
+            raise
+        room = f". Lower {ROOM[verb]}" if (verb := "".join(arguments[:1])) in ROOM else ""
+        print(f"specauf: {str(error).partition(' See documentation')[0].rstrip('.')}{room}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         again = "; the same command" + " without --fresh" * ("--fresh" in arguments) + " goes on from here"

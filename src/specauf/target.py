@@ -141,7 +141,11 @@ class Target:
                 if module not in layers:
                     module._apply(lambda t: t.to(device), recurse=False)
         else:
-            model = model.to(device)
+            try:
+                model = model.to(device)
+            except torch.OutOfMemoryError as error:
+                remedy = "set a target.dtype of 16 bits, or train on several GPUs with train.shard_target=true"
+                raise UserError(f"target.path: {config.path!r} does not fit on {device} ({error}): {remedy}") from None
         target = cls(model, tokenizer, config.path)
         rows, most = target.embed_weight.shape[0], max(tokenizer.get_vocab().values(), default=0)
         if most >= rows:

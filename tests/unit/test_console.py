@@ -7,6 +7,7 @@ import io
 import sys
 
 import pytest
+import torch
 
 from specauf import console
 from specauf.console import Terminal, reported
@@ -55,6 +56,13 @@ def test_a_closed_output_and_one_without_greek_are_no_errors(monkeypatch: pytest
     ("error", "arguments", "code", "told"),
     [
         (OSError(errno.ELOOP, "Too many links", "x"), ["export"], 2, "specauf: x: Too many links\n"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. See documentation"),
+            ["study"],
+            2,
+            "specauf: CUDA out of memory\n",
+        ),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), ["eval", "x"], 2, ". Lower --eval.batch-size\n"),
         (KeyboardInterrupt(), ["prepare"], 130, "\nspecauf: interrupted\n"),
         (KeyboardInterrupt(), ["train", "--fresh"], 130, "the same command without --fresh goes on from here\n"),
     ],

@@ -289,6 +289,21 @@ def test_spread_layers_have_one_root_and_the_rest_stays_whole(tmp_path: Path) ->
         _forget_groups()
 
 
+def test_a_target_that_does_not_fit_is_told_apart_from_a_step_that_does_not(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_target(vocab=len(tokenizer) + 8).model
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+
+    def full(self: torch.nn.Module, device: str) -> torch.nn.Module:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(type(model), "to", full)
+    with pytest.raises(UserError, match=r"does not fit on cpu \(CUDA out of memory\): set a target.dtype of 16 bits"):
+        Target.load(TargetConfig(path=str(tmp_path)))
+
+
 def test_a_target_to_shard_never_stands_whole_on_its_device(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
