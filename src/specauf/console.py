@@ -31,7 +31,8 @@ RESUMABLE = ("train", "rollout", "study", "demo", "eval")
 
 
 ROOM = {
-    "train": "train.batch_size (raise train.accumulation in its place), train.num_anchors or objective.logits_rows",
+    "train": "objective.logits_rows and go on, or begin anew with a lower train.num_anchors or train.batch_size (and a higher "
+    "train.accumulation in its place)",
     "rollout": "--batch-size",
     "eval": "--eval.batch-size",
 }
