@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from specauf.config import DataConfig, digest
-from specauf.data.chat import UnstableTemplate, prompt_ids, render, template_hash, tokenizer_hash
+from specauf.data.chat import Rendered, UnstableTemplate, prompt_ids, render, template_hash, tokenizer_hash
 from specauf.data.records import corpus_files
 from specauf.data.sources import Conversation, Ledger, Message, content_hash, counter, read_conversations, split
 from specauf.files import atomic_file, atomic_write_text, save_tensors
@@ -32,6 +34,8 @@ FORMAT = 2
 """Part of the key: raised when the same corpus is read, split or rendered differently."""
 WHOLE = 1 << 30
 """A corpus of fewer bytes is told from another by all of them."""
+THREADS, SLAB = 8, 256
+"""Threads that render, and how many conversations are handed to them at once. Tokenizers let go of Python's lock."""
 TOKENS, META, HELDOUT = "tokens.safetensors", "meta.json", "heldout.json"
 
 
@@ -264,26 +268,40 @@ def _render_rows(
 ) -> tuple[list[Row], list[str]]:
     rows: list[Row] = []
     names: list[str] = []
-    for done, (uid, conversation) in enumerate(conversations):
+    rendered = _rendered(conversations, config, tokenizer)
+    for done, ((uid, conversation), found) in enumerate(zip(conversations, rendered, strict=True)):
         if len(rows) == config.max_conversations:
             ledger.drop("over the limit", len(conversations) - done)
             break
-        try:
-            ids, mask = render(
-                tokenizer,
-                conversation.messages,
-                enable_thinking=config.enable_thinking,
-                max_length=config.max_length,
-            )
-        except UnstableTemplate as error:
-            ledger.drop(error.reason, example=f"conversation {conversation.id}, {error}")
+        if isinstance(found, UnstableTemplate):
+            ledger.drop(found.reason, example=f"conversation {conversation.id}, {found}")
             continue
+        ids, mask = found
         if not any(a and b for a, b in pairwise(mask)):  # an anchor needs itself and its successor supervised
             ledger.drop("nothing supervised within max_length")
             continue
         rows.append((uid, torch.tensor(ids, dtype=torch.int32), torch.tensor(mask, dtype=torch.uint8)))
         names.append(conversation.id)
     return rows, names
+
+
+def _rendered(
+    conversations: list[Identified], config: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[Rendered | UnstableTemplate]:
+    """What each conversation renders to, or why it does not, in their order."""
+
+    def one(identified: Identified) -> Rendered | UnstableTemplate:
+        messages = identified[1].messages
+        try:
+            return render(tokenizer, messages, enable_thinking=config.enable_thinking, max_length=config.max_length)
+        except UnstableTemplate as error:
+            return error
+
+    # The first call settles the tokenizer's state, which threads must not change.
+    yield from map(one, conversations[:1])
+    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+        for start in range(1, len(conversations), SLAB):
+            yield from pool.map(one, conversations[start : start + SLAB])
 
 
 def _require_supervision(rows: list[Row], ledger: Ledger, source: Path) -> None:

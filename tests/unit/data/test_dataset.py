@@ -99,6 +99,14 @@ def test_a_smaller_limit_keeps_a_prefix_and_counts_the_rest(run: Prepare) -> Non
     assert "over the limit" not in all_of_them.ledger.dropped
 
 
+def test_threads_render_what_one_does_in_its_order(run: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
+    many = run(out="many")
+    monkeypatch.setattr(dataset, "THREADS", 1)
+    monkeypatch.setattr(dataset, "SLAB", 4)
+    one = run(out="one")
+    assert (rows(one.train), one.ledger) == (rows(many.train), many.ledger)
+
+
 def test_the_order_depends_on_the_seed_and_not_on_the_file(run: Prepare) -> None:
     forward, backward = run(out="a"), run(records()[::-1], out="b")
     assert rows(forward.train) == rows(backward.train)
