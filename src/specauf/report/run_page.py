@@ -59,8 +59,10 @@ def render(results: dict[str, Any], figures: dict[str, dict[str, str]]) -> str:
 
 def _captions(results: dict[str, Any]) -> dict[str, str]:
     """By figure; they explain no mark that the figure does not have."""
-    hollow = any(style.hollow for style in plots.styles(results).values())
-    return {**CAPTIONS, "tau": CAPTIONS["tau"] + (HOLLOW if hollow else "")}
+    variants = any(
+        "@" in name for name in plots.styles(results)
+    )  # prompt lookup's mark is hollow too, and none of these
+    return {**CAPTIONS, "tau": CAPTIONS["tau"] + (HOLLOW if variants else "")}
 
 
 def _sample(results: dict[str, Any], sample: dict[str, Any]) -> dict[str, Any]:

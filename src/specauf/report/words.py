@@ -45,7 +45,7 @@ CAPTIONS = {
     "support": "The path of training, from the open mark to the full one. A method with a fixed support can only move "
     "up; one with a growing support moves up and to the right.",
 }
-HOLLOW = " A hollow mark is the same objective at another number of steps."
+HOLLOW = " A hollow mark in another's colour is the same objective at another number of steps."
 """Follows the first caption where there is one."""
 GLOSSARY = (
     ("target", "The language model whose output is to be reproduced faster. It is frozen, and it has the last word."),

@@ -164,6 +164,9 @@ def test_the_page_can_be_drawn_in_light_and_dark(report: Path, tmp_path: Path) -
 
 
 def test_a_caption_explains_no_mark_that_is_not_there(results: Results, minimal: Results, tmp_path: Path) -> None:
+    minimal["methods"].append(
+        {"name": "prompt-lookup", "kind": "lookup"}
+    )  # in every table, with a hollow mark of its own
     for number, (found, hollow) in enumerate(((results, True), (minimal, False))):
         out = page.write(found, tmp_path / str(number)).parent
         for name in ("report.md", "index.html"):
