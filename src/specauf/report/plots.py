@@ -64,6 +64,9 @@ PANELS = (
 )
 
 
+whole_ticks = functools.partial(MaxNLocator, integer=True, min_n_ticks=1)  # one of one: two would need fractions
+
+
 @dataclass(frozen=True)
 class Style:
     """How one method is drawn."""
@@ -166,7 +169,7 @@ def alpha(results: Results, narrow: bool = False) -> Figure | None:
         ax.set_title(short(task_label(results, task), narrow), parse_math=False)
         ax.grid(axis="x", visible=False)
     axes[0].set_ylim(0, min(1.04, 1.12 * axes[0].get_ylim()[1]))
-    axes[0].xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axes[0].xaxis.set_major_locator(whole_ticks(8))
     for ax in bottom(axes):
         ax.set_xlabel("slot k")
     left_label(axes, "acceptance α at slot k")
@@ -199,7 +202,7 @@ def training(results: Results, narrow: bool = False) -> Figure | None:
         ax.grid(axis="x", visible=False)
         if key in ("r_active", "common_accuracy"):
             ax.set_ylim(0, min(1.05, 1.1 * ax.get_ylim()[1]))
-    axes[0].xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes[0].xaxis.set_major_locator(whole_ticks(5))
     for ax in bottom(axes):
         ax.set_xlabel("optimizer step")
     above(figure, _labels(results, list(logs)), look, narrow)

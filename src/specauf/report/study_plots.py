@@ -11,7 +11,6 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import MaxNLocator
 
 from specauf.report import plots
 from specauf.report import study_index as index
@@ -162,7 +161,7 @@ def alpha(
         ax.set_title(plots.short(title, narrow), parse_math=False)
         ax.grid(axis="x", visible=False)
         ax.set_xlabel("slot k")
-        ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        ax.xaxis.set_major_locator(plots.whole_ticks(8))
         below(ax, index.labels(results, scores), look, columns, narrow, 1.75)
     axes[0].set_ylim(0, min(1.04, 1.12 * axes[0].get_ylim()[1]))
     plots.left_label(axes, "acceptance α at slot k")

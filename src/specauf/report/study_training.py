@@ -14,7 +14,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
 
 from specauf.report import plots
 from specauf.report import study_index as index
@@ -91,7 +90,7 @@ def training(results: Results, names: Sequence[str], narrow: bool) -> Figure | N
             ax.set_ylim(0, min(1.05, 1.12 * ax.get_ylim()[1]))
         ax.set_title(words, parse_math=False)
         ax.grid(axis="x", visible=False)
-    axes[0].xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes[0].xaxis.set_major_locator(plots.whole_ticks(5))
     for ax in plots.bottom(axes):
         ax.set_xlabel("optimizer step")
     plots.above(figure, index.labels(results, drawn), look, narrow)
@@ -159,7 +158,7 @@ def credit(results: Results, names: Sequence[str], narrow: bool) -> Figure | Non
     ax.set_xlim(0.5, slots + 0.5)
     ax.set_ylim(len(maps) - 0.5, -0.5)
     ax.set_xlabel("slot k")
-    ax.xaxis.set_major_locator(MaxNLocator(8 if narrow else 16, integer=True))
+    ax.xaxis.set_major_locator(plots.whole_ticks(8 if narrow else 16))
     return figure
 
 
@@ -185,8 +184,8 @@ def reach(results: Results, names: Sequence[str], narrow: bool) -> Figure | None
         _tiled(ax)
         ax.set_xlim(edges[0], edges[-1])
         ax.set_ylim(0.5, grid.shape[1] + 0.5)
-        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        ax.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+        ax.xaxis.set_major_locator(plots.whole_ticks(5))
+        ax.yaxis.set_major_locator(plots.whole_ticks(8))
         ax.set_title(f"{plots.short(index.label(results, name), narrow)}: strongest = {top:.2f}", parse_math=False)
         ax.set_xlabel("optimizer step")
     plots.left_label(axes, "slot k")

@@ -110,6 +110,16 @@ def test_thin_evidence_is_drawn_small(results: Results) -> None:
     assert marks[1].get_markersize() > marks[6].get_markersize() and marks[6].get_alpha() < 1 and 7 not in marks
 
 
+def test_slots_and_steps_are_whole_even_where_there_is_one(minimal: Results) -> None:
+    minimal["evaluation"]["chat"]["methods"]["auf"]["alpha"] = [0.25]  # blocks of two, or nothing accepted
+    minimal["training"] = {"auf": [{"step": 1, "loss": 9.0}]}
+    for draw in (plots.alpha, plots.training):
+        figure = draw(minimal)
+        assert figure is not None
+        low, high = figure.axes[0].get_xlim()
+        assert [t for t in figure.axes[0].get_xticks() if low <= t <= high] == [1]
+
+
 def test_the_tau_axis_shows_one_token_a_round(results: Results) -> None:
     figure = plots.tau(results)
     assert figure is not None
