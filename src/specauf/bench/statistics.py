@@ -28,7 +28,7 @@ ten different resampled means, none outside their range.) Both are mended, at ev
 Simulated coverage of the 95 % interval where there is no difference, and the share of p below 0.05/6, Holm's first hurdle at
 six tasks, which ought to be 0.8; both in percent. One task of 100 prompts, normal effects, 3,000 worlds of 1,000 resamples,
 standard errors up to 0.6; `ratio` is the seeds' part of the standard error over the prompts' (`coverage` in this module's
-tests):
+tests). Skewed effects do worse: docs/statistics.md has their figures.
 
     ratio                     0         0.5           1           2           5
     1 seed            95.1, 0.7

@@ -116,6 +116,14 @@ def test_few_prompts_do_not_make_an_interval_too_narrow(prompts: int) -> None:
     assert missed / worlds > 0.01 or prompts < 8, "nor too wide"
 
 
+@pytest.mark.parametrize(("prompts", "held"), [(8, 0.90), (32, 0.93)])
+def test_skewed_prompts_cost_as_much_coverage_as_the_docs_say(prompts: int, held: float) -> None:
+    worlds = np.random.default_rng(prompts).exponential(1, (800, prompts))
+    intervals = [bootstrap(values, resamples=500) for values in worlds]
+    assert np.mean([low <= 1 <= high for low, high in intervals]) == pytest.approx(held, abs=0.03)
+    assert np.mean([high < 1 for _, high in intervals]) > 4 * np.mean([low > 1 for low, _ in intervals])
+
+
 def test_an_interval_of_tau_begins_at_one() -> None:
     assert tau_interval(np.array([1.1, 1.5]))[0] == 1.0 and bootstrap(np.array([1.1, 1.5]))[0] < 1
     assert np.isnan(tau_interval(np.array([1.5]))).all()
