@@ -26,7 +26,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, MultipleLocator
 
 from specauf.report.tables import Results, method_label, task_label, thin_slots
-from specauf.report.words import clean, fixed, real, span
+from specauf.report.words import fixed, legend_columns, real, short, span
 
 INK, SOFT, RULE, PAPER = "#3b3a37", "#77746e", "#e2dfd8", "#fffefb"
 LOOKUP = "#7c7a75"
@@ -361,7 +361,7 @@ def tau_ticks(ax: Axes, reach: float, most: int) -> None:
 
 def above(figure: Figure, labels: Mapping[str, str], look: Mapping[str, Style], narrow: bool) -> None:
     """A legend of all panels, over them."""
-    columns = 2 if narrow else 4
+    columns = legend_columns(labels.values(), narrow, 2 if narrow else 4, figure.get_figwidth() * 72 / 9)
     legend(figure, labels, look, narrow, loc="outside upper left", ncols=columns, handlelength=2.2, columnspacing=1.6)
 
 
@@ -372,12 +372,6 @@ def legend(of: Figure | Axes, labels: Mapping[str, str], look: Mapping[str, Styl
     # Named afterwards: a legend would drop a label with a leading underscore, and read $ as mathematics.
     for text, label in zip(made.get_texts(), labels.values(), strict=True):
         text.set(text=short(label, narrow), parse_math=False, color=INK)
-
-
-def short(text: str, narrow: bool) -> str:
-    """One line that fits a panel's title."""
-    limit, line = 20 if narrow else 30, " ".join(clean(text).split())
-    return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
 def curve(log: Sequence[dict[str, Any]], x: str, y: str) -> tuple[np.ndarray, np.ndarray] | None:

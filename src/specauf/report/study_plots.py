@@ -18,7 +18,7 @@ from specauf.report.plots import INK, KNOWN, LOOKUP, SOFT, SPARE, Style
 from specauf.report.study_index import MACRO
 from specauf.report.study_words import ABSENT
 from specauf.report.tables import Results
-from specauf.report.words import fixed, real, span
+from specauf.report.words import fixed, legend_columns, real, short, span
 
 TOGETHER = 5
 """Number of lines in one panel that can still be told apart."""
@@ -94,7 +94,7 @@ def bars(results: Results, part: dict[str, Any], temperature: str, narrow: bool)
             lookup = index.is_lookup(results, name)
             _bar(ax, y, scored[place, name], look[name], limit if lookup else None)
         title = "Average" if place == MACRO else index.task_label(results, place)
-        ax.set_title(plots.short(title, narrow), parse_math=False)
+        ax.set_title(short(title, narrow), parse_math=False)
         plots.tau_rows(ax, index.labels(results, names), look, narrow)
     axes[0].set_ylim(len(names) - 0.4, -0.6)
     axes[0].set_xlim(1 - 0.02 * reach, limit)
@@ -153,12 +153,12 @@ def alpha(
         return None
     look = looks(results)
     rows = max(len(scores) for _, scores in held)
-    columns = 2 if narrow or len(held) > 1 else 3
+    columns = columns_below([index.labels(results, scores) for _, scores in held], narrow)
     figure, axes = plots.panels(len(held), narrow, 2.35 + 0.17 * -(-rows // columns), columns=2, sharey=True)
     for ax, (title, scores) in zip(axes, held, strict=True):
         for name, score in scores.items():
             plots.alpha_line(ax, score, look[name])
-        ax.set_title(plots.short(title, narrow), parse_math=False)
+        ax.set_title(short(title, narrow), parse_math=False)
         ax.grid(axis="x", visible=False)
         ax.set_xlabel("slot k")
         ax.xaxis.set_major_locator(plots.whole_ticks(8))
@@ -174,6 +174,12 @@ def apart(figure: Figure) -> None:
     engine = figure.get_layout_engine()
     assert isinstance(engine, ConstrainedLayoutEngine)  # what `plots` gives every figure
     engine.set(h_pad=0.14)
+
+
+def columns_below(panels: Sequence[Mapping[str, str]], narrow: bool) -> int:
+    """How many columns the legends `below` have, one of each of `panels`, so that none is wider than its panel."""
+    most, room = (2, 29) if narrow or len(panels) > 1 else (3, 42)
+    return min(legend_columns(labels.values(), narrow, most, room) for labels in panels)
 
 
 def below(

@@ -18,10 +18,10 @@ from matplotlib.patches import Rectangle
 from specauf.report import plots
 from specauf.report import study_index as index
 from specauf.report.plots import INK, PAPER, SOFT, Style
-from specauf.report.study_plots import apart, below, looks
+from specauf.report.study_plots import apart, below, columns_below, looks
 from specauf.report.study_words import ACTIVE_LABEL, COMMON_LABEL, SUPPORT_LABEL, TAU_REPLAY, TAU_SIMULATED
 from specauf.report.tables import Results
-from specauf.report.words import clean, real
+from specauf.report.words import clean, real, short
 
 Log = Sequence[dict[str, Any]]
 Curve = tuple[np.ndarray, np.ndarray]
@@ -104,7 +104,7 @@ def support(results: Results, groups: Sequence[Sequence[str]], narrow: bool) -> 
     held = [shown for group in every if (shown := {n: paths for n, paths in group.items() if paths})]
     if not held:
         return None
-    columns = 2 if narrow or len(held) > 1 else 3
+    columns = columns_below([index.labels(results, paths) for paths in held], narrow)
     rows = -(-max(map(len, held)) // columns)
     figure, axes = plots.panels(len(held), narrow, 2.8 + 0.17 * rows, columns=2, sharey=True)
     for ax, paths in zip(axes, held, strict=True):
@@ -186,7 +186,7 @@ def reach(results: Results, names: Sequence[str], narrow: bool) -> Figure | None
         ax.set_ylim(0.5, grid.shape[1] + 0.5)
         ax.xaxis.set_major_locator(plots.whole_ticks(5))
         ax.yaxis.set_major_locator(plots.whole_ticks(8))
-        ax.set_title(f"{plots.short(index.label(results, name), narrow)}: strongest = {top:.2f}", parse_math=False)
+        ax.set_title(f"{short(index.label(results, name), narrow)}: strongest = {top:.2f}", parse_math=False)
         ax.set_xlabel("optimizer step")
     plots.left_label(axes, "slot k")
     apart(figure)

@@ -6,6 +6,7 @@ import html
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 NONE = "–"
@@ -145,6 +146,23 @@ def share(value: object) -> str:
 
 def subscript(k: int) -> str:
     return str(k).translate(str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉"))
+
+
+def short(text: str, narrow: bool) -> str:
+    """One line that fits a panel's title."""
+    limit, line = 20 if narrow else 30, " ".join(clean(text).split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def legend_columns(labels: Iterable[str], narrow: bool, most: int, room: float) -> int:
+    """The most columns in which a figure's legend is no wider than `room` ems: 0.6 for a letter, 4 for a mark."""
+    sizes = [len(short(label, narrow)) for label in labels]
+    for columns in range(min(most, len(sizes)), 1, -1):
+        least, longer = divmod(len(sizes), columns)  # matplotlib's first columns have one more
+        starts = [i * least + min(i, longer) for i in range(columns + 1)]
+        if sum(4 + 0.6 * max(sizes[a:b]) for a, b in pairwise(starts)) <= room:
+            return columns
+    return 1
 
 
 def series(words: Sequence[str]) -> str:

@@ -146,6 +146,16 @@ def test_any_number_of_tasks_is_drawn(results: Results, count: int) -> None:
         assert figure is not None and len([ax for ax in figure.axes if ax.get_visible()]) == count
 
 
+@pytest.mark.parametrize("narrow", [False, True])
+def test_a_legend_of_long_names_is_not_cut(results: Results, narrow: bool) -> None:
+    for number, method in enumerate(results["methods"]):
+        method["label"] = f"smollm2-135m-auf, lookup no. {number}"
+    figure = plots.alpha(results, narrow)
+    assert figure is not None
+    figure.draw_without_rendering()
+    assert figure.legends[0].get_window_extent().x1 <= figure.bbox.x1
+
+
 def test_hostile_labels_are_drawn_as_text(hostile: Results) -> None:
     for name, draw in plots.FIGURES.items():
         figure = draw(hostile, False)

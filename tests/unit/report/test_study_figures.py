@@ -176,3 +176,18 @@ def test_narrow_figures_fit_a_phone(results: Results) -> None:
     for name in ("a-tau-t0", "figure-5", "d-credit"):
         figure = drawing(results, name).draw(True)
         assert figure is not None and figure.get_size_inches()[0] <= 3.6, name
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("name", ["figure-5", "c-alpha", "c-support", "d-alpha"])
+def test_a_legend_of_long_names_stays_below_its_panel(results: Results, name: str, narrow: bool) -> None:
+    for number, method in enumerate(results["methods"]):
+        method["label"] = f"Cross entropy, then AUF {number}"
+    figure = drawing(results, name).draw(narrow)
+    assert figure is not None
+    figure.draw_without_rendering()
+    across = max(ax.get_subplotspec().get_gridspec().ncols for ax in figure.axes)
+    for ax in figure.axes:
+        legend = ax.get_legend()
+        last = ax.get_subplotspec().colspan.start + 1 == across
+        assert legend is None or legend.get_window_extent().x1 <= figure.bbox.x1 * (1 if last else 0.53)
