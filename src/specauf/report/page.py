@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +51,16 @@ def write(results: dict[str, Any], out: Path) -> Path:
     drawings, texts = (study_page if is_study(results) else run_page).pieces(results)
     try:
         inline: dict[str, dict[str, str]] = {}
-        for name, draw in drawings.items():
-            wide, narrow = draw(False), draw(True)
-            if wide is None or narrow is None:
-                continue
-            inline[name] = {"wide": plots.to_svg(wide, name), "narrow": plots.to_svg(narrow, f"{name}-narrow")}
-            atomic_write_text(out / "figures" / f"{name}.svg", inline[name]["wide"])
-            with atomic_file(out / "figures" / f"{name}.png") as temporary:
-                temporary.write_bytes(plots.to_png(wide))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"Glyph \d+ ")  # the page has the reader's fonts; a PNG shows a box
+            for name, draw in drawings.items():
+                wide, narrow = draw(False), draw(True)
+                if wide is None or narrow is None:
+                    continue
+                inline[name] = {"wide": plots.to_svg(wide, name), "narrow": plots.to_svg(narrow, f"{name}-narrow")}
+                atomic_write_text(out / "figures" / f"{name}.svg", inline[name]["wide"])
+                with atomic_file(out / "figures" / f"{name}.png") as temporary:
+                    temporary.write_bytes(plots.to_png(wide))
         markdown, html = texts(inline)
         atomic_write_text(out / "results.json", json_text(results))
         atomic_write_text(out / "report.md", markdown)

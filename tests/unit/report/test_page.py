@@ -171,3 +171,9 @@ def test_a_caption_explains_no_mark_that_is_not_there(results: Results, minimal:
         out = page.write(found, tmp_path / str(number)).parent
         for name in ("report.md", "index.html"):
             assert ("hollow mark" in (out / name).read_text(encoding="utf-8")) == hollow
+
+
+@pytest.mark.filterwarnings("error")
+def test_letters_that_matplotlib_does_not_have_are_no_warning(minimal: Results, tmp_path: Path) -> None:
+    minimal["evaluation"]["chat"]["label"] = "数学"
+    assert "数学" in page.write(minimal, tmp_path).read_text(encoding="utf-8")
