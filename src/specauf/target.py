@@ -66,7 +66,10 @@ def load_tokenizer(config: TargetConfig) -> PreTrainedTokenizerBase:
 
     try:
         return AutoTokenizer.from_pretrained(
-            _path(config), trust_remote_code=config.trust_remote_code, local_files_only=assets.offline()
+            _path(config),
+            trust_remote_code=config.trust_remote_code,
+            local_files_only=assets.offline(),
+            mistral_format=False,  # with vLLM comes mistral-common, whose tokenizer has neither template nor offsets
         )
     except UNREADABLE as error:
         raise UserError(f"target.path: cannot load the tokenizer of {config.path!r}: {error}") from error

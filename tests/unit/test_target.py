@@ -363,3 +363,18 @@ def test_offline_looks_for_a_target_on_disk_alone(monkeypatch: pytest.MonkeyPatc
             with pytest.raises(UserError, match="not here"):
                 load(TargetConfig(path="nope/none"))
     assert asked == [True, True, False, False]
+
+
+def test_a_tokenizer_is_not_mistral_common_s_which_has_neither_template_nor_offsets(
+    tmp_path: Path, make_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers prefers it where it is installed, as it is beside vLLM, and the target has a tekken.json."""
+    from transformers import AutoTokenizer
+
+    make_tokenizer().save_pretrained(tmp_path)
+    load, asked = AutoTokenizer.from_pretrained, []
+    monkeypatch.setattr(
+        AutoTokenizer, "from_pretrained", lambda path, **options: asked.append(options) or load(path, **options)
+    )
+    assert load_tokenizer(TargetConfig(path=str(tmp_path))).is_fast
+    assert asked[0]["mistral_format"] is False
