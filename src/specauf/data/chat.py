@@ -101,6 +101,21 @@ ELSEWHERE = "\ue000elsewhere\ue000"
 """Private-use characters, rendered in place of an answer to locate it."""
 
 
+def require_text(tokenizer: PreTrainedTokenizerBase, enable_thinking: bool) -> None:
+    """Raises `UserError` when the chat template leaves out what an answer says: Jinja renders an unknown name as nothing."""
+    said = [{"role": "user", "content": "?"}, {"role": "assistant", "content": ELSEWHERE}]
+    try:
+        text = _render_text(tokenizer, said, enable_thinking)
+    except TemplateRefused:  # counted for each conversation
+        return
+    if ELSEWHERE not in text:
+        raise UserError(
+            f"the chat template of {tokenizer.name_or_path!r} leaves out the text of messages: it reads another field than "
+            "`content`, or a list of parts there, as templates for images do. Put a template for text beside the tokenizer "
+            "as chat_template.jinja"
+        )
+
+
 def _in_history(
     tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], i: int, full: str, thinking: bool
 ) -> tuple[int, int] | None:

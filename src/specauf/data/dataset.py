@@ -18,7 +18,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from specauf.config import DataConfig, digest
-from specauf.data.chat import Rendered, UnstableTemplate, prompt_ids, render, template_hash, tokenizer_hash
+from specauf.data.chat import (
+    Rendered,
+    UnstableTemplate,
+    prompt_ids,
+    render,
+    require_text,
+    template_hash,
+    tokenizer_hash,
+)
 from specauf.data.records import corpus_files
 from specauf.data.sources import Conversation, Ledger, Message, content_hash, counter, read_conversations, split
 from specauf.files import atomic_file, atomic_write_text, save_tensors
@@ -184,6 +192,7 @@ def read_prompts(
     max_prompt_tokens: int = 256,
 ) -> Prompts:
     """Read and split the corpus as `prepare` does, without rendering its answers, which some templates do not allow."""
+    require_text(tokenizer, config.enable_thinking)
     excluded, ledger = sorted(set(excluded_prompts)), Ledger()
     before = _fingerprint(source)
     train, heldout = training_order(config, source, ledger, excluded)

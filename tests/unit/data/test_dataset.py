@@ -257,10 +257,21 @@ def test_a_template_that_supervises_everything_is_an_error(run: Prepare, make_to
         run(tok=tokenizer)
 
 
+@pytest.mark.parametrize(
+    "reads", ["m['value'] ~ ''", "m['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | join"]
+)
+def test_a_template_that_leaves_out_what_is_said_is_an_error(
+    run: Prepare, make_tokenizer: Callable[..., Any], reads: str
+) -> None:
+    template = make_tokenizer().chat_template.replace("m['content']", f"({reads})")
+    with pytest.raises(UserError, match="leaves out the text"):
+        run(tok=make_tokenizer(template))
+
+
 def test_a_template_that_supervises_nothing_is_an_error_with_the_ledger(
     run: Prepare, make_tokenizer: Callable[..., Any], tmp_path: Path
 ) -> None:
-    tokenizer = make_tokenizer("{% for m in messages %}{{ m['role'] + '<|im_end|>' * loop.length }}{% endfor %}")
+    tokenizer = make_tokenizer("{% for m in messages %}{{ m['content'] + '<|im_end|>' * loop.length }}{% endfor %}")
     with pytest.raises(UserError, match="no conversation is left") as error:
         run(tok=tokenizer)
     assert "unstable rendering" in str(error.value) and "records in" in str(error.value)
