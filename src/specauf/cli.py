@@ -231,7 +231,7 @@ class Generate:
     """N > 0: prompt lookup proposes, in blocks of `block_size`, where the last N tokens occurred before; else the drafter."""
 
     def run(self, terminal: Terminal) -> int:
-        from specauf.data.chat import prompt_ids
+        from specauf.bench.tasks import BenchPrompt, render_prompts
         from specauf.decode.select import Selection
         from specauf.drafter.checkpoint import load_drafter
         from specauf.show import mismatches, proposer_of, require_options, show
@@ -245,7 +245,8 @@ class Generate:
         for warning in mismatches(target, drafter.config.extra, self.enable_thinking) if drafter else ():
             terminal.say(f"warning: {warning}")
         said = sys.stdin.read().removesuffix("\n") if self.prompt == "-" else self.prompt
-        ids = prompt_ids(target.require_tokenizer(), [{"role": "user", "content": said}], self.enable_thinking)
+        asked = BenchPrompt("the prompt", [{"role": "user", "content": said}])
+        ids = render_prompts(target, [asked], self.enable_thinking)[0].prompt
         return 0 if show(terminal, target, proposer, ids, self.sampling, self.max_new_tokens, selection) else 1
 
 

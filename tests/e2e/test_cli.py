@@ -274,6 +274,15 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(
     assert told in captured.err and "Traceback" not in captured.err
 
 
+def test_a_prompt_that_the_chat_template_refuses_is_one_line_on_stderr(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (world / "target" / "chat_template.jinja").write_text("{% for tool in tools %}{{ tool }}{% endfor %}")
+    assert main(["generate", "prompt-lookup", "hi", "--target.path", str(world / "target")]) == 2
+    told = capsys.readouterr().err
+    assert "the prompt: the chat template of" in told and "refuses it: 'NoneType' object is not iterable" in told
+
+
 def test_every_option_with_several_values_may_be_given_again(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
     monkeypatch.setattr("specauf.export.export", lambda *paths, **options: seen.update(options))
