@@ -17,7 +17,6 @@ from datetime import date
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jinja2 import TemplateError
 from rich.text import Text
 
 from specauf.data.sources import Context, Message, decodable
@@ -222,7 +221,7 @@ def _render_text(
             add_generation_prompt=generation_prompt,
             enable_thinking=thinking,
         )
-    except (TemplateError, TypeError, ValueError) as error:  # a template may fail as any program
+    except Exception as error:  # a template may fail as any program
         raise TemplateRefused(str(error)) from None
     return str(rendered)
 

@@ -210,8 +210,9 @@ def test_a_template_s_own_error_is_a_refusal_with_its_reason(make_tokenizer: Mak
     with pytest.raises(TemplateRefused, match="no system role here"):
         render(tokenizer, [Message("system", "s"), *talk("q", "a")], enable_thinking=False)
     assert TemplateRefused.reason != UnstableTemplate.reason
-    with pytest.raises(TemplateRefused):
-        prompt_ids(make_tokenizer("{{ messages[0].content + 1 }}"), talk("q"), False)
+    for fails in ("messages[0].content + 1", "1 // 0", "'{1}'.format(0)"):
+        with pytest.raises(TemplateRefused):
+            prompt_ids(make_tokenizer(f"{{{{ {fails} }}}}"), talk("q"), False)
 
 
 def test_a_template_that_writes_the_date_renders_alike_on_every_day(make_tokenizer: Make) -> None:
