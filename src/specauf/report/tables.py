@@ -117,8 +117,12 @@ def task_rows(results: Results, task: str) -> Rows:
 def task_note(results: Results, task: str) -> str:
     """Prompts, repeated share and note of one task, as sentences."""
     facts, parts = results["evaluation"][task], []
-    if real(facts.get("prompts")) is not None:
-        parts.append(f"{count(facts['prompts'])} prompt{'s' if facts['prompts'] != 1 else ''}.")
+    asked = real(facts.get("prompts"))
+    if asked is not None:
+        met = [n for scores in facts["methods"].values() if (n := real(scores.get("prompts"))) is not None]
+        none = asked - max(met, default=asked)
+        without = f", {count(none)} of them without a round: the answer is one token" if none > 0 else ""
+        parts.append(f"{count(asked)} prompt{'s' if asked != 1 else ''}{without}.")
     if repeated := real(facts.get("repeated_share")):
         parts.append(f"{share(repeated)} of the recorded text is repetition, which favours prompt lookup.")
     return " ".join([*parts, clean(facts.get("note") or "")]).strip()

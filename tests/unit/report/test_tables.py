@@ -121,6 +121,14 @@ def test_a_column_without_numbers_is_left_out(minimal: Results) -> None:
     assert tables.summary_rows(minimal) == [["method", "τ chat"], ["auf", "1.250"]]
 
 
+def test_prompts_that_were_not_measured_are_told(minimal: Results) -> None:
+    facts = minimal["evaluation"]["chat"]
+    facts["prompts"] = facts["methods"]["auf"]["prompts"] = 16
+    assert tables.task_note(minimal, "chat") == "16 prompts."
+    facts["methods"]["auf"]["prompts"] = 13  # three answers ended with their first token
+    assert tables.task_note(minimal, "chat").startswith("16 prompts, 3 of them without a round")
+
+
 def test_plain_table_aligns_its_columns(results: Results) -> None:
     lines = tables.plain_table(tables.summary_rows(results)).splitlines()
     assert len(lines) == 6 and len({len(line) for line in lines}) == 1
