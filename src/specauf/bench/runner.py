@@ -191,7 +191,7 @@ def measure(
             "prompts": len(task.trajectories),
             "methods": {
                 method: summarise(found, tokens, proposers[method].block_size - 1, task.clusters).to_dict()
-                | _unlooped(before_loop(found, task.onsets), task.clusters)
+                | _unlooped(before_loop(found, task.onsets), proposers[method].block_size, task.clusters)
                 for method, found in rounds[name].items()
             },
             "repeated_share": repeated_share(task.texts()),
@@ -199,12 +199,15 @@ def measure(
     return evaluation, rounds
 
 
-def _unlooped(rounds: list[list[Round]], clusters: list[int]) -> dict[str, Any]:
+def _unlooped(rounds: list[list[Round]], block_size: int, clusters: list[int]) -> dict[str, Any]:
     taus = prompt_taus(rounds)
     kept = taus[taus == taus]  # prompts with a round before the loop
     if not len(kept):
         return {}
-    return {"tau_before_loop": float(kept.mean()), "interval_before_loop": list(tau_interval(taus, clusters))}
+    return {
+        "tau_before_loop": float(kept.mean()),
+        "interval_before_loop": list(tau_interval(taus, block_size, clusters)),
+    }
 
 
 def comparison(

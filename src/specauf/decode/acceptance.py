@@ -69,7 +69,7 @@ def summarise(
     count = sum(len(row) for row in kept)
     return Acceptance(
         tau=1 + sum(survival),
-        interval=tau_interval(taus, clusters),
+        interval=tau_interval(taus, num_predictions + 1, clusters),
         survival=survival,
         alpha=alpha,
         rounds=count,
@@ -101,10 +101,12 @@ def bootstrap(
     return low, high
 
 
-def tau_interval(taus: NDArray[np.float64], clusters: Sequence[int] | None = None) -> tuple[float, float]:
-    """`bootstrap` of the mean of tau, its lower end at least 1, since tau is never below 1."""
+def tau_interval(
+    taus: NDArray[np.float64], block_size: int, clusters: Sequence[int] | None = None
+) -> tuple[float, float]:
+    """`bootstrap` of the mean of tau, its ends at least 1 and at most the block size, which tau never leaves."""
     low, high = bootstrap(taus, clusters)
-    return 1.0 if low < 1 else low, high
+    return 1.0 if low < 1 else low, float(block_size) if high > block_size else high
 
 
 @dataclass(frozen=True)

@@ -124,9 +124,13 @@ def test_skewed_prompts_cost_as_much_coverage_as_the_docs_say(prompts: int, held
     assert np.mean([high < 1 for _, high in intervals]) > 4 * np.mean([low > 1 for low, _ in intervals])
 
 
-def test_an_interval_of_tau_begins_at_one() -> None:
-    assert tau_interval(np.array([1.1, 1.5]))[0] == 1.0 and bootstrap(np.array([1.1, 1.5]))[0] < 1
-    assert np.isnan(tau_interval(np.array([1.5]))).all()
+def test_an_interval_of_tau_stays_between_one_and_the_block_size() -> None:
+    assert tau_interval(np.array([1.1, 1.5]), 2) == (1.0, 2.0)
+    low, high = bootstrap(np.array([1.1, 1.5]))
+    assert low < 1 and high > 2 and tau_interval(np.array([1.1, 1.5]), 8) == (1.0, high)
+    assert np.isnan(tau_interval(np.array([1.5]), 8)).all()
+    few = summarise([as_rounds([3, 0]), as_rounds([3, 3])], [8, 8], 3)  # blocks of four
+    assert few.interval == (1.0, 4.0)
 
 
 def test_turns_of_a_conversation_are_drawn_together() -> None:
