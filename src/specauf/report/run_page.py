@@ -59,9 +59,8 @@ def render(results: dict[str, Any], figures: dict[str, dict[str, str]]) -> str:
 
 def _captions(results: dict[str, Any]) -> dict[str, str]:
     """By figure; they explain no mark that the figure does not have."""
-    variants = any(
-        "@" in name for name in plots.styles(results)
-    )  # prompt lookup's mark is hollow too, and none of these
+    # Prompt lookup's mark is hollow too, and none of these.
+    variants = any("@" in name for name in plots.styles(results))
     return {**CAPTIONS, "tau": CAPTIONS["tau"] + (HOLLOW if variants else "")}
 
 

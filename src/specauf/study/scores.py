@@ -183,10 +183,7 @@ def _score(by_task: ByTask) -> dict[str, Any]:
     return {
         "seeds": list(first.seeds),
         "tau": macro(taus),
-        "interval": [
-            max(1.0, low),
-            min(high, float(first.accepted.shape[-1])),
-        ],  # few seeds give wide ones; 1 <= tau <= B
+        "interval": [max(1.0, low), min(high, float(first.accepted.shape[-1]))],  # few seeds give some beyond 1 and B
         "tau_before_loop": macro(early),
         "survival": survival.tolist(),
         "alpha": [float(s / p) if p > 0 else None for s, p in zip(survival, previous, strict=True)],
