@@ -175,7 +175,7 @@ def card(
     local = base is not None and Path(base).is_absolute()
     tags = ["speculative-decoding", kind.lower()]
     head = {"library_name": "specauf", "base_model": None if local else base, "license": license, "tags": tags}
-    objective = told.get("variant") or told.get("objective")
+    objective = _objective(told)
     size = f"{parameters / 1e6:.1f} M" if parameters >= 1e5 else str(parameters)
     rows = {
         "parameters": f"{size}, {dtype}; embedding and LM head are the target's",
@@ -207,6 +207,12 @@ def card(
     known = {key: value for key, value in head.items() if value}
     front = yaml.safe_dump(known, sort_keys=False, allow_unicode=True, default_flow_style=None)
     return f"---\n{front}---\n\n" + "\n\n".join(lines) + "\n"
+
+
+def _objective(told: Mapping[str, Any]) -> str:
+    """What a drafter was trained with: one objective, Domino's variant, or its base and final branches' objectives."""
+    names = (told.get("objective"), told.get("final", {}).get("objective"))
+    return told.get("variant") or " and ".join(dict.fromkeys(filter(None, names)))
 
 
 def _epochs(told: Mapping[str, Any]) -> str:
@@ -250,7 +256,7 @@ def _trained_on(told: Mapping[str, Any], data: Mapping[str, Any]) -> str:
 def _made(origin: Mapping[str, Any]) -> str:
     """The weights that a drafter was made from, and their training as far as it is known."""
     trained = origin.get("trained")
-    steps = f", {trained.get('steps', '?')} steps of {trained.get('objective', '?')}" if trained else ""
+    steps = f", {trained.get('steps', '?')} steps of {_objective(trained) or '?'}" if trained else ""
     return f"{origin['path']}, model.safetensors {origin['weights']}{steps}"
 
 

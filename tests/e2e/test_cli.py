@@ -109,6 +109,12 @@ def test_training_measures_the_drafter_in_the_targets_dtype(world: Path, monkeyp
     assert load_drafter(world / "half" / "checkpoint").fc.weight.dtype == torch.float32
 
 
+def test_training_is_called_by_the_variant_that_a_recipe_names(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sets = ["drafter.kind=domino", "objective.variant=decay-only", "train.max_steps=1", "train.eval_every=0"]
+    assert main(["train", str(world / "recipe.yaml"), "--set", f"out={world}/named", *sets]) == 0
+    assert "training decay-only: done" in capsys.readouterr().out
+
+
 def test_the_python_of_the_serving_page_decodes(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

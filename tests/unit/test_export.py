@@ -71,6 +71,10 @@ def test_a_card_says_what_is_known_and_its_head_is_yaml_whatever_is_given(
     for absent in ("trained with specauf", "not recorded of", "None", "0.0 M"):
         assert absent not in text
     assert "--target.path TARGET" in text
+    origin = {"path": "runs/a", "weights": "0123456789ab", "trained": {**TRAINED, "variant": "b-auf"}}
+    branches = {"objective": "decay", "final": {"objective": "dpace"}, "variant": None, "init_from": origin}
+    _, text = card(save_drafter(build_drafter(make_geometry(target)), tmp_path / "two", {**TRAINED, **branches}))
+    assert "| objective | decay and dpace, reduction" in text and "30 steps of b-auf |" in text
 
 
 def test_what_does_not_read_back_is_not_shipped(
