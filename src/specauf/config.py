@@ -170,7 +170,7 @@ class ObjectiveConfig:
     name: str = "auf"
     """A row of docs/objectives.md, or `<row>-decay` for the row times the position decay."""
     gamma: float | None = None
-    """Decay length in slots, for rows with a position decay. When not given, by the block size: 4 at 8, 7 at 16."""
+    """Decay length in slots, for rows with a position decay. When not given, the row's, or by block size: 4 at 8, 7 at 16."""
     reduction: str = "global"
     """What the loss is a mean over: `global` (every slot of the step), `block` or `sequence`. See docs/objectives.md."""
     labels: str = "data"
