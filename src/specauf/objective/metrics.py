@@ -33,7 +33,8 @@ def block_metrics(
 
     - `r_active`: |S| / (B-1); `r_active_B`: |S| / B, as the paper writes it
     - `a_support`: the accuracy on S
-    - `simulated_tau`: the leading run against the data, teacher-forced, plus one
+    - `simulated_tau`: the leading run against the labels, teacher-forced, plus one (target labels end where it leaves
+      the text)
     - `head_rows`: slots whose logits were formed, per block (F-AUF's final branch reads those of its support twice)
     - `common_accuracy`: the accuracy on all valid slots, only when all were evaluated
     - `outside`: the share of valid slots whose label is not in the draft vocabulary, where there is one; they are wrong in
