@@ -104,6 +104,13 @@ def offline() -> bool:
     return os.environ.get("SPECAUF_OFFLINE", "") not in ("", "0")
 
 
+def unreached(error: BaseException) -> str:
+    """Why the hub gave nothing, in its client's words, or in ours where SPECAUF_OFFLINE kept it from asking."""
+    if offline():
+        return "it is not on disk, and SPECAUF_OFFLINE forbids fetching it: unset it once"
+    return str(error).strip() or type(error).__name__
+
+
 def fetch(name: str) -> Path:
     """The asset's file in the cache, downloaded if need be; its checksum is verified on every call.
 

@@ -60,6 +60,12 @@ def _path(config: TargetConfig) -> str:
     return str(local) if local.is_dir() else config.path
 
 
+def _why(config: TargetConfig, error: Exception) -> str:
+    on_hub = isinstance(error, OSError) and not Path(_path(config)).is_dir()
+    told = assets.unreached(error) if on_hub else str(error)
+    return told.partition("\nModel type should be one of")[0]  # all that it can be, two hundred
+
+
 def load_tokenizer(config: TargetConfig) -> PreTrainedTokenizerBase:
     """The target's tokenizer without its weights. Raises `UserError` as `Target.load` does."""
     from transformers import AutoTokenizer
@@ -72,7 +78,7 @@ def load_tokenizer(config: TargetConfig) -> PreTrainedTokenizerBase:
             mistral_format=False,  # with vLLM comes mistral-common, whose tokenizer has neither template nor offsets
         )
     except UNREADABLE as error:
-        raise UserError(f"target.path: cannot load the tokenizer of {config.path!r}: {error}") from error
+        raise UserError(f"target.path: cannot load the tokenizer of {config.path!r}: {_why(config, error)}") from error
 
 
 class Target:
@@ -129,8 +135,9 @@ class Target:
                 output_loading_info=True,
             )
         except UNREADABLE as error:
-            why = str(error).partition("\nModel type should be one of")[0]  # all that it can be, two hundred
-            raise UserError(f"target.path: cannot load {config.path!r} as a causal LM: {why}") from error
+            raise UserError(
+                f"target.path: cannot load {config.path!r} as a causal LM: {_why(config, error)}"
+            ) from error
         model, told = loaded
         if missing := sorted(told["missing_keys"]):  # transformers draws them at random, and only warns
             raise UserError(

@@ -357,10 +357,10 @@ def test_offline_looks_for_a_target_on_disk_alone(monkeypatch: pytest.MonkeyPatc
 
     for kind in (transformers.AutoTokenizer, transformers.AutoModelForCausalLM):
         monkeypatch.setattr(kind, "from_pretrained", looks)
-    for offline in ("1", "0"):
+    for offline, told in (("1", "SPECAUF_OFFLINE forbids fetching it: unset it once"), ("0", "not here")):
         monkeypatch.setenv("SPECAUF_OFFLINE", offline)
         for load in (load_tokenizer, Target.load):
-            with pytest.raises(UserError, match="not here"):
+            with pytest.raises(UserError, match=told):
                 load(TargetConfig(path="nope/none"))
     assert asked == [True, True, False, False]
 

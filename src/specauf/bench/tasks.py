@@ -245,7 +245,7 @@ def download(name: str, source: HubFile) -> Path:
     try:
         return Path(hf_hub_download(source.repo, source.path, **options))
     except Exception as error:  # the client's errors share no base; each means that the file cannot be had
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+        reason = assets.unreached(error).splitlines()[0].rstrip(".")
         raise UserError(
             f"cannot fetch the task {name!r} from the Hugging Face hub ({source.repo}: {reason}). Check the network, or "
             f'set eval.tasks_dir to a directory with {name}.jsonl, lines of {{"id": ..., "turns": [...]}}'

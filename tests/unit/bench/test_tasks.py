@@ -82,9 +82,10 @@ def test_a_hub_out_of_reach_points_to_the_directory(monkeypatch: pytest.MonkeyPa
 
     asked: dict[str, Any] = {}
     monkeypatch.setattr("huggingface_hub.hf_hub_download", unreachable)
-    monkeypatch.setenv("SPECAUF_OFFLINE", "1")
-    with pytest.raises(UserError, match=r"openai/gsm8k: no route\)\. .* eval\.tasks_dir .* gsm8k\.jsonl"):
-        load_task("gsm8k")
+    for offline, told in (("0", "no route"), ("1", "it is not on disk, and SPECAUF_OFFLINE forbids .*")):
+        monkeypatch.setenv("SPECAUF_OFFLINE", offline)
+        with pytest.raises(UserError, match=rf"openai/gsm8k: {told}\)\. .* eval\.tasks_dir .* gsm8k\.jsonl"):
+            load_task("gsm8k")
     assert asked == {"repo_type": "dataset", "revision": HUB["gsm8k"].revision, "local_files_only": True}
 
 
