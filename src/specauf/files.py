@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import glob
 import json
 import logging
@@ -52,16 +53,48 @@ def _sibling(path: Path, kind: str) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.{kind}")
 
 
+def _siblings(path: Path, kind: str) -> list[Path]:
+    return list(path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.{kind}"))
+
+
+@contextlib.contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """Yield an empty directory beside `path`, which is deleted at the end, with those that killed writers of `path` left.
+
+    A lock tells theirs from one in use. One that is still empty may be in use and not locked yet.
+    """
+    for rest in _siblings(path, "tmp"):
+        with contextlib.suppress(OSError), _locked(rest, fcntl.LOCK_NB):
+            if any(rest.iterdir()):
+                shutil.rmtree(rest)
+    temporary = _sibling(path, "tmp")
+    temporary.mkdir()
+    try:
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):  # a file system without locks, where nothing is cleared away
+                stack.enter_context(_locked(temporary))
+            yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(directory: Path, option: int = 0) -> Iterator[None]:
+    number = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | option)
+        yield
+    finally:
+        os.close(number)
+
+
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path to write the file at; it replaces `path` on a clean exit and is deleted on any other."""
     path = _destination(path)
-    temporary = _sibling(path, "tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _temporary(path) as directory:
+        yield directory / path.name
+        os.replace(directory / path.name, path)
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:
@@ -142,22 +175,21 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
     path = _destination(path)
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "is a file, where a directory is to be written", str(path))
-    temporary, old = _sibling(path, "tmp"), _sibling(path, "old")
-    temporary.mkdir()
+    old = _sibling(path, "old")
     try:
-        yield temporary
-        try:
-            with contextlib.suppress(FileNotFoundError):
-                os.rename(path, old)
-            os.rename(temporary, path)
-        except BaseException:  # including Ctrl-C between the two renames
-            if old.exists() and not path.exists():
-                os.rename(old, path)
-            raise
+        with _temporary(path) as temporary:
+            yield temporary
+            try:
+                with contextlib.suppress(FileNotFoundError):
+                    os.rename(path, old)
+                os.rename(temporary, path)
+            except BaseException:  # including Ctrl-C between the two renames
+                if old.exists() and not path.exists():
+                    os.rename(old, path)
+                raise
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if path.exists():
-            shutil.rmtree(old, ignore_errors=True)
+        for rest in _siblings(path, "old") if path.exists() else ():
+            shutil.rmtree(rest, ignore_errors=True)
 
 
 def recover_dir(path: str | Path) -> None:
@@ -166,13 +198,12 @@ def recover_dir(path: str | Path) -> None:
     Several processes may call this at once, but not while another writes `path`.
     """
     path = _destination(path)
-    for old in path.parent.glob(f".{glob.escape(path.name)}.*.old"):
+    for old in _siblings(path, "old"):
         with contextlib.suppress(OSError):  # somebody else was faster
             if not path.exists():
                 os.rename(old, path)
-    for rest in path.parent.glob(f".{glob.escape(path.name)}.*.*"):
-        if rest.suffix in (".tmp", ".old"):
-            shutil.rmtree(rest, ignore_errors=True)
+    for rest in (*_siblings(path, "tmp"), *_siblings(path, "old")):
+        shutil.rmtree(rest, ignore_errors=True)
 
 
 def set_aside(path: Path) -> None:

@@ -136,6 +136,31 @@ def test_what_a_kill_between_the_two_renames_left_is_put_back(tmp_path: Path) ->
     assert (path / "x").read_text() == "then"
 
 
+@pytest.mark.parametrize("whole", [atomic_file, atomic_dir])
+def test_what_a_killed_writer_left_is_cleared_by_the_next_and_what_is_in_use_is_not(tmp_path: Path, whole: Any) -> None:
+    path = tmp_path / "out"
+    if not (child := os.fork()):
+        with whole(path) as temporary:
+            (temporary / "half" if temporary.is_dir() else temporary).write_text("half")
+            os._exit(0)  # as a kill, without cleaning up
+    os.waitpid(child, 0)
+    assert len(os.listdir(tmp_path)) == 1
+    with whole(path) as ours:
+        (ours / "x" if ours.is_dir() else ours).write_text("ours")
+        assert len(os.listdir(tmp_path)) == 1
+        with whole(path) as theirs:
+            (theirs / "x" if theirs.is_dir() else theirs).write_text("theirs")
+    assert (path / "x" if path.is_dir() else path).read_text() == "ours" and os.listdir(tmp_path) == ["out"]
+
+
+def test_the_next_directory_clears_what_a_kill_between_the_two_renames_left(tmp_path: Path) -> None:
+    for name in (".out.0123abcd.old", ".out.b.0123abcd.old"):
+        (tmp_path / name).mkdir()
+    with atomic_dir(tmp_path / "out"):
+        pass
+    assert {p.name for p in tmp_path.iterdir()} == {"out", ".out.b.0123abcd.old"}, "that one is out.b's"
+
+
 def test_what_is_set_aside_replaces_what_was_before(tmp_path: Path) -> None:
     set_aside(tmp_path / "checkpoint")
     assert not list(tmp_path.iterdir())
