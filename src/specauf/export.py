@@ -23,7 +23,8 @@ from specauf.config import EMBEDDED, LOOKUP
 from specauf.drafter.average import average_weights
 from specauf.drafter.checkpoint import fingerprint, load_drafter, save_drafter
 from specauf.drafter.config import DFlashConfig
-from specauf.report.words import average, escape, fixed, span
+from specauf.report.tables import method_label, task_label
+from specauf.report.words import average, count, escape, fixed, real, span
 from specauf.strict import UserError, choose
 
 LAYOUTS = ("zlab", "speculators")
@@ -101,7 +102,7 @@ def _results_of(path: Path, config: DFlashConfig, weights: str) -> dict[str, Any
     found, target = page.read(path), config.extra.get("target_fingerprint")
     if "evaluation" not in found:
         raise UserError(f"{path} was not written by `specauf eval`, whose figures are what a model card shows")
-    measured = found.get("provenance", {}).get("target", {}).get("fingerprint")
+    measured = ((found.get("provenance") or {}).get("target") or {}).get("fingerprint")
     if target and measured and target != measured:
         raise UserError(
             f"{path} was measured on another target ({measured}) than the drafter was trained for ({target})"
@@ -262,14 +263,15 @@ def _made(origin: Mapping[str, Any]) -> str:
 
 def _measured(results: dict[str, Any]) -> list[str]:
     """One of the card's tables of tau, which includes prompt lookup, and a sentence that compares the two."""
-    labels = {m["name"]: escape(m["label"]) for m in results["methods"]}
+    labels = {m["name"]: escape(method_label(results, m["name"])) for m in results["methods"]}
     kinds = {m["name"]: m.get("kind") for m in results["methods"]}
-    tasks = list(results["evaluation"].values())
+    evaluation = results["evaluation"]
+    tasks = list(evaluation.values())
     names = [n for n in labels if any(n in task["methods"] for task in tasks)]
     rows = ["| τ | " + " | ".join(f"{labels[n]} | before the text loops" for n in names) + " |"]
     rows.append("|---|" + "---:|---:|" * len(names))
     ahead = {"drafter": 0, "both": 0}
-    for task in tasks:
+    for key, task in evaluation.items():
         cells: list[str] = []
         for name in names:
             found = task["methods"].get(name, {})
@@ -277,15 +279,17 @@ def _measured(results: dict[str, Any]) -> list[str]:
                 f"{fixed(found.get('tau'))} {_between(found.get('interval'))}",
                 fixed(found.get("tau_before_loop")),
             ]
-        rows.append(f"| {escape(task['label'])} ({task['prompts']}) | " + " | ".join(cells) + " |")
-        taus = {name: found["tau"] for name, found in task["methods"].items()}
+        rows.append(
+            f"| {escape(task_label(results, key))} ({count(task.get('prompts'))}) | " + " | ".join(cells) + " |"
+        )
+        taus = {name: real(found.get("tau")) or 0.0 for name, found in task["methods"].items()}
         for kind in ahead:
             best = max((tau for name, tau in taus.items() if kinds.get(name) == kind), default=0)
             ahead[kind] += best > taus.get(LOOKUP, 0)
     means = [fixed(average(tasks, name, key)) for name in names for key in ("tau", "tau_before_loop")]
     if len(tasks) > 1:
         rows.append("| average | " + " | ".join(means) + " |")
-    settings, made = results.get("settings", {}), results.get("provenance", {})
+    settings, made = results.get("settings") or {}, results.get("provenance") or {}
     said = escape(", ".join(f"{key} {value}" for key, value in settings.items()))
     alone = f"a drafter has the higher mean on {ahead['drafter']} of {len(tasks)} tasks"
     verdict = alone if ahead["drafter"] else "no drafter here is above it"

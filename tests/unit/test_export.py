@@ -165,6 +165,18 @@ def test_the_card_averages_tasks_method_by_method_and_counts_those_that_are_won(
     assert "a drafter has the higher mean on 1 of 2 tasks, and lookup first with the drafter elsewhere on 1." in card
 
 
+def test_a_card_is_made_from_whatever_a_report_is(checkpoint: Path, tmp_path: Path) -> None:
+    """Results without labels, settings or numbers, as somebody may have cut or written them."""
+    found = results("0123456789ab")
+    del found["methods"][0]["label"]
+    found |= {"settings": None, "provenance": None}
+    found["evaluation"]["birds"] = {"methods": {"mine": {"tau": None}, "prompt-lookup": {}}}
+    (tmp_path / "results.json").write_text(json.dumps(found))
+    export(checkpoint, tmp_path / "out", results=[tmp_path / "results.json"])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| birds (–) | –  | – | –  | – |" in card and "no drafter here is above it" in card
+
+
 def test_results_are_of_this_drafter_in_whatever_dtype_it_was_measured(checkpoint: Path, tmp_path: Path) -> None:
     shipped, path = tmp_path / "shipped", tmp_path / "results.json"
     export(checkpoint, shipped)

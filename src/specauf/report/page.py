@@ -24,7 +24,7 @@ def read(path: str | Path) -> dict[str, Any]:
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read: {error}") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is no JSONDecodeError
         raise UserError(f"{file} is not JSON ({error}). Write it again with `specauf eval`") from None
     check(results, str(file))
     return results

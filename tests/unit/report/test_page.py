@@ -113,6 +113,9 @@ def test_missing_and_broken_files_are_the_users_to_mend(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text('{"title": ')
     with pytest.raises(UserError, match=r"results\.json is not JSON"):
         page.read(tmp_path)
+    (tmp_path / "results.json").write_text('{"title": ' + "9" * 5000 + "}")
+    with pytest.raises(UserError, match=r"results\.json is not JSON"):
+        page.read(tmp_path)
     (tmp_path / "results.json").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="cannot be read"):
         page.read(tmp_path)
