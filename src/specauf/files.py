@@ -214,18 +214,18 @@ def set_aside(path: Path) -> None:
         os.replace(path, before)
 
 
-def read_json(path: Path, remedy: str) -> Any:
-    """What a JSON file of ours holds. Raises `UserError` with the `remedy` when something else has written in it."""
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """The object that a JSON file of ours holds. Raises `UserError` with the `remedy` when something else has written in it."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}): {remedy}") from None
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSON-lines log, up to the first line that a kill cut short; none when there is no log."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
             rows.append(json.loads(line))
         except ValueError:

@@ -24,7 +24,7 @@ from specauf.data.dataset import META, Prompts, TokenDataset, write_heldout
 from specauf.data.rollouts import SETTINGS, RolloutConfig
 from specauf.data.sources import Ledger, Message
 from specauf.decode.roller import ANEW, WHOLE, Roller, Sample
-from specauf.files import atomic_file, atomic_write_text
+from specauf.files import atomic_file, atomic_write_text, read_json
 from specauf.locks import claim, turn
 from specauf.strict import UserError, to_dict
 
@@ -130,7 +130,7 @@ def _begin(out: Path, made_of: dict[str, Any]) -> None:
     path = out / SETTINGS
     found: dict[str, Any] = {}
     if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path, "choose another --out, or delete the directory and its answers")
         free = () if (out / META).is_file() else ("max_tokens",)
         changed = [
             f"{k} {found.get(k)!r}, now {v!r}" for k, v in made_of.items() if found.get(k) != v and k not in free

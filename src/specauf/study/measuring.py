@@ -132,7 +132,7 @@ def check_live_all(study: Study, target: Target, part: str, console: Console) ->
 def read_live(study: Study, subject: Subject, task: str, about: Mapping[str, Any]) -> dict[str, Any] | None:
     """`prompts`, `rounds`, `problems` and `near_ties` of a live check of this drafter; None when there was none."""
     path = _live_path(study, subject, task)
-    found: dict[str, Any] = read_json(path, "delete it, and it is made again") if path.is_file() else {}
+    found = read_json(path, "delete it, and it is made again") if path.is_file() else {}
     return found if found.get("key") == _live_key(study, subject, about) else None
 
 

@@ -36,7 +36,7 @@ def describe(study: Study, task: str, wanted: Recording, target: Target) -> dict
     path = _path(study, task, wanted.temperature)
     if not path.is_file():
         return None
-    found: dict[str, Any] = read_json(path, "delete it, and it is made again")
+    found = read_json(path, "delete it, and it is made again")
     fits = Recording(**found["recording"]).covers(wanted, len(set(found["clusters"])))
     return found if fits and found["made_of"] == _made_of(study, target, _prompts(study, task), wanted) else None
 

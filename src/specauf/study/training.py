@@ -224,7 +224,7 @@ def steps_of(study: Study, target: Target, corpus: Corpus, cell: Cell, console: 
 
 def _calibrations(study: Study) -> dict[str, Any]:
     path = study.out / CALIBRATION
-    return dict(read_json(path, "delete it, and steps are timed again")) if path.is_file() else {}
+    return read_json(path, "delete it, and steps are timed again") if path.is_file() else {}
 
 
 def _bare_trainer(target: Target, corpus: Corpus, config: RunConfig) -> Trainer:

@@ -155,8 +155,8 @@ def resume(trainer: Trainer, out: Path) -> bool:
     trainer.survival = state.get("survival", {})
     log = out / "log.jsonl"
     if log.is_file() and trainer.ranks.main:
-        lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
-        atomic_write_text(log, "".join(line for line in lines if _step(line) <= done))
+        lines = log.read_bytes().splitlines(keepends=True)
+        atomic_write_text(log, b"".join(line for line in lines if _step(line) <= done).decode())
     return True
 
 
@@ -192,9 +192,9 @@ def _other(directory: Path, what: str, told: Sequence[str]) -> UserError:
     )
 
 
-def _step(line: str) -> float:
+def _step(line: bytes) -> float:
     """The step that a line of the log is of; infinity for a line that a kill cut short, or that is not of the log."""
     try:
-        return int(json.loads(line)["step"]) if line.endswith("\n") else math.inf
+        return int(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
     except (ValueError, KeyError, TypeError):
         return math.inf

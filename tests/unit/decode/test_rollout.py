@@ -20,7 +20,7 @@ from specauf import provenance
 from specauf.config import DataConfig, SamplingConfig
 from specauf.data.chat import prompt_ids
 from specauf.data.dataset import HELDOUT, META, TOKENS, Prompts, TokenDataset, prepare, read_prompts, training_order
-from specauf.data.rollouts import RolloutConfig, _first, rollout_meta
+from specauf.data.rollouts import SETTINGS, RolloutConfig, _first, rollout_meta
 from specauf.data.sources import Ledger
 from specauf.decode.generate import generate
 from specauf.decode.propose import PromptLookup
@@ -244,6 +244,13 @@ def test_an_unfinished_run_goes_on_with_more_tokens_or_fewer_and_repeats_no_answ
     assert len(set(rolled)) == len(rolled) and set(rolled) >= set(some.uid.tolist())
     with pytest.raises(UserError, match="begun with max_tokens 100, now 200"):
         world.roll(dataclasses.replace(SAMPLED, max_tokens=200))
+
+
+def test_settings_that_are_damaged_are_named(world: World) -> None:
+    (world.out / "out").mkdir()
+    (world.out / "out" / SETTINGS).write_text('{"target": ')
+    with pytest.raises(UserError, match=r"rollout\.json is damaged .*: choose another --out"):
+        world.roll(GREEDY)
 
 
 def test_held_out_conversations_never_appear_and_their_prompts_come_along(world: World, greedy: TokenDataset) -> None:

@@ -405,8 +405,8 @@ def test_lines_of_the_log_that_are_not_its_own_stop_no_resume(
     target: Target, dataset: TokenDataset, tmp_path: Path
 ) -> None:
     make(target, dataset, tmp_path, max_steps=1).run()
-    with (tmp_path / "log.jsonl").open("a") as log:
-        log.write('{"note": "mine"}\n{"step": 1, bad}\n3\n')
+    with (tmp_path / "log.jsonl").open("ab") as log:
+        log.write(b'{"note": "mine"}\n{"step": 1, bad}\n3\n\xff\xe9\n')
     assert checkpoint.resume(make(target, dataset, tmp_path, max_steps=1), tmp_path)
     assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [1]
 
