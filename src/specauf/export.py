@@ -230,7 +230,7 @@ def _history(told: Mapping[str, Any], before: int = 0) -> dict[str, str]:
         if data.get("kept_out") is not None:
             rows["prompts kept out of it"] = ", ".join(data["kept_out"]) or "none"
     for number, other in enumerate(told.get("averaged_with", ()), 1):
-        trained = other["trained"]
+        trained = other.get("trained") or {}
         answers = f", trained on {_trained_on(trained, trained['data'])}" if trained.get("data") else ""
         rows[f"averaged with{f' ({number})' if number > 1 else ''}"] = f"{_made(other)}{answers}"
     if "init_layers" in told:
@@ -239,7 +239,7 @@ def _history(told: Mapping[str, Any], before: int = 0) -> dict[str, str]:
     if origin := told.get("init_from"):
         size = f" in blocks of {origin['block_size']}" if "block_size" in origin else ""
         rows[f"went on from{when}"] = f"{_made(origin)}{size}"
-        rows |= _history(origin.get("trained", {}), before + 1)
+        rows |= _history(origin.get("trained") or {}, before + 1)
     return rows
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -224,8 +225,9 @@ class DFlashConfig:
         parts = (data, *(data.get(key, {}) for key in ("dflash_config", "specauf") if isinstance(data, Mapping)))
         if not all(isinstance(part, Mapping) for part in parts):
             raise ConfigError(f"{where} is not a drafter's configuration: it, dflash_config and specauf are mappings")
-        if not all(isinstance(data.get(key) or [], list) for key in ("architectures", "layer_types")):
-            raise ConfigError(f"{where}: architectures and layer_types are lists")
+        for names in (data.get(key) or [] for key in ("architectures", "layer_types")):
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise ConfigError(f"{where}: architectures and layer_types are lists of names")
         _require_history(data.get("specauf", {}), where)
         if "speculators_model_type" in data:
             raise ConfigError(f"{where} is in speculators' layout, which is written here and not read: give z-lab's")
@@ -260,9 +262,16 @@ class DFlashConfig:
             "max_position_embeddings",
         ]
         numbers = {name: get(name) for name in plain_fields}
+        spread = data.get("initializer_range")
+        numbers["initializer_range"] = 0.02 if spread is None else spread
         for name, value in {**numbers, "rope_theta": theta}.items():
-            usable = isinstance(value, (int, float) if name in ("rms_norm_eps", "rope_theta") else int)
-            if isinstance(value, bool) or not usable or value < 0 or (value == 0 and name != "mask_token_id"):
+            real = name in ("rms_norm_eps", "rope_theta", "initializer_range")
+            usable = isinstance(value, (int, float) if real else int) and not isinstance(value, bool)
+            if (
+                not usable
+                or not 0 <= value < (math.inf if real else 1 << 30)
+                or (value == 0 and name not in ("mask_token_id", "initializer_range"))
+            ):
                 raise ConfigError(f"{where}: {name} is {value!r}, which is no such number")
         ids = get("target_layer_ids")
         if not isinstance(ids, (list, tuple)) or not all(isinstance(i, int) for i in ids):
@@ -271,7 +280,6 @@ class DFlashConfig:
             **numbers,
             target_layer_ids=tuple(ids),
             rope_theta=float(theta),
-            initializer_range=data.get("initializer_range", 0.02),
             bos_token_id=data.get("bos_token_id"),
             eos_token_id=data.get("eos_token_id"),
             domino=domino,
@@ -296,8 +304,8 @@ def _shipped_theta(data: Mapping[str, Any], where: str) -> Any:
     scaling = data.get("rope_scaling") or {}
     if not isinstance(rope, Mapping) or not isinstance(scaling, Mapping):
         raise ConfigError(f"{where}: rope_parameters and rope_scaling are mappings, got {rope!r} and {scaling!r}")
-    kinds = {kind.get("rope_type", kind.get("type", "default")) for kind in (rope, scaling)}
-    if kinds != {"default"} or rope.get("partial_rotary_factor") not in (None, 1):
+    kinds = [kind.get("rope_type", kind.get("type", "default")) for kind in (rope, scaling)]
+    if kinds != ["default"] * 2 or rope.get("partial_rotary_factor") not in (None, 1):
         raise ConfigError(f"{where}: only the default rotary embedding is supported")
     theta = rope.get("rope_theta", data.get("rope_theta"))
     if theta is None:
@@ -307,14 +315,26 @@ def _shipped_theta(data: Mapping[str, Any], where: str) -> Any:
 
 def _require_history(told: Any, where: str) -> None:
     """Raise `ConfigError` when a checkpoint's record of its training, or of what it was made from, has another shape."""
-    if not isinstance(told, Mapping) or not isinstance(told.get("data") or {}, Mapping):
-        raise ConfigError(f"{where}: `specauf`, and `data` in it, are mappings")
+
+    def demand(part: Any, name: str, needed: Sequence[str] = (), **kinds: Any) -> None:
+        if not isinstance(part, Mapping):
+            raise ConfigError(f"{where}: {name} is a mapping, got {part!r}")
+        for key, kind in kinds.items():
+            if (key in part or key in needed) and not isinstance(part.get(key), kind):
+                raise ConfigError(f"{where}: {name}.{key} is {part.get(key)!r}, which says nothing about its training")
+
+    demand(told, "specauf", target=str | None, epochs=int | float)
+    data, numbers = told.get("data") or {}, dict.fromkeys(("conversations", "max_length"), int)
+    needed = ("path", *numbers) if data else ()
+    demand(data, "specauf.data", needed, path=str, supervised_tokens=int, kept_out=list | None, **numbers)
+    if not all(isinstance(label, str) for label in data.get("kept_out") or ()):
+        raise ConfigError(f"{where}: specauf.data.kept_out is {data['kept_out']!r}, which is no list of names")
+    rollouts = data.get("rollouts") or {}
+    demand(rollouts, "specauf.data.rollouts", ("temperature",) if rollouts else (), temperature=int | float)
     others = told.get("averaged_with") or []
     given = [told.get("init_from"), *(others if isinstance(others, list) else [others])]
-    sources = [source for source in given if source]
-    if not all(isinstance(source, Mapping) for source in sources):
-        raise ConfigError(f"{where}: specauf.init_from is a mapping, specauf.averaged_with a list of mappings")
-    for source in sources:
+    for source in filter(None, given):
+        demand(source, "specauf.init_from or averaged_with", ("path", "weights"), path=str, weights=str)
         _require_history(source.get("trained") or {}, where)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,9 @@ def test_checkpoint_round_trip_keeps_every_tensor_and_field(target: Target, tmp_
     assert not any("embed_tokens" in n or "lm_head" in n or n.startswith("model.") for n in names)
 
 
+DATA, MADE_FROM = {"path": "x", "conversations": 3, "max_length": 9}, {"path": "x", "weights": "0"}
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -184,9 +188,19 @@ def test_checkpoint_round_trip_keeps_every_tensor_and_field(target: Target, tmp_
         ({"rope_parameters": "default"}, "rope_parameters and rope_scaling are mappings"),
         ({"layer_types": 3}, "architectures and layer_types are lists"),
         ({"architectures": 3}, "architectures and layer_types are lists"),
-        ({"specauf": {"data": [1]}}, "`data` in it, are mappings"),
-        ({"specauf": {"init_from": "x"}}, "specauf.init_from is a mapping"),
-        ({"specauf": {"averaged_with": [{"trained": {"data": 3}}]}}, "`data` in it, are mappings"),
+        ({"architectures": [["DFlashDraftModel"]]}, "architectures and layer_types are lists of names"),
+        ({"rope_parameters": {"rope_theta": 1e4, "rope_type": ["default"]}}, "only the default rotary embedding"),
+        ({"rms_norm_eps": math.nan}, "rms_norm_eps is nan, which is no such number"),
+        ({"initializer_range": -1}, "initializer_range is -1, which is no such number"),
+        ({"intermediate_size": 10**30}, "intermediate_size is 10+, which is no such number"),
+        ({"specauf": {"data": [1]}}, "specauf.data is a mapping"),
+        ({"specauf": {"target": 3}}, "specauf.target is 3, which says nothing"),
+        ({"specauf": {"data": {"path": "x", "conversations": 3}}}, "specauf.data.max_length is None"),
+        ({"specauf": {"data": {**DATA, "kept_out": [1]}}}, "kept_out is .1., which is no list of names"),
+        ({"specauf": {"data": {**DATA, "rollouts": {"samples": 1}}}}, "rollouts.temperature is None"),
+        ({"specauf": {"init_from": "x"}}, "specauf.init_from or averaged_with is a mapping"),
+        ({"specauf": {"init_from": {"path": "x"}}}, "averaged_with.weights is None"),
+        ({"specauf": {"averaged_with": [{**MADE_FROM, "trained": {"data": 3}}]}}, "specauf.data is a mapping, got 3"),
     ],
 )
 def test_a_configuration_that_would_run_wrong_is_refused(target: Target, change: dict[str, Any], told: str) -> None:
@@ -199,7 +213,11 @@ def test_a_configuration_that_would_run_wrong_is_refused(target: Target, change:
 def test_a_field_that_is_null_counts_as_absent(target: Target) -> None:
     shipped = make_geometry(target).to_json()
     nested = shipped["dflash_config"]
-    empty = {"mask_token_id": None, "rope_parameters": {**shipped["rope_parameters"], "partial_rotary_factor": None}}
+    empty = {
+        "mask_token_id": None,
+        "initializer_range": None,
+        "rope_parameters": {**shipped["rope_parameters"], "partial_rotary_factor": None},
+    }
     assert DFlashConfig.from_json({**shipped, **empty}).mask_token_id == nested["mask_token_id"]
 
 
