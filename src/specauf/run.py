@@ -263,8 +263,11 @@ def open_run(
         checkpoint.resume(trainer, out)
     elif ranks.main:
         recover_dir(out / "checkpoint")  # or a later resume would bring back a discarded checkpoint
-        for path in (out / "checkpoint", out / "log.jsonl"):
-            set_aside(path)
+        if (
+            out / "checkpoint"
+        ).exists():  # else an earlier --fresh may have been killed, and its log is not what was set aside
+            set_aside(out / "log.jsonl")
+            set_aside(out / "checkpoint")
     if len(set(ranks.gather(trainer.done))) > 1:
         raise UserError(f"the processes see different checkpoints in {out}: `out` has to be on a disk that they share")
     known = draft_vocabulary(drafter, target, prepared.train)

@@ -115,6 +115,26 @@ def test_training_is_called_by_the_variant_that_a_recipe_names(world: Path, caps
     assert "training decay-only: done" in capsys.readouterr().out
 
 
+def test_starting_over_twice_keeps_the_log_of_the_checkpoint_that_was_set_aside(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = world / "anew"
+    command = ["train", str(world / "recipe.yaml"), "--set", f"out={out}", "train.eval_every=0", "train.max_steps=2"]
+    assert main(command) == 0
+    log, weights = (out / "log.jsonl").read_bytes(), (out / "checkpoint" / "model.safetensors").read_bytes()
+
+    def killed(*given: object, **options: object) -> None:
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("specauf.train.checkpoint.save", killed)
+        with pytest.raises(ZeroDivisionError):
+            main([*command, "--fresh"])
+    assert main([*command, "--fresh"]) == 0
+    assert (out / "log.jsonl.before").read_bytes() == log
+    assert (out / "checkpoint.before" / "model.safetensors").read_bytes() == weights
+
+
 def test_the_python_of_the_serving_page_decodes(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
