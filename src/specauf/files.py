@@ -68,12 +68,18 @@ def _temporary(path: Path) -> Iterator[Path]:
             if any(rest.iterdir()):
                 shutil.rmtree(rest)
     temporary = _sibling(path, "tmp")
-    temporary.mkdir()
     try:
+        temporary.mkdir()
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(OSError):  # a file system without locks, where nothing is cleared away
                 stack.enter_context(_locked(temporary))
             yield temporary
+    except FileNotFoundError:
+        if temporary.exists():
+            raise
+        raise UserError(
+            f"{path.parent} was removed while {path.name} was written there: run the command again"
+        ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,14 @@ def test_what_a_killed_writer_left_is_cleared_by_the_next_and_what_is_in_use_is_
         with whole(path) as theirs:
             (theirs / "x" if theirs.is_dir() else theirs).write_text("theirs")
     assert (path / "x" if path.is_dir() else path).read_text() == "ours" and os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("whole", [atomic_file, atomic_dir])
+def test_a_directory_that_is_removed_meanwhile_is_named(tmp_path: Path, whole: Any) -> None:
+    with pytest.raises(UserError, match="run was removed while x was written"), whole(tmp_path / "run" / "x"):
+        shutil.rmtree(tmp_path / "run")
+    with pytest.raises(FileNotFoundError), whole(tmp_path / "run" / "x"):
+        (tmp_path / "nowhere").read_text()
 
 
 def test_the_next_directory_clears_what_a_kill_between_the_two_renames_left(tmp_path: Path) -> None:
