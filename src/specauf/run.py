@@ -263,9 +263,8 @@ def open_run(
         checkpoint.resume(trainer, out)
     elif ranks.main:
         recover_dir(out / "checkpoint")  # or a later resume would bring back a discarded checkpoint
-        if (
-            out / "checkpoint"
-        ).exists():  # else an earlier --fresh may have been killed, and its log is not what was set aside
+        # Without a checkpoint an earlier --fresh may have been killed, and the log is not that of what was set aside.
+        if (out / "checkpoint").exists():
             set_aside(out / "log.jsonl")
             set_aside(out / "checkpoint")
     if len(set(ranks.gather(trainer.done))) > 1:
