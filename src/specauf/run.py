@@ -24,6 +24,7 @@ from specauf.data.records import corpus_files
 from specauf.data.rollouts import RolloutConfig, open_rollouts, rollout_meta
 from specauf.decode.generate import undecodable
 from specauf.decode.propose import DrafterProposer
+from specauf.decode.replay import Dialogue, check_reach
 from specauf.decode.roller import Roller
 from specauf.decode.rollout import Advance, begin_all, rollout
 from specauf.decode.server import Server
@@ -229,10 +230,13 @@ def require_trainable(config: RunConfig, target: Target, prepared: Prepared, *, 
     require_batch(len(prepared.train), config.train)
     require_heldout(config, prepared)
     why = undecodable(target)
-    if why and config.train.eval_every:
-        raise UserError(f"{why}. It can be trained for with train.eval_every=0")
-    if config.train.eval_every and config.eval.sampling.proposal != "greedy":
-        raise ConfigError("train.eval_every replays, which needs eval.sampling.proposal=greedy")
+    if config.train.eval_every:
+        if why:
+            raise UserError(f"{why}. It can be trained for with train.eval_every=0")
+        if config.eval.sampling.proposal != "greedy":
+            raise ConfigError("train.eval_every replays, which needs eval.sampling.proposal=greedy")
+        prompts = [Dialogue(p.id, [0] * p.tokens) for p in prepared.heldout[: config.eval.prompts]]
+        check_reach(target, prompts, config.eval.max_new_tokens + config.drafter.block_size - 1)
     if resume:
         checkpoint.require_same_recipe(out, config)
     if why:

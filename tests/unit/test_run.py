@@ -246,6 +246,10 @@ def test_replay_that_cannot_be_had_is_refused_before_features(
     drawn = dataclasses.replace(wanted.eval, sampling=SamplingConfig(temperature=1.0, proposal="sampled"))
     with pytest.raises(ConfigError, match=r"train\.eval_every replays, which needs eval\.sampling\.proposal=greedy"):
         require_trainable(dataclasses.replace(wanted, eval=drawn), target, data)
+    monkeypatch.setattr(target, "reach", 3 + wanted.eval.max_new_tokens + wanted.drafter.block_size - 1)
+    require_trainable(wanted, target, data)
+    with pytest.raises(UserError, match="a has a prompt of 4 tokens; leave it out, or lower the new tokens"):
+        require_trainable(wanted, target, data._replace(heldout=[prompt._replace(tokens=4)]))
     monkeypatch.setattr("specauf.run.undecodable", lambda target: "it has linear attention")
     with pytest.raises(UserError, match=r"linear attention\. It can be trained for with train\.eval_every=0"):
         require_trainable(wanted, target, data)
