@@ -18,9 +18,9 @@ from specauf.bench.selection import selected
 from specauf.bench.server import check_server
 from specauf.bench.tasks import describe_task, load_task, render_prompts
 from specauf.config import LOOKUP, EvalConfig, SamplingConfig
-from specauf.decode.generate import Generation
+from specauf.decode.generate import Generation, require_decodable
 from specauf.decode.propose import DrafterProposer, LookupFirst, PromptLookup
-from specauf.decode.replay import Replayable
+from specauf.decode.replay import Replayable, check_reach
 from specauf.decode.select import Selection
 from specauf.decode.server import Server
 from specauf.drafter.checkpoint import fingerprint, load_drafter
@@ -100,6 +100,8 @@ def evaluate(
     block, flag = first.config.block_size, _thinking(first)
     lookup = lookup_block or block
     proposers, methods, pairs = _lineup(target, drafters, candidate_pool, lookup_first, lookup)
+    if selection:  # now, not when all is recorded; a drawn proposal is refused there
+        require_decodable(target, proposers[next(iter(drafters))], SamplingConfig(), selection)
     box = provenance.for_report()  # now: a commit made while this runs is not what it runs
     tasks = record_tasks(target, config, max(block, lookup), flag, data_dir, out, console)
     trajectories = sum(len(task.trajectories) for task in tasks.values())
@@ -204,18 +206,20 @@ def record_tasks(
     out: Path,
     console: Progress,
 ) -> dict[str, Recorded]:
-    """The target's trajectories on every task, kept in `out/trajectories`. No task is recorded before all are read."""
-    everything = {
-        task: load_task(task, tasks_dir=config.tasks_dir, data_dir=data_dir)[: config.prompts] for task in config.tasks
-    }
+    """The target's trajectories on every task, kept in `out/trajectories`. No task is recorded before all are read, and fit."""
+    everything = {}
+    for task in config.tasks:
+        prompts = load_task(task, tasks_dir=config.tasks_dir, data_dir=data_dir)[: config.prompts]
+        everything[task] = render_prompts(target, prompts, enable_thinking)
+        check_reach(target, everything[task], config.max_new_tokens + block_size - 1)
     tasks = {}
-    for task, prompts in everything.items():
+    for task, dialogues in everything.items():
         label = describe_task(task, tasks_dir=config.tasks_dir).label
-        with console.progress(f"recording the target on {label}", len(prompts)) as advance:
+        with console.progress(f"recording the target on {label}", len(dialogues)) as advance:
             tasks[task] = recorded(
                 target,
                 label,
-                render_prompts(target, prompts, enable_thinking),
+                dialogues,
                 config,
                 block_size,
                 out / "trajectories",

@@ -100,7 +100,7 @@ def generate(
     empty = [i for i, prompt in enumerate(prompts) if not len(prompt)]
     if empty:
         raise UserError(f"prompt {empty[0]} is empty: there is no token to start from")
-    _check(target, proposer, sampling, selection)
+    require_decodable(target, proposer, sampling, selection)
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     longest = max(len(p) + limit for p, limit in zip(prompts, limits, strict=True))
     target.require_reach(longest, "shorten the prompts, or lower the new tokens")
@@ -121,22 +121,21 @@ def warm_tokens(target: Target, limit: int) -> int:
 def undecodable(target: Target) -> str | None:
     """Why the target cannot be decoded here, as far as its configuration says; None if it can."""
     try:
-        _require_columns(target)
-        Columns(target)
+        require_decodable(target, None, SamplingConfig(), None)
     except UserError as error:
         return str(error)
     return None
 
 
-def _require_columns(target: Target) -> None:
+def require_decodable(
+    target: Target, proposer: Proposer | None, sampling: SamplingConfig, selection: Selection | None
+) -> None:
+    """Raise `UserError` when the target, or the proposer with it, cannot be decoded so, whatever the prompts are."""
     if "local" in getattr(target.config, "attention_layers", ()) or getattr(target.config, "model_type", "") == "mpt":
         raise UserError(
             f"{target.name} attends to the last columns of its cache, which in a batch are not the last tokens"
         )
-
-
-def _check(target: Target, proposer: Proposer | None, sampling: SamplingConfig, selection: Selection | None) -> None:
-    _require_columns(target)
+    Columns(target, whole=selection is not None)
     if target.device.type == "mps" and (sampling.temperature > 0 or selection):
         raise UserError("draws are made in float64, which mps does not have: use target.device=cpu, or temperature 0")
     drawn = sampling.proposal == "sampled"

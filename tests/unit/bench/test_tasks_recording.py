@@ -22,6 +22,7 @@ from specauf.decode import replay as replaying
 from specauf.decode.generate import generate
 from specauf.decode.propose import DrafterProposer, LookupFirst, PromptLookup
 from specauf.decode.replay import Dialogue, Trajectory, record, replay, trajectory_features
+from specauf.decode.select import Selection
 from specauf.drafter.dflash import DFlash
 from specauf.files import json_text
 from specauf.strict import UserError
@@ -361,3 +362,22 @@ def test_two_tasks_of_one_label_are_checked_apart(talker: Target, tmp_path: Path
     found, passed = compare.evaluate(talker, drafters, config, tmp_path / "out", None, 1, Silent())
     assert passed, [check["value"] for check in found["checks"]]
     assert len(found["checks"]) == 2 * 2 * 2  # tasks, methods, batch sizes
+
+
+def test_what_cannot_be_measured_is_refused_before_anything_is_recorded(
+    talker: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, words in (("short", 1), ("long", 200)):
+        line = json.dumps({"id": f"{name}/0", "turns": ["fox " * words]})
+        (tmp_path / f"{name}.jsonl").write_text(line)
+    monkeypatch.setattr(talker, "reach", 128)
+    monkeypatch.setattr(compare, "recorded", lambda *given: pytest.fail("recorded"))
+    drafters = {"drafter": DFlash(make_geometry(talker, block_size=BLOCK, taps=1))}
+    config = dataclasses.replace(PLAN, tasks=("short", "long"), tasks_dir=str(tmp_path))
+    with pytest.raises(UserError, match="long/0 has a prompt of"):
+        compare.evaluate(talker, drafters, config, tmp_path / "out", None, 0, Silent())
+    config = dataclasses.replace(config, tasks=("short",))
+    monkeypatch.setattr(talker.model.config, "layer_types", ["sliding_attention"] * talker.num_layers, raising=False)
+    monkeypatch.setattr(talker.model.config, "sliding_window", 200, raising=False)
+    with pytest.raises(UserError, match="self-selection needs a target with full attention"):
+        compare.evaluate(talker, drafters, config, tmp_path / "out", None, 0, Silent(), Selection(3))
