@@ -8,7 +8,7 @@ from typing import Any
 
 import tyro
 
-from specauf.strict import require
+from specauf.strict import ConfigError, require
 
 LISTS = ("--set", "--average-with", "--results", "--eval.tasks", "--stage", "--parts")
 """Options that take several values."""
@@ -22,7 +22,10 @@ def parse(verbs: Any, given: Sequence[str], description: str | None) -> Any:
     for flag in LISTS:
         arguments = gathered(arguments, flag)
     options: dict[str, Any] = {"args": arguments, "prog": "specauf", "description": description}
-    verb, unknown = tyro.cli(verbs, **options, return_unknown_args=True)
+    try:
+        verb, unknown = tyro.cli(verbs, **options, return_unknown_args=True)
+    except ConfigError:  # a value that does not fit the others, perhaps for want of one behind an unknown option
+        return tyro.cli(verbs, **options)
     changes = " ".join(item for item in unknown if "=" in item and not item.startswith("-"))
     require(not changes or not hasattr(verb, "set"), f"unrecognized: {changes}; write --set {changes}")
     return tyro.cli(verbs, **options) if unknown else verb  # it names the unknown ones, and the nearest options

@@ -35,6 +35,7 @@ def test_an_override_without_its_flag_is_told_the_flag(before: list[str]) -> Non
         (["train", "r.yaml", "--fesh"], "--fresh"),
         (["train", "r.yaml", "more"], "Unrecognized options: more"),
         (["report", "a", "b=c"], "Unrecognized options: b=c"),
+        (["rollout", "r.yaml", "--out", "o", "--samples", "2", "--sampling.temperature", "1"], "Unrecognized"),
     ],
 )
 def test_other_unknown_options_are_answered_by_tyro(
@@ -43,3 +44,8 @@ def test_other_unknown_options_are_answered_by_tyro(
     with pytest.raises(SystemExit) as stop:
         parse(cli._verbs(), arguments, None)
     assert stop.value.code == 2 and told in capsys.readouterr().err
+
+
+def test_options_that_do_not_go_together_are_told_where_none_is_unknown() -> None:
+    with pytest.raises(ConfigError, match="2 samples at temperature 0"):
+        parse(cli._verbs(), ["rollout", "r.yaml", "--out", "o", "--samples", "2"], None)
