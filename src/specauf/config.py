@@ -149,6 +149,8 @@ class DrafterConfig:
         require(self.block_size >= 2, f"drafter.block_size counts the anchor and must be >= 2, got {self.block_size}")
         at_least(self, "drafter", num_hidden_layers=1, num_taps=1, intermediate_size=1, gru_hidden_dim=1, emb_dim=1)
         at_least(self, "drafter", pure_draft_prefix_len=0, draft_vocab_size=2)
+        idle = self.kind == "domino" and self.pure_draft_prefix_len >= self.block_size - 1
+        require(not idle, "drafter.pure_draft_prefix_len leaves Domino's head no prediction to correct: lower it")
         require(self.target_layer_ids != (), "drafter.target_layer_ids is empty; leave it out for evenly spaced taps")
         require(
             self.init_layers is None or len(self.init_layers) == self.num_hidden_layers,

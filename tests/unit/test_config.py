@@ -201,6 +201,8 @@ def test_yaml_1_1_scientific_notation_is_a_number(tmp_path: Path, text: str) -> 
         ("drafter: {target_layer_ids: [1, x]}", ["r.yaml.drafter.target_layer_ids[1]", "expected int", "'x'"]),
         ("drafter: {target_layer_ids: 3}", ["r.yaml.drafter.target_layer_ids", "expected a list", "write [3]"]),
         ("drafter: {shift_label: false}", ["drafter.shift_label", "set drafter.kind=domino"]),
+        ("drafter: {kind: domino, block_size: 2}", ["pure_draft_prefix_len leaves", "no prediction"]),
+        ("drafter: {kind: domino, pure_draft_prefix_len: 7}", ["pure_draft_prefix_len leaves", "no prediction"]),
         ("objective: {lambda_base_start: 0.5}", ["objective.lambda_base_start", "set drafter.kind=domino"]),
         ("objective: {variant: b-auf, support: base}", ["leave out objective.support"]),
         ("objective: {final_options: {k: 1}}", ["objective.final_options needs objective.final"]),
