@@ -154,6 +154,8 @@ def make_rollouts(
     """
     if server and drafter:
         raise ConfigError("--drafter is for decoding here: start the server with it")
+    if plan.sampling.proposal == "sampled" and not drafter:
+        raise ConfigError("--proposal sampled draws from a drafter, and none is given: give --drafter, or leave it out")
     proposer = DrafterProposer(load_drafter(drafter).to(target.embed_weight), target) if drafter else None
     roller = Roller(target, config.data, plan, target.mask_token_id(config.drafter.mask_token_id), proposer, server)
     if server:

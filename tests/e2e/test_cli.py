@@ -283,6 +283,8 @@ def test_rollouts_are_training_data_and_a_drafter_goes_on_from_another(
         (["prepare", "{recipe}", "--set", "target.path=./nothing"], "no such directory: ./nothing"),
         (["rollout", "{recipe}", "--out", "x", "--samples", "2"], "2 samples at temperature 0"),
         (["rollout", "{recipe}", "--out", "x", "--temperature", "-1"], "temperature must be >= 0"),
+        (["rollout", "{recipe}", "--out", "x", "--temperature", "1", "--proposal", "sampled"], "and none is given"),
+        (["generate", "x", "hi", "--candidate-temperature", "1"], "give --candidates 2 or more with it"),
         (["generate", "prompt-lookup", "hi", "--lookup-first", "2"], "need a drafter; prompt-lookup is not one"),
         (["eval", "x", "--candidates", "0"], "candidates must be at least 1, got 0"),
         (["generate", "x", "hi", "--sampling.proposal", "sampled"], "proposal 'sampled'"),

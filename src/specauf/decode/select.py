@@ -39,6 +39,8 @@ class Selection:
     def of(cls, candidates: int, temperature: float) -> Selection | None:
         """None for one candidate: plain speculative decoding. Raises `ConfigError` out of range."""
         made = cls(candidates, temperature)
+        alone = candidates == 1 and temperature != cls.temperature
+        require(not alone, "--candidate-temperature is that of drawn blocks: give --candidates 2 or more with it")
         return made if candidates > 1 else None
 
     def __str__(self) -> str:

@@ -210,7 +210,7 @@ def test_what_cannot_be_proposed_is_refused(target: Target, prompts: list[list[i
         record(target, [("a", prompts[0])], limit=4, block_size=5, sampling=drawn)
     with pytest.raises(ConfigError, match="needs temperature > 0"):
         SamplingConfig(proposal="sampled")
-    for wrong in ((0, 1.5), (2, 0.0)):
+    for wrong in ((0, 1.5), (2, 0.0), (1, 0.7)):
         with pytest.raises(ConfigError, match="candidates"):
             Selection.of(*wrong)
     assert Selection.of(1, 1.5) is None
