@@ -185,6 +185,7 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
     try:
         with _temporary(path) as temporary:
             yield temporary
+            _settle(temporary)
             try:
                 with contextlib.suppress(FileNotFoundError):
                     os.rename(path, old)
@@ -196,6 +197,14 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
     finally:
         for rest in _siblings(path, "old") if path.exists() else ():
             shutil.rmtree(rest, ignore_errors=True)
+
+
+def _settle(directory: Path) -> None:
+    """Have the disk hold every file, so that a power cut finds the new content or the old, and not a new name for nothing."""
+    for file in directory.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as held:
+                os.fsync(held)
 
 
 def recover_dir(path: str | Path) -> None:

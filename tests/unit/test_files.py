@@ -75,6 +75,21 @@ def test_nothing_is_at_the_destination_until_the_directory_is_whole(tmp_path: Pa
     assert (path / "x").read_text() == "1" and os.listdir(path.parent) == ["out"]
 
 
+def test_a_directory_takes_its_name_when_the_disk_has_all_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a power cut could leave the new name for empty files, and the old directory deleted."""
+    done: list[str] = []
+    settle, rename = os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda file: done.append("fsync") or settle(file))
+    monkeypatch.setattr(os, "rename", lambda a, b: done.append("rename") or rename(a, b))
+    with atomic_dir(tmp_path / "out") as directory:
+        (directory / "inner").mkdir()
+        (directory / "a").write_text("a")
+        (directory / "inner" / "b").write_text("b")
+    assert done.count("fsync") == 2 and done[:2] == ["fsync"] * 2
+
+
 def test_a_directory_is_replaced_and_not_merged(tmp_path: Path) -> None:
     path = tmp_path / "out"
     path.mkdir()
