@@ -380,8 +380,9 @@ class Target:
             )
         if tokenizer.mask_token_id is not None:
             return int(tokenizer.mask_token_id)
-        if len(tokenizer) < vocab:
-            return len(tokenizer)
+        beyond = max(tokenizer.get_vocab().values()) + 1  # more than their number where ids have gaps
+        if beyond < vocab:
+            return beyond
         named = {getattr(tokenizer, f"{kind}_token_id", None) for kind in ("bos", "eos", "pad", "unk")} | self.eos_ids()
         free = [
             i

@@ -246,7 +246,9 @@ def test_the_fingerprint_does_not_depend_on_a_call_of_the_tokenizer(make_tokeniz
     assert found[0] == found[1]
 
 
-def test_mask_is_a_row_of_the_embedding_that_text_never_uses(make_tokenizer: Any) -> None:
+def test_mask_is_a_row_of_the_embedding_that_text_never_uses(
+    make_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The one that is given, the tokenizer's own, the first beyond the tokenizer, or a special token that nothing uses."""
     tokenizer = make_tokenizer()
     rows = len(tokenizer)
@@ -264,6 +266,9 @@ def test_mask_is_a_row_of_the_embedding_that_text_never_uses(make_tokenizer: Any
         target(rows).mask_token_id()  # both special tokens are the template's
     with pytest.raises(ConfigError, match="must be given"):
         make_target().mask_token_id()
+    with monkeypatch.context() as patch:  # ids with a gap: their number is one of them
+        patch.setattr(type(tokenizer), "get_vocab", lambda _: {"a": 0, "b": rows + 1})
+        assert target(rows + 8).mask_token_id() == rows + 2
     tokenizer.add_tokens(["<|spare|>", "<|other|>"], special_tokens=True)
     assert target(rows + 2).mask_token_id() == rows + 1
     tokenizer.chat_template += "<|other|>"

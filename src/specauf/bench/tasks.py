@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from specauf import assets
-from specauf.data.chat import TemplateRefused, prompt_ids
+from specauf.data.chat import TemplateRefused, prompt_ids, require_text
 from specauf.data.dataset import HELDOUT
 from specauf.data.records import read_records
 from specauf.data.sources import Ledger
@@ -225,9 +225,10 @@ def render_prompts(target: Target, prompts: Sequence[BenchPrompt], enable_thinki
     """First prompts as token ids through the target's own chat template, generation prompt included.
 
     Later turns stay text: their prompts contain the target's answers, so they are rendered while those are recorded.
-    Raises `UserError` when the template refuses a prompt.
+    Raises `UserError` when the template refuses a prompt, or leaves out what messages say.
     """
     tokenizer, found = target.require_tokenizer(), []
+    require_text(tokenizer, enable_thinking)
     for p in prompts:
         try:
             ids = prompt_ids(tokenizer, p.messages, enable_thinking)

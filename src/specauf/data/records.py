@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specauf.strict import UserError
+from specauf.strict import UserError, counted
 
 if TYPE_CHECKING:
     from specauf.data.sources import Ledger
@@ -132,7 +132,8 @@ def _read_lines(path: Path, ledger: Ledger) -> Iterator[Any]:
         ledger.warnings.append(f"{path.name}: the last line ({last:,}) is cut; its {lost:,} bytes are lost")
         bad -= 1
     if bad:
-        ledger.warnings.append(f"{path.name}: {bad:,} lines are not JSON, the first is line {first:,}")
+        are = "is" if bad == 1 else "are"
+        ledger.warnings.append(f"{path.name}: {counted(bad, 'lines')} {are} not JSON, the first is line {first:,}")
 
 
 def _read_parquet(path: Path) -> Iterator[Any]:

@@ -212,6 +212,12 @@ def test_a_prompt_that_the_template_refuses_is_named(talker: Target, monkeypatch
         render_prompts(talker, [BenchPrompt("own/3", [{"role": "user", "content": "x"}])], False)
 
 
+def test_a_template_that_leaves_out_the_text_measures_nothing(talker: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(talker.tokenizer, "chat_template", "{% for m in messages %}{{ m.role }}{% endfor %}")
+    with pytest.raises(UserError, match="leaves out the text of messages"):
+        render_prompts(talker, [], False)
+
+
 def test_a_smaller_block_makes_the_same_rounds_over_a_larger_recording(
     target: Target, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
