@@ -34,17 +34,14 @@ def markdown(results: Results, captions: Mapping[str, str] | None = None) -> str
         caption = escape((captions or {}).get(name, ""))
         return f"![{caption}](figures/{name}.png)\n\n*{caption}*" if caption else ""
 
-    tasks, ledger = results["evaluation"], results.get("ledger") or {}
-    per_task = [
-        "\n\n".join(
-            filter(
-                None,
-                [f"**{escape(task_label(results, t))}**", escape(task_note(results, t)), table(task_rows(results, t))],
-            )
-        )
-        for t in tasks
-    ]
-    live = []
+    ledger = results.get("ledger") or {}
+    per_task, live = list[str](), list[str]()
+    for t in results["evaluation"]:
+        per_task += [
+            f"**{escape(task_label(results, t))}**",
+            escape(task_note(results, t)),
+            table(task_rows(results, t)),
+        ]
     for sample in results.get("live") or []:
         text = "".join(
             f"<b>{html.escape(clean(s['text']))}</b>" if s.get("kind") == "draft" else html.escape(clean(s["text"]))

@@ -146,11 +146,8 @@ def ledger_rows(results: Results) -> Rows:
     rows += [[name, count(ledger[key])] for key, name in (("records_in", "read"), ("kept", "kept")) if key in ledger]
     rows += [[f"dropped: {clean(reason)}", count(n)] for reason, n in dropped.items()]
     if "records_in" in ledger and "kept" in ledger:
-        missing = (
-            (real(ledger["records_in"]) or 0)
-            - (real(ledger["kept"]) or 0)
-            - sum(real(n) or 0 for n in dropped.values())
-        )
+        known = [real(n) or 0 for n in (ledger["kept"], *dropped.values())]
+        missing = (real(ledger["records_in"]) or 0) - sum(known)
         rows += [["unaccounted for", count(missing)]] if missing else []
     return rows + [[f"kept, but changed: {clean(reason)}", count(n)] for reason, n in changed.items()]
 
