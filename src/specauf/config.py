@@ -12,7 +12,7 @@ import math
 import os
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -363,10 +363,8 @@ class RunConfig:
         for section, names in DOMINO.items():
             chosen = getattr(self, section)
             for name in names if self.drafter.kind == "dflash" else ():
-                default = next(f for f in fields(chosen) if f.name == name)
-                unset = default.default_factory() if callable(default.default_factory) else default.default
                 require(
-                    getattr(chosen, name) == unset,
+                    getattr(chosen, name) == getattr(type(chosen)(), name),
                     f"{section}.{name} is for a drafter with two branches: set drafter.kind=domino",
                 )
 
