@@ -28,10 +28,10 @@ from specauf.decode.verify import (
     accept_greedy,
     accept_sampled,
     at,
-    uniform,
     warp,
 )
 from specauf.drafter.domino import Domino
+from specauf.objective.blocks import counter_uniform
 from specauf.strict import UserError
 from specauf.target import Target
 
@@ -250,7 +250,7 @@ class _Batch:
             return sample_candidates(logits, self.selection, sampling.seed, self.uid, anchors), None
         if isinstance(proposer, DrafterProposer) and sampling.proposal == "sampled":
             after = anchors[:, None] + torch.arange(1, proposer.block_size, device=ids.device)
-            numbers = uniform(sampling.seed, PROPOSE, self.uid[:, None], after)
+            numbers = counter_uniform(sampling.seed, PROPOSE, self.uid[:, None], after)
             draft, law = proposer.sample(ids, anchors, sampling.temperature, numbers)
             return draft[:, None], law
         return (proposer.propose(ids, anchors) if proposer else ids[:, :0])[:, None], None
@@ -274,8 +274,8 @@ class _Batch:
             accepted, ending = accept_greedy(draft, logits)
         else:
             chance = logits.softmax(-1)
-            accepting = uniform(seed, ACCEPT, self.uid[:, None], after[:, :k])
-            drawing = uniform(seed, RESAMPLE, self.uid[:, None], after)
+            accepting = counter_uniform(seed, ACCEPT, self.uid[:, None], after[:, :k])
+            drawing = counter_uniform(seed, RESAMPLE, self.uid[:, None], after)
             if law is None:
                 accepted, ending = accept_sampled(draft, chance, accepting, drawing)
             else:

@@ -16,7 +16,8 @@ import torch
 from torch.nn import functional as F
 
 from specauf.config import SamplingConfig
-from specauf.decode.verify import CANDIDATE, draw, uniform, warp
+from specauf.decode.verify import CANDIDATE, draw, warp
+from specauf.objective.blocks import counter_uniform
 from specauf.strict import require
 
 if TYPE_CHECKING:
@@ -95,9 +96,8 @@ def sample_candidates(
     device = logits.device
     position = anchors[:, None, None] + torch.arange(1, logits.shape[1] + 1, device=device)[:, None]
     number = torch.arange(1, selection.candidates, device=device)
-    drawn = draw(
-        (logits / selection.temperature).softmax(-1), uniform(seed, CANDIDATE, uid[:, None, None], position, number)
-    )
+    numbers = counter_uniform(seed, CANDIDATE, uid[:, None, None], position, number)
+    drawn = draw((logits / selection.temperature).softmax(-1), numbers)
     return torch.cat([logits.argmax(-1)[..., None], drawn], 2).transpose(1, 2)
 
 

@@ -21,29 +21,18 @@ from transformers import (
 )
 
 from specauf.config import SamplingConfig
-from specauf.objective.blocks import counter_uniform
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
     from torch import Tensor
 
 ACCEPT, RESAMPLE, PROPOSE, CANDIDATE = -1, -2, -3, -4
-"""Streams of `uniform`. ACCEPT decides acceptance at a position, RESAMPLE draws the token that ends a round.
+"""Streams of the counter hash of (seed, stream, prompt, position), so that no draw depends on the batch layout. ACCEPT decides
+acceptance at a position, RESAMPLE draws the token that ends a round.
 
 PROPOSE and CANDIDATE draw draft tokens. They must share nothing with the first two, or the output loses the target's law.
 None is an epoch: anchors are drawn by (seed, epoch, uid, position), and those of a rollout must not know how its tokens fell.
 """
-
-
-def uniform(
-    seed: int, stream: int, uid: Int[Tensor, ...], position: Int[Tensor, ...], candidate: Int[Tensor, ...] | None = None
-) -> Float[Tensor, ...]:
-    """float64 in [0, 1): a function of (seed, stream, prompt, position), so no draw depends on the batch layout.
-
-    With `candidate`, a function of the candidate's number too.
-    """
-    counters = (uid, position) if candidate is None else (uid, position, candidate)
-    return counter_uniform(seed, stream, *counters)
 
 
 def warp(

@@ -15,7 +15,8 @@ from specauf.config import SamplingConfig
 from specauf.decode import generate, select, verify
 from specauf.decode.propose import Proposer
 from specauf.decode.select import Selection
-from specauf.decode.verify import ACCEPT, uniform
+from specauf.decode.verify import ACCEPT
+from specauf.objective.blocks import counter_uniform
 from specauf.target import Target
 
 KINDS: dict[str, tuple[dict[str, Any], Selection | None]] = {
@@ -60,7 +61,7 @@ def test_the_test_fails_when_the_choice_sees_what_accepts(tiny: Target, monkeypa
 
     def note(logits: Any, how: Any, seed: int, uid: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
         nonlocal accepting
-        accepting = uniform(seed, ACCEPT, uid[:, None], anchors[:, None] + torch.arange(1, 3))
+        accepting = counter_uniform(seed, ACCEPT, uid[:, None], anchors[:, None] + torch.arange(1, 3))
         return select.sample_candidates(logits, how, seed, uid, anchors)
 
     def peek(draft: torch.Tensor, target: torch.Tensor, sampling: SamplingConfig) -> torch.Tensor:

@@ -12,8 +12,8 @@ from specauf.decode.generate import Generation, generate
 from specauf.decode.propose import DrafterProposer, PromptLookup
 from specauf.decode.replay import record
 from specauf.decode.select import Selection, build_tree, choose, sample_candidates
-from specauf.decode.verify import uniform
 from specauf.drafter.dflash import DFlash
+from specauf.objective.blocks import counter_uniform
 from specauf.strict import ConfigError, UserError
 from specauf.target import Target
 
@@ -31,13 +31,13 @@ class Oracle(DrafterProposer):
     def logits(self, ids: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
         place = anchors[:, None] + torch.arange(1, self.block_size)
         v = self.target.config.vocab_size
-        z = uniform(0, 7, place[..., None], torch.arange(v))
+        z = counter_uniform(0, 7, place[..., None], torch.arange(v))
         for row, anchor in enumerate(anchors.tolist()):
             prefix = ids[row, : anchor + 1].tolist()
             text = next(t for t in self.known if t[: anchor + 1] == prefix)  # StopIteration: this is not the text
             for j, token in enumerate(text[anchor + 1 : anchor + self.block_size]):
                 for stream, choice in enumerate((token, (token + 1) % v)):
-                    z[row, j, choice] += 5 + float(uniform(0, stream, place[row, j], place[row, j]))
+                    z[row, j, choice] += 5 + float(counter_uniform(0, stream, place[row, j], place[row, j]))
         return z.float()
 
 

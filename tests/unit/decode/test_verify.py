@@ -16,9 +16,9 @@ from specauf.decode.verify import (
     accept_sampled,
     draw,
     leftover,
-    uniform,
     warp,
 )
+from specauf.objective.blocks import counter_uniform
 
 V = 5
 
@@ -121,8 +121,8 @@ def test_the_rarest_tokens_are_drawn_in_double_precision() -> None:
 def test_a_number_is_of_its_seed_stream_prompt_position_and_candidate() -> None:
     uid, position, candidate = torch.arange(3)[:, None, None], torch.arange(4)[:, None], torch.arange(5)
     streams = (ACCEPT, RESAMPLE, PROPOSE)  # of one position: what proposes a token may not accept or replace it
-    drawn = torch.stack([uniform(s, t, uid, position, candidate) for s in (0, 1) for t in streams])
-    plain = torch.stack([uniform(s, t, uid[..., 0], position[:, 0]) for s in (0, 1) for t in streams])
+    drawn = torch.stack([counter_uniform(s, t, uid, position, candidate) for s in (0, 1) for t in streams])
+    plain = torch.stack([counter_uniform(s, t, uid[..., 0], position[:, 0]) for s in (0, 1) for t in streams])
     everything = torch.cat([drawn.flatten(), plain.flatten()])
     assert len(everything.unique()) == 2 * 3 * 3 * 4 * (5 + 1)
     assert everything.min() >= 0 and everything.max() < 1
