@@ -99,7 +99,7 @@ class Roller:
         """Answer every turn of every sample; the batch goes through the turns together."""
         while going := [row for sample in batch for row in sample.rows() if not row.stop]:
             prompts = [row.ids + row.pending for row in going]
-            limits = [min(self.plan.max_new_tokens, self._room(len(prompt))) for prompt in prompts]
+            limits = [min(self.plan.max_new_tokens, self.data.max_length - len(prompt)) for prompt in prompts]
             for row, tokens in zip(going, self._answer(prompts, limits, [row.uid for row in going]), strict=True):
                 self._take(row, tokens)
 
@@ -144,7 +144,7 @@ class Roller:
         except UnstableTemplate:
             pending = prompt_ids(self._tokenizer, [*said, *question], thinking)
             appends = False
-        if self._room(appends * len(row.ids) + len(pending)) < 2:
+        if self.data.max_length - appends * len(row.ids) - len(pending) < 2:
             row.stop = "samples ended at max_length"
         elif self.mask_token_id in pending:
             row.stop = "samples ended before a question with the MASK token"
@@ -152,9 +152,6 @@ class Roller:
             row.question, row.pending = question, pending
         else:
             row.begin_next(question, pending)
-
-    def _room(self, prompt: int) -> int:
-        return self.data.max_length - prompt
 
     @property
     def _tokenizer(self) -> Any:
