@@ -158,9 +158,7 @@ def next_prompt(target: Target, dialogue: Dialogue, answered: Sequence[Trajector
     even when the limit cut it. If the template changes text that it rendered before (it drops the thinking of earlier
     answers, say), the conversation is rendered anew, as a server would. Raises `UserError` when the template refuses it.
     """
-    tokenizer, eos = target.tokenizer, target.eos_ids()
-    if tokenizer is None:
-        raise UserError(f"{target.name} has no tokenizer, which the second turn of {dialogue.id} needs")
+    tokenizer, eos = target.require_tokenizer(), target.eos_ids()
     tokens = [list(takewhile(lambda token: token not in eos, t.tokens[:limit])) for t in answered]
     texts = [str(tokenizer.decode(answer, clean_up_tokenization_spaces=False)) for answer in tokens]
     said: list[Mapping[str, str]] = [m._asdict() if isinstance(m, Message) else m for m in dialogue.messages]
