@@ -138,7 +138,7 @@ class Train:
             lock = hold(Path(config.out)) if ranks.main else None
         terminal.say("data: prepared before" if prepared.reused else "\n".join(prepared.ledger.lines()))
         with terminal.progress("features", float(len(prepared.train.ids)) if config.features.cache else 0) as advance:
-            features = run.feature_cache(config, target, prepared, on_progress=lambda n: advance(n, ""), ranks=ranks)
+            features = run.feature_cache(config, target, prepared, on_progress=advance, ranks=ranks)
         trainer = run.open_run(config, target, prepared, features, resume=not self.fresh, ranks=ranks)
         if sharded:
             target.shard()  # not before the drafter has its copies of the target's layers

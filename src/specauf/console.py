@@ -44,10 +44,8 @@ class Console(Protocol):
 
     def say(self, text: str) -> None: ...
 
-    def progress(
-        self, label: str, total: float, done: float = 0
-    ) -> AbstractContextManager[Callable[[float, str], None]]:
-        """Yield advance(amount, note). `done` was completed earlier and does not count in the rate."""
+    def progress(self, label: str, total: float, done: float = 0) -> AbstractContextManager[Callable[..., None]]:
+        """Yield advance(amount, note=""). `done` was completed earlier and does not count in the rate."""
 
 
 class Terminal:
@@ -61,9 +59,9 @@ class Terminal:
         self.rich.print(text, markup=False, emoji=False, soft_wrap=True)
 
     @contextmanager
-    def progress(self, label: str, total: float, done: float = 0) -> Iterator[Callable[[float, str], None]]:
+    def progress(self, label: str, total: float, done: float = 0) -> Iterator[Callable[..., None]]:
         if done >= total:  # nothing to do
-            yield lambda amount, note: None
+            yield lambda amount, note="": None
         elif self.lively:
             columns = (
                 TextColumn("{task.description}", markup=False),
@@ -75,13 +73,13 @@ class Terminal:
             )
             with Progress(*columns, console=self.rich) as bar:
                 task = bar.add_task(label, total=total, completed=int(done), note="")
-                yield lambda amount, note: bar.update(task, advance=amount, note=note)
+                yield lambda amount, note="": bar.update(task, advance=amount, note=note)
         else:
             began = last = time.perf_counter()
             before = done
             self.say(f"{label} ...")
 
-            def advance(amount: float, note: str) -> None:
+            def advance(amount: float, note: str = "") -> None:
                 nonlocal done, before, last
                 done += amount
                 now = time.perf_counter()

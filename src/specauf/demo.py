@@ -128,7 +128,7 @@ def run_demo(base: RunConfig, minutes: float, console: Console) -> Path:
         _write(plan, plan_path)
     lengths = [len(prepared.train[i].input_ids) for i in range(plan.examples)]
     with console.progress(f"features of {plan.examples} conversations", sum(lengths)) as advance:
-        features = feature_cache(base, target, prepared, plan.examples, lambda n: advance(n, ""))
+        features = feature_cache(base, target, prepared, plan.examples, advance)
 
     trainers = {name: open_run(_variant(base, name), target, prepared, features) for name in ("decay", "auf")}
     for name, trainer in trainers.items():
@@ -257,14 +257,8 @@ def _decode_live(
     with console.progress("decoding for real, plain and speculative", LIVE_PROMPTS * len(tasks)) as advance:
         for name, task in tasks.items():
             some = task.trajectories[:LIVE_PROMPTS]
-            checks[name] = check_live(
-                target,
-                proposer,
-                some,
-                min(LIVE_TOKENS, task.limit),
-                sampling=sampling,
-                on_done=lambda n: advance(n, ""),
-            )
+            limit = min(LIVE_TOKENS, task.limit)
+            checks[name] = check_live(target, proposer, some, limit, sampling=sampling, on_done=advance)
     return checks
 
 

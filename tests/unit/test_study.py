@@ -49,7 +49,7 @@ class Quiet:
         self.said.append(label)
         calls = 0
 
-        def advance(amount: float, note: str) -> None:
+        def advance(amount: float, note: str = "") -> None:
             nonlocal calls
             calls += 1
             if self.stop_at and label.startswith(self.stop_at[0]) and calls > self.stop_at[1]:

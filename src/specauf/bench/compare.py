@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 class Progress(Protocol):
-    def progress(self, label: str, total: float) -> AbstractContextManager[Callable[[float, str], None]]: ...
+    def progress(self, label: str, total: float) -> AbstractContextManager[Callable[..., None]]: ...
 
 
 def open_checkpoints(checkpoints: Sequence[Path]) -> dict[str, DFlash]:
@@ -143,7 +143,7 @@ def evaluate(
         for task, recording in tasks.items():
             with console.progress(f"asking the server on {recording.label}", len(recording.trajectories)) as advance:
                 given = (server, target, recording, rounds[task][name], config.sampling, block)
-                served = check_server(*given, lambda advance=advance: advance(1, ""))  # type: ignore[misc]
+                served = check_server(*given, advance)
             passed &= served.passed
             what = f"{name}, {recording.label}, served by vLLM: its text is the target's, its rounds are replay's"
             results["checks"].append({"name": what, "value": str(served), "passed": served.passed})
@@ -216,15 +216,7 @@ def record_tasks(
     for task, dialogues in everything.items():
         label = describe_task(task, tasks_dir=config.tasks_dir).label
         with console.progress(f"recording the target on {label}", len(dialogues)) as advance:
-            tasks[task] = recorded(
-                target,
-                label,
-                dialogues,
-                config,
-                block_size,
-                out / "trajectories",
-                lambda n, advance=advance: advance(n, ""),  # type: ignore[misc]
-            )
+            tasks[task] = recorded(target, label, dialogues, config, block_size, out / "trajectories", advance)
     return tasks
 
 
@@ -263,7 +255,7 @@ def _live(
                 sampling=config.sampling,
                 batch_size=together,
                 plain=before,
-                on_done=lambda n, advance=advance: advance(n, ""),  # type: ignore[misc]
+                on_done=advance,
             )
         checks.append(check)
     plain[:] = [check.plain for check in checks]

@@ -75,7 +75,7 @@ def selected(
     rounds: Mapping[str, Mapping[str, Sequence[Sequence[Round]]]],
     selection: Selection,
     config: EvalConfig,
-    progress: Callable[[str, float], AbstractContextManager[Callable[[float, str], None]]],
+    progress: Callable[[str, float], AbstractContextManager[Callable[..., None]]],
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The report's `selection` rows and `checks`, every drafter on every task. `rounds` as `measure` returns them."""
     rows, checks = [], []
@@ -83,13 +83,8 @@ def selected(
         for task, recording in tasks.items():
             count, label = len(recording.trajectories), f"{name}, {recording.label}, {selection}"
             with progress(f"live: {label}", count) as advance:
-
-                def done(n: int, advance: Callable[[float, str], None] = advance) -> None:
-                    advance(n, "")
-
-                row, problems = measure_selection(
-                    target, proposer, recording, rounds[task][name], selection, config, done
-                )
+                given = (recording, rounds[task][name], selection, config)
+                row, problems = measure_selection(target, proposer, *given, advance)
             rows.append({"name": name, "task": task, **row})
             if config.sampling.temperature == 0:
                 told = "; ".join(problems) or f"{counted(count, 'prompts')}, {counted(row['rounds'], 'rounds')}"

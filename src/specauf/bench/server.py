@@ -63,7 +63,7 @@ def check_server(
     rounds: Sequence[Sequence[Round]],
     sampling: SamplingConfig,
     block_size: int,
-    on_done: Callable[[], None] = lambda: None,
+    on_done: Callable[[int], None] = lambda n: None,
 ) -> Served:
     """Send a task's prompts, recorded with `sampling` (T=0); compare text with the recording, and rounds with replay's.
 
@@ -88,7 +88,7 @@ def check_server(
             margin = 0.0 if at is None else plain.margins[at]  # the recording itself departs from plain decoding
             told = f"{trajectory.id}: the server departs at token {at}, top-2 margin {margin:.2e}"
             (found.problems if margin > near_tie(target) else found.near_ties).append(told)
-        on_done()
+        on_done(1)
     return found
 
 

@@ -59,7 +59,7 @@ def test_a_server_that_decodes_as_we_do_agrees_even_if_it_counts_a_moment_later(
     target: Target, fake: Fake, task: Recorded, rounds: list[list[Round]]
 ) -> None:
     fake.late, done = 0.05, []
-    found = check_server(Server(fake.url + "/v1/"), target, task, rounds, SAMPLING, 5, lambda: done.append(1))
+    found = check_server(Server(fake.url + "/v1/"), target, task, rounds, SAMPLING, 5, done.append)
     total = sum(len(r) for r in rounds)
     assert found.passed and (found.rounds, found.replayed, found.same) == (total, total, len(done)) == (total, total, 8)
     assert str(found).startswith(f"{total} rounds over 8 equal texts, replay {total}; ")
@@ -130,7 +130,7 @@ def test_a_server_that_decodes_for_others_is_told(
 def test_a_server_that_decodes_for_others_between_two_prompts_is_told(
     target: Target, fake: Fake, task: Recorded, rounds: list[list[Round]]
 ) -> None:
-    def other() -> None:
+    def other(n: int) -> None:
         fake.rounds += 1
 
     with pytest.raises(UserError, match="decodes for others too"):

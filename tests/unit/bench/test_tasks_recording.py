@@ -352,8 +352,8 @@ def test_an_evaluation_names_the_commit_at_which_it_begins(
 
 
 class Silent:
-    def progress(self, label: str, total: float) -> AbstractContextManager[Callable[[float, str], None]]:
-        return nullcontext(lambda amount, note: None)
+    def progress(self, label: str, total: float) -> AbstractContextManager[Callable[..., None]]:
+        return nullcontext(lambda amount, note="": None)
 
 
 def test_two_tasks_of_one_label_are_checked_apart(talker: Target, tmp_path: Path) -> None:
