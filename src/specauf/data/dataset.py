@@ -44,6 +44,8 @@ WHOLE = 1 << 30
 """A corpus of fewer bytes is told from another by all of them."""
 THREADS, SLAB = 8, 256
 """Threads that render, and how many conversations are handed to them at once. Tokenizers let go of Python's lock."""
+LONGEST_PROMPT = 256
+"""Tokens of a held-out prompt at most."""
 TOKENS, META, HELDOUT = "tokens.safetensors", "meta.json", "heldout.json"
 
 
@@ -150,26 +152,20 @@ def prepare(
     source: Path,
     excluded_prompts: Iterable[str] = (),
     kept_out: Sequence[str] = (),
-    max_prompt_tokens: int = 256,
 ) -> Prepared:
     """Read, split, render and store the corpus `source` in `out`, or reuse what is there if nothing changed.
 
     Training conversations come in the order of a hash of (seed, uid), so a smaller `max_conversations` takes a prefix
-    of a larger one. Held-out prompts longer than `max_prompt_tokens`, or repeated, are left out and counted in
+    of a larger one. Held-out prompts longer than `LONGEST_PROMPT`, or repeated, are left out and counted in
     `train.meta["heldout"]`. `kept_out` names the tasks that `excluded_prompts` come from. Raises `UserError` when the corpus
     or the template leaves nothing to train on.
     """
     excluded = sorted(set(excluded_prompts))
-    key = _settings(config, tokenizer, source, excluded, max_prompt_tokens)["key"]
+    key = _settings(config, tokenizer, source, excluded)["key"]
     if (reused := _reuse(out, key)) is not None:
         return reused
     train, prompts, meta, ledger = read_prompts(
-        config,
-        tokenizer,
-        source=source,
-        excluded_prompts=excluded,
-        kept_out=kept_out,
-        max_prompt_tokens=max_prompt_tokens,
+        config, tokenizer, source=source, excluded_prompts=excluded, kept_out=kept_out
     )
     rows, names = _render_rows(train, config, tokenizer, ledger)
     ledger.kept = len(rows)
@@ -189,15 +185,14 @@ def read_prompts(
     source: Path,
     excluded_prompts: Iterable[str] = (),
     kept_out: Sequence[str] = (),
-    max_prompt_tokens: int = 256,
 ) -> Prompts:
     """Read and split the corpus as `prepare` does, without rendering its answers, which some templates do not allow."""
     require_text(tokenizer, config.enable_thinking)
     excluded, ledger = sorted(set(excluded_prompts)), Ledger()
     before = _fingerprint(source)
     train, heldout = training_order(config, source, ledger, excluded)
-    prompts, counts = _heldout_prompts(heldout, config, tokenizer, max_prompt_tokens)
-    meta = _settings(config, tokenizer, source, excluded, max_prompt_tokens) | {
+    prompts, counts = _heldout_prompts(heldout, config, tokenizer)
+    meta = _settings(config, tokenizer, source, excluded) | {
         "source_path": str(source.resolve()),
         "enable_thinking": config.enable_thinking,
         "max_length": config.max_length,
@@ -211,7 +206,7 @@ def read_prompts(
 
 
 def _settings(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, source: Path, excluded: list[str], max_prompt_tokens: int
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, source: Path, excluded: list[str]
 ) -> dict[str, Any]:
     """What prepared data depends on, and its digest as `key`."""
     meta: dict[str, Any] = {
@@ -221,7 +216,7 @@ def _settings(
         "tokenizer_hash": tokenizer_hash(tokenizer),
         "source": _fingerprint(source),
         "excluded_prompts": digest(excluded),
-        "max_prompt_tokens": max_prompt_tokens,
+        "max_prompt_tokens": LONGEST_PROMPT,
     }
     return meta | {"key": digest(meta)}
 
@@ -330,7 +325,7 @@ def _require_supervision(rows: list[Row], ledger: Ledger, source: Path) -> None:
 
 
 def _heldout_prompts(
-    conversations: list[Identified], config: DataConfig, tokenizer: PreTrainedTokenizerBase, limit: int
+    conversations: list[Identified], config: DataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[Prompt], dict[str, int]]:
     counts = {"conversations": len(conversations), "prompts": 0, "repeated": 0, "too_long": 0, "refused": 0}
     prompts: list[Prompt] = []
@@ -347,7 +342,7 @@ def _heldout_prompts(
         except UnstableTemplate:
             counts["refused"] += 1
             continue
-        if tokens > limit:
+        if tokens > LONGEST_PROMPT:
             counts["too_long"] += 1
         else:
             prompts.append(Prompt(conversation.id, [m._asdict() for m in messages], tokens))

@@ -129,7 +129,9 @@ def test_held_out_chats_and_their_questions_are_not_trained_on(run: Prepare) -> 
     assert counts["conversations"] == counts["prompts"] + counts["repeated"] + counts["too_long"] + counts["refused"]
 
 
-def test_held_out_prompts_end_at_the_first_user_turn_are_not_repeated_and_respect_the_limit(run: Prepare) -> None:
+def test_held_out_prompts_end_at_the_first_user_turn_are_not_repeated_and_respect_the_limit(
+    run: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
     corpus = records()
     corpus[1]["conversations"].insert(0, {"from": "system", "value": "be brief"})
     corpus[4]["conversations"][0]["value"] = "the fox " * 40
@@ -138,7 +140,8 @@ def test_held_out_prompts_end_at_the_first_user_turn_are_not_repeated_and_respec
     assert len(set(contents)) == len(contents) and held.train.meta["heldout"]["repeated"] > 0
     assert all([m["role"] for m in p.messages] in (["user"], ["system", "user"]) for p in held.heldout)
     longest = max(p.tokens for p in held.heldout)
-    shorter = run(corpus, heldout=0.8, max_prompt_tokens=longest - 1, out="b")
+    monkeypatch.setattr(dataset, "LONGEST_PROMPT", longest - 1)
+    shorter = run(corpus, heldout=0.8, out="b")
     assert shorter.train.meta["heldout"]["too_long"] == sum(p.tokens == longest for p in held.heldout) > 0
     assert shorter.heldout == [p for p in held.heldout if p.tokens < longest]
     assert shorter.ledger == held.ledger
@@ -160,7 +163,6 @@ def test_nothing_changed_means_nothing_is_read_again(run: Prepare, monkeypatch: 
         {"max_length": 32},
         {"enable_thinking": True},
         {"excluded_prompts": ["question 4"]},
-        {"max_prompt_tokens": 9},
         {"corpus": records(58)},
     ],
     ids=lambda change: next(iter(change)),
@@ -168,6 +170,12 @@ def test_nothing_changed_means_nothing_is_read_again(run: Prepare, monkeypatch: 
 def test_any_change_of_what_went_in_rebuilds(run: Prepare, change: dict[str, Any]) -> None:
     run()
     assert not run(**change).reused
+
+
+def test_another_limit_of_held_out_prompts_rebuilds(run: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
+    run()
+    monkeypatch.setattr(dataset, "LONGEST_PROMPT", 9)
+    assert not run().reused
 
 
 @pytest.mark.parametrize("whole", [dataset.WHOLE, 1])
