@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from specauf.drafter.config import DFlashConfig
 from specauf.drafter.dflash import DFlash
 from specauf.drafter.domino import Domino
 from specauf.drafter.vocabulary import kept_tokens
-from specauf.files import save_tensors
+from specauf.files import atomic_file, save_tensors
 from specauf.strict import UserError
 
 OLD_PREFIX = "logit_head."
@@ -33,14 +32,12 @@ def build_drafter(config: DFlashConfig, seed: int = 0) -> DFlash:
 def save_drafter(drafter: DFlash, directory: str | Path, extra: Mapping[str, Any] | None = None) -> Path:
     """Write `config.json` and `model.safetensors` in the z-lab layout, without a name prefix; atomic per file."""
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in drafter.state_dict().items()}
     config = dataclasses.replace(drafter.config, extra={**drafter.config.extra, **(extra or {})}).to_json()
     config["dtype"] = str(drafter.fc.weight.dtype).removeprefix("torch.")
-    save_tensors(tensors, directory / "model.safetensors.tmp", metadata={"format": "pt"})
-    (directory / "config.json.tmp").write_text(json.dumps(config, indent=2) + "\n")
-    os.replace(directory / "model.safetensors.tmp", directory / "model.safetensors")
-    os.replace(directory / "config.json.tmp", directory / "config.json")
+    with atomic_file(directory / "config.json") as text, atomic_file(directory / "model.safetensors") as weights:
+        save_tensors(tensors, weights, metadata={"format": "pt"})
+        text.write_text(json.dumps(config, indent=2) + "\n")
     return directory
 
 
