@@ -78,12 +78,8 @@ def copy_layers(drafter: DFlash, layers: nn.ModuleList, final_norm: nn.Module, i
     """Begin the drafter's layers as copies of `layers[i]` for i in `ids`, its norm as the target's, `fc` as the last tap.
 
     The drafter normalises queries and keys. If the target does not, the norm's gain becomes the root mean square that they
-    would have on unit-variance input. Raises `ConfigError` for a number of ids or a shape that is not the drafter's.
+    would have on unit-variance input. Raises `ConfigError` for an id or a shape that is not the drafter's.
     """
-    if len(ids) != len(drafter.layers):
-        raise ConfigError(
-            f"drafter.init_layers: {len(ids)} of the target's layers for {len(drafter.layers)} of the drafter's"
-        )
     for own, i in zip(drafter.layers, ids, strict=True):
         if not 0 <= i < len(layers):
             raise ConfigError(f"drafter.init_layers: the target has layers 0 to {len(layers) - 1}, not {i}")
@@ -99,35 +95,28 @@ def copy_layers(drafter: DFlash, layers: nn.ModuleList, final_norm: nn.Module, i
 
 def _copy(own: Layer, theirs: nn.Module, number: int) -> None:
     found, hidden = dict(theirs.named_parameters()), own.input_layernorm.weight.numel()
+    layer = f"drafter.init_layers: layer {number} of the target has"
     if sandwiched := [name for name in found if name.startswith(("pre_feedforward", "post_feedforward"))]:
-        raise ConfigError(
-            f"drafter.init_layers: layer {number} of the target has {sandwiched[0]}, its norms stand elsewhere than the "
-            "drafter's: leave init_layers out"
-        )
+        told = "its norms stand elsewhere than the drafter's: leave init_layers out"
+        raise ConfigError(f"{layer} {sandwiched[0]}, {told}")
     norms = {name for name in found if name.startswith("self_attn.") and "norm" in name}
     if unknown := sorted(norms - {f"self_attn.{side}_norm.weight" for side in "qk"}):
-        raise ConfigError(
-            f"drafter.init_layers: layer {number} of the target has {unknown[0]}, the drafter none: leave it out"
-        )
+        raise ConfigError(f"{layer} {unknown[0]}, the drafter none: leave it out")
     for name in PROJECTIONS:
         parameter = own.get_parameter(name)
         if name not in found or found[name].shape != parameter.shape:
             has = f"{tuple(found[name].shape)}" if name in found else "none"
-            raise ConfigError(
-                f"drafter.init_layers: layer {number} of the target has {has} for {name}, the drafter needs "
-                f"{tuple(parameter.shape)}: leave init_layers out, and intermediate_size"
-            )
+            needs = f"the drafter needs {tuple(parameter.shape)}: leave init_layers out, and intermediate_size"
+            raise ConfigError(f"{layer} {has} for {name}, {needs}")
         parameter.copy_(found[name])
         if (bias := name.replace("weight", "bias")) in found:
-            raise ConfigError(
-                f"drafter.init_layers: layer {number} of the target has {bias}, the drafter none: leave it out"
-            )
+            raise ConfigError(f"{layer} {bias}, the drafter none: leave it out")
     ours, its = _probe(own.mlp, hidden), _probe(theirs.get_submodule("mlp"), hidden)
     if (ours - its).norm() > 0.05 * its.norm():
         log.warning("drafter.init_layers: layer %d of the target has another activation: its MLP is no copy", number)
     for name in ("input_layernorm", "post_attention_layernorm"):
         if f"{name}.weight" not in found:
-            raise ConfigError(f"drafter.init_layers: layer {number} of the target has no {name}: leave init_layers out")
+            raise ConfigError(f"{layer} no {name}: leave init_layers out")
         own.get_submodule(name).weight.copy_(_gain(theirs.get_submodule(name), hidden))  # type: ignore[operator]
     for side in ("q", "k"):
         norm, name = own.self_attn.get_parameter(f"{side}_norm.weight"), f"self_attn.{side}_norm.weight"
