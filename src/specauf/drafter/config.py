@@ -105,11 +105,6 @@ class DFlashConfig:
             raise ConfigError(
                 f"target_layer_ids {list(self.target_layer_ids)}: name each layer once, in ascending order"
             )
-        if self.draft_vocab_size is not None and not 2 <= self.draft_vocab_size < self.vocab_size:
-            raise ConfigError(
-                f"draft_vocab_size {self.draft_vocab_size} must be at least 2 and less than the target's vocabulary, "
-                f"{self.vocab_size}"
-            )
         if self.draft_vocab_size is not None and self.domino:
             raise ConfigError("draft_vocab_size is not supported for a Domino drafter, whose correction is full-width")
         if self.head_dim % 2:
