@@ -23,8 +23,8 @@ from specauf.config import EMBEDDED, LOOKUP
 from specauf.drafter.average import average_weights
 from specauf.drafter.checkpoint import fingerprint, load_drafter, save_drafter
 from specauf.drafter.config import DFlashConfig
-from specauf.report.tables import method_label, task_label
-from specauf.report.words import average, count, escape, fixed, real, span
+from specauf.report.tables import method_label, task_label, tau_cell
+from specauf.report.words import average, count, escape, fixed, real
 from specauf.strict import UserError, choose
 
 LAYOUTS = ("zlab", "speculators")
@@ -177,6 +177,7 @@ def card(
     tags = ["speculative-decoding", kind.lower()]
     head = {"library_name": "specauf", "base_model": None if local else base, "license": license, "tags": tags}
     objective = _objective(told)
+    epochs = f", {told['epochs']:g} epochs" if "epochs" in told else ""
     size = f"{parameters / 1e6:.1f} M" if parameters >= 1e5 else str(parameters)
     rows = {
         "parameters": f"{size}, {dtype}; embedding and LM head are the target's",
@@ -186,7 +187,7 @@ def card(
         "mask token": config.mask_token_id,
         "objective": objective
         and f"{objective}, reduction {told.get('reduction')}, labels {told.get('labels', 'data')}",
-        "steps": "steps" in told and f"{told['steps']} of {told.get('max_steps', '?')}{_epochs(told)}",
+        "steps": "steps" in told and f"{told['steps']} of {told.get('max_steps', '?')}{epochs}",
         **_history(told),
         "target": f"{_display(told.get('target'))}, fingerprint {told.get('target_fingerprint', 'not recorded')}",
         "chat template": "template_hash" in told
@@ -214,11 +215,6 @@ def _objective(told: Mapping[str, Any]) -> str:
     """What a drafter was trained with: one objective, Domino's variant, or its base and final branches' objectives."""
     names = (told.get("objective"), told.get("final", {}).get("objective"))
     return told.get("variant") or " and ".join(dict.fromkeys(filter(None, names)))
-
-
-def _epochs(told: Mapping[str, Any]) -> str:
-    """Passes over the training conversations; empty for a checkpoint that does not say."""
-    return f", {told['epochs']:g} epochs" if "epochs" in told else ""
 
 
 def _history(told: Mapping[str, Any], before: int = 0) -> dict[str, str]:
@@ -275,10 +271,7 @@ def _measured(results: dict[str, Any]) -> list[str]:
         cells: list[str] = []
         for name in names:
             found = task["methods"].get(name, {})
-            cells += [
-                f"{fixed(found.get('tau'))} {_between(found.get('interval'))}",
-                fixed(found.get("tau_before_loop")),
-            ]
+            cells += [tau_cell(found), fixed(found.get("tau_before_loop"))]
         rows.append(
             f"| {escape(task_label(results, key))} ({count(task.get('prompts'))}) | " + " | ".join(cells) + " |"
         )
@@ -301,11 +294,6 @@ def _measured(results: dict[str, Any]) -> list[str]:
         f"{str(made.get('commit'))[:7]}, {str(made.get('created'))[:10]}). Prompt lookup copies from the context and needs "
         f"no weights: over all rounds {verdict}.",
     ]
-
-
-def _between(interval: Any) -> str:
-    pair = span(interval)
-    return f"[{fixed(pair[0])}, {fixed(pair[1])}]" if pair else ""
 
 
 def _display(target: str | None) -> str:

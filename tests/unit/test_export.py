@@ -174,7 +174,7 @@ def test_a_card_is_made_from_whatever_a_report_is(checkpoint: Path, tmp_path: Pa
     (tmp_path / "results.json").write_text(json.dumps(found))
     export(checkpoint, tmp_path / "out", results=[tmp_path / "results.json"])
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "| birds (–) | –  | – | –  | – |" in card and "no drafter here is above it" in card
+    assert "| birds (–) | – | – | – | – |" in card and "no drafter here is above it" in card
 
 
 def test_results_are_of_this_drafter_in_whatever_dtype_it_was_measured(checkpoint: Path, tmp_path: Path) -> None:
