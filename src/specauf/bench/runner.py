@@ -190,7 +190,7 @@ def measure(
             "label": task.label,
             "prompts": len(task.trajectories),
             "methods": {
-                method: summarise(found, tokens, proposers[method].block_size - 1, task.clusters).to_dict()
+                method: to_dict(summarise(found, tokens, proposers[method].block_size - 1, task.clusters))
                 | _unlooped(before_loop(found, task.onsets), proposers[method].block_size, task.clusters)
                 for method, found in rounds[name].items()
             },

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,9 +38,6 @@ class Acceptance:
     engine_tau: float
     """Generated tokens over rounds, prefill token included, as engines report it."""
     prompts: int
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "interval": list(self.interval)}
 
 
 def prompt_taus(rounds: Sequence[Sequence[Round]]) -> NDArray[np.float64]:
