@@ -89,7 +89,6 @@ class Status(NamedTuple):
     package: str
     version: str
     present: bool
-    path: Path
     bytes: int
     """On disk; 0 when not present."""
 
@@ -274,7 +273,7 @@ def status() -> list[Status]:
             path = _cached_path(asset)
             present = os.access(path, os.R_OK)
             size = path.stat().st_size if present else 0
-        found.append(Status(asset.name, asset.package, asset.version, present, path, size))
+        found.append(Status(asset.name, asset.package, asset.version, present, size))
     return found
 
 

@@ -16,7 +16,7 @@ Usage = collections.namedtuple("Usage", "total used free")
 
 
 def record(present: bool, size: int = 0) -> assets.Status:
-    return assets.Status("smollm2", "some-package", "0.1.2", present, Path("/x"), size)
+    return assets.Status("smollm2", "some-package", "0.1.2", present, size)
 
 
 @pytest.fixture
