@@ -48,8 +48,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Tick = Callable[[int], None]
-
 
 def corpus_path(config: RunConfig) -> Path:
     """The corpus on disk; `sharegpt` is the embedded one."""
@@ -145,7 +143,7 @@ def make_rollouts(
     plan: RolloutConfig,
     out: Path,
     drafter: Path | None = None,
-    on_progress: Advance | None = None,
+    on_progress: Advance = lambda samples, tokens, seconds: None,
     server: Server | None = None,
 ) -> TokenDataset:
     """The target's own answers to the training prompts of `source`.
@@ -309,7 +307,7 @@ def feature_cache(
     target: Target,
     prepared: Prepared,
     examples: int | None = None,
-    on_progress: Tick | None = None,
+    on_progress: Callable[[int], None] = lambda tokens: None,
     ranks: Ranks | None = None,
 ) -> FeatureCache | None:
     """The cache if the recipe asks for one, else None. Each rank extracts its share of what is missing."""

@@ -163,7 +163,7 @@ def measure(
     target: Target,
     proposers: Proposers,
     tasks: Mapping[str, Recorded],
-    on_progress: Callable[[int, str], None] | None = None,
+    on_progress: Callable[[int, str], None] = lambda n, method: None,
 ) -> tuple[dict[str, Any], dict[str, dict[str, list[list[Round]]]]]:
     """Replay every method over the same trajectories: (the report's `evaluation` section, rounds by task and method).
 
@@ -180,8 +180,7 @@ def measure(
                 for i, features in zip(chunk, task.features_of(target, p.layer_ids, chunk), strict=True):
                     known = alone[0][i] if alone and i < len(alone[0]) else None  # not computed twice
                     accepted[method].append(acceptances(p, task.trajectories[i], features, task.limit, own=known))
-                    if on_progress:
-                        on_progress(1, method)
+                    on_progress(1, method)
         rounds[name] = {
             method: [walk(a.tolist(), t) for a, t in zip(found, task.trajectories, strict=True)]
             for method, found in accepted.items()
@@ -274,7 +273,7 @@ def check_live(
     sampling: SamplingConfig | None = None,
     batch_size: int = 1,
     plain: Sequence[Generation] = (),
-    on_done: Callable[[int], None] | None = None,
+    on_done: Callable[[int], None] = lambda n: None,
 ) -> LiveCheck:
     """Decode recorded prompts (T=0) live; compare tokens with plain decoding and the recording, and rounds with replay.
 
@@ -293,8 +292,7 @@ def check_live(
         began = _clock(target)
         live += generate(target, proposer, prompts, sampling=sampling, max_new_tokens=limit)
         live_seconds += _clock(target) - began
-        if on_done:
-            on_done(len(group))
+        on_done(len(group))
     check = LiveCheck(live, plain, live_seconds, 0.0, 0.0, [], [], near_tie(target))
     for start in range(0, len(trajectories), CHUNK):
         part = trajectories[start : start + CHUNK]

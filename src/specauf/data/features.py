@@ -131,9 +131,9 @@ def build_features(
     config: FeaturesConfig,
     *,
     examples: int | None = None,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: Callable[[int], None] = lambda tokens: None,
     share: tuple[int, int] = (0, 1),
-    wait: Callable[[], None] | None = None,
+    wait: Callable[[], None] = lambda: None,
 ) -> FeatureCache:
     """Write (or finish, or just open) the cache of the first `examples` conversations under `directory`.
 
@@ -179,11 +179,9 @@ def build_features(
             with atomic_file(path) as temporary:
                 save_tensors(tensors, temporary)
         first += len(shard)
-        if on_progress:
-            on_progress(sum(shard))
+        on_progress(sum(shard))
     atomic_write_text(out / "meta.json", json.dumps({"layer_ids": list(layer_ids), "shards": plan}) + "\n")
-    if wait:
-        wait()
+    wait()
     for number in range(len(plan)):
         if not (out / f"shard-{number:05d}.safetensors").is_file():
             raise UserError(

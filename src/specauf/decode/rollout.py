@@ -53,7 +53,7 @@ def rollout(
     out: Path,
     *,
     drafter: str | None = None,
-    on_progress: Advance | None = None,
+    on_progress: Advance = lambda samples, tokens, seconds: None,
 ) -> TokenDataset:
     """Answer the training conversations of `source` into the directory `out`. Its ledger balances afterwards.
 
@@ -87,8 +87,7 @@ def rollout(
         for batch, spent in _answer(roller, out, batches, found):
             made = _generated(rows := _rows(batch))
             tokens, seconds = tokens + made, seconds + sum(row.seconds for row in rows)
-            if on_progress:
-                on_progress(len(batch), made, spent)
+            on_progress(len(batch), made, spent)
     with _turn(out):
         if not (out / META).is_file():
             speed = {"generated": tokens, "seconds": seconds, "tokens_per_second": tokens / max(seconds, 1e-9)}

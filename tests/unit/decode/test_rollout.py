@@ -62,7 +62,9 @@ class World:
         assert self.target.tokenizer is not None
         return read_prompts(data, self.target.tokenizer, source=self.corpus)
 
-    def roll(self, plan: RolloutConfig, out: str = "out", on_progress: Any = None, **options: Any) -> TokenDataset:
+    def roll(
+        self, plan: RolloutConfig, out: str = "out", on_progress: Any = lambda *told: None, **options: Any
+    ) -> TokenDataset:
         roller = self.roller(plan, **options)
         return rollout(roller, self.source(roller.data), self.out / out, on_progress=on_progress)
 
