@@ -328,10 +328,7 @@ class EvalConfig:
 
 DOMINO = {
     "drafter": ("gru_hidden_dim", "emb_dim", "pure_draft_prefix_len", "shift_label"),
-    "objective": (
-        *("variant", "final", "final_options", "support"),
-        *("lambda_base_start", "lambda_base_decay_ratio"),
-    ),
+    "objective": ("variant", "final", "final_options", "support", "lambda_base_start", "lambda_base_decay_ratio"),
 }
 """Fields that have no effect on a DFlash drafter and so may not be set for one."""
 

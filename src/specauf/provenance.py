@@ -16,17 +16,7 @@ from typing import Any
 import specauf
 from specauf.files import atomic_write_text
 
-PACKAGES = (
-    "torch",
-    "transformers",
-    "tokenizers",
-    "safetensors",
-    "numpy",
-    "scipy",
-    "gguf",
-    "accelerate",
-    "pyarrow",
-)
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy", "gguf", "accelerate", "pyarrow")
 """Distributions whose version can change a number."""
 
 

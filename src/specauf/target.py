@@ -44,8 +44,8 @@ class Tapped(NamedTuple):
 
 
 UNREADABLE = (
-    *(OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError),
-    StrictDataclassError,
+    *(OSError, ValueError, KeyError, TypeError, AttributeError),
+    *(ImportError, RuntimeError, SafetensorError, StrictDataclassError),
 )
 """What transformers raises for a directory or a hub id that it cannot load."""
 

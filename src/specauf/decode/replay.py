@@ -278,11 +278,7 @@ def _drafted(
             hit = proposer.pooled(*here, context) == labels
         else:
             hidden, head = proposer.reading(*here, context)
-            hit = read_head(
-                *(hidden, labels.clamp(min=0), labels >= 0, head),
-                cuts=default_cuts(k),
-                wants=(),
-            ).hit
+            hit = read_head(hidden, labels.clamp(min=0), labels >= 0, head, cuts=default_cuts(k), wants=()).hit
         parts.append(_run(hit[0]).cpu())
     return torch.cat(parts)
 

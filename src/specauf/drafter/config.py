@@ -242,20 +242,11 @@ class DFlashConfig:
             raise ConfigError(f"{where}: architectures is {data.get('architectures')}, expected one of {known}")
         _require_plain(data, NEUTRAL if domino else {**NEUTRAL, "shift_label": False}, where)
         theta = _shipped_theta(data, where)
-        plain_fields = [
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "vocab_size",
-            "num_target_layers",
-            "mask_token_id",
-            "block_size",
-            "rms_norm_eps",
+        plain_fields = (
+            *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+            *("head_dim", "vocab_size", "num_target_layers", "mask_token_id", "block_size", "rms_norm_eps"),
             "max_position_embeddings",
-        ]
+        )
         numbers = {name: get(name) for name in plain_fields}
         spread = data.get("initializer_range")
         numbers["initializer_range"] = 0.02 if spread is None else spread

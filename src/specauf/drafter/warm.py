@@ -34,12 +34,8 @@ PROJECTIONS = (
 )
 
 NOT_GEOMETRY = (
-    "extra",
-    "initializer_range",
-    "max_position_embeddings",
-    "bos_token_id",
-    "eos_token_id",
-    "block_size",
+    *("extra", "initializer_range", "max_position_embeddings"),
+    *("bos_token_id", "eos_token_id", "block_size"),
 )
 """Fields of a drafter's configuration on which the shape of no weight depends."""
 
