@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch.nn.utils.rnn import pad_sequence
 
 from specauf.config import FeaturesConfig, digest
 from specauf.files import atomic_file, atomic_write_text, save_tensors
@@ -105,9 +106,7 @@ def extract(
     while order:
         longest = len(sequences[order[-1]])
         part = [order.pop() for _ in range(min(len(order), max(1, batch_tokens // longest)))]
-        ids = torch.zeros(len(part), longest, dtype=torch.long)
-        for row, i in enumerate(part):
-            ids[row, : len(sequences[i])] = sequences[i]
+        ids = pad_sequence([sequences[i] for i in part], batch_first=True)
         tapped = target.run(ids.to(target.device), layer_ids)
         for row, i in enumerate(part):
             n = len(sequences[i])

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch.nn.utils.rnn import pad_sequence
 
 from specauf.config import SamplingConfig
 from specauf.data.chat import Messages, TemplateRefused, UnstableTemplate, continuation_ids, prompt_ids
@@ -219,11 +220,8 @@ def trajectory_features(
     order = sorted(range(len(trajectories)), key=lambda i: len(trajectories[i].ids))
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
-        longest = max(len(trajectories[i].ids) for i in part)
-        ids = torch.zeros(len(part), longest, dtype=torch.long, device=target.device)
-        for row, i in enumerate(part):
-            ids[row, : len(trajectories[i].ids)] = torch.tensor(trajectories[i].ids)
-        features = target.run(ids, layer_ids).features
+        ids = pad_sequence([torch.tensor(trajectories[i].ids) for i in part], batch_first=True)
+        features = target.run(ids.to(target.device), layer_ids).features
         for row, i in enumerate(part):
             out[i] = features[row, : len(trajectories[i].ids)].clone()
     return [out[i] for i in range(len(trajectories))]

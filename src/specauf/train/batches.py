@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from specauf.config import TrainConfig
 from specauf.data.dataset import TokenDataset
@@ -87,26 +88,16 @@ class Batches:
         epoch, place = divmod(index, self.per_epoch)
         chosen = self.order(epoch)[place]
         examples = [self.dataset[i] for i in chosen]
-        longest = max(len(e.input_ids) for e in examples)
-        ids = torch.zeros(len(chosen), longest, dtype=torch.long)
-        mask = torch.zeros(len(chosen), longest, dtype=torch.bool)
-        for row, example in enumerate(examples):
-            n = len(example.input_ids)
-            ids[row, :n], mask[row, :n] = example.input_ids, example.loss_mask
+        ids = pad_sequence([e.input_ids for e in examples], batch_first=True)
+        mask = pad_sequence([e.loss_mask for e in examples], batch_first=True)
         batch = Batch(ids, mask, torch.tensor([e.uid for e in examples]), epoch, None)
-        if self.features is None:
+        if (cache := self.features) is None:
             return batch
-        stored: dict[str, Any] = {n: self._stored(n, chosen, longest) for n in ("features", *self.extras)}
+        stored: dict[str, Any] = {
+            name: pad_sequence([cache.get(i, name) for i in chosen], batch_first=True)
+            for name in ("features", *self.extras)
+        }
         return batch._replace(**stored)
-
-    def _stored(self, name: str, chosen: list[int], longest: int) -> Tensor:
-        """What the cache holds of these conversations, padded with zeros."""
-        assert self.features is not None
-        found = [self.features.get(i, name) for i in chosen]
-        out = found[0].new_zeros(len(chosen), longest, *found[0].shape[1:])
-        for row, values in enumerate(found):
-            out[row, : len(values)] = values
-        return out
 
 
 @dataclass
