@@ -96,7 +96,7 @@ class Rollout:
                 advance(tokens if by_tokens else samples, f"{tokens / seconds:.0f} tokens/s" if seconds else "reused")
 
             made = make_rollouts(config, target, source, self.plan, self.out, self.drafter, told, server)
-        terminal.say("\n".join(Ledger.from_dict(made.meta["ledger"]).lines()))
+        terminal.say("\n".join(Ledger(**made.meta["ledger"]).lines()))
         terminal.say(f"{len(made):,} sequences, {made.meta['rollout']['tokens']:,} generated tokens")
         terminal.say(f"{self.out}: train on it with --set data.path={self.out}")
         return 0

@@ -374,6 +374,6 @@ def _reuse(out: Path, key: str) -> Prepared | None:
         dataset = TokenDataset.load(out)
         if dataset.meta["key"] != key:
             return None
-        return Prepared(dataset, read_heldout(out), Ledger.from_dict(dataset.meta["ledger"]), reused=True)
+        return Prepared(dataset, read_heldout(out), Ledger(**dataset.meta["ledger"]), reused=True)
     except (UserError, OSError, ValueError, KeyError, TypeError):
         return None  # not there, or not ours: build it

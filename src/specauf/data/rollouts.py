@@ -101,7 +101,7 @@ def open_rollouts(config: DataConfig, target: Target) -> Prepared:
         heldout = read_heldout(directory)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{directory / HELDOUT} cannot be read ({error}): make the rollouts again") from None
-    return Prepared(dataset, heldout, Ledger.from_dict(dataset.meta["ledger"]), reused=True)
+    return Prepared(dataset, heldout, Ledger(**dataset.meta["ledger"]), reused=True)
 
 
 def _first(dataset: TokenDataset, conversations: int) -> TokenDataset:

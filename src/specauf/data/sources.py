@@ -87,10 +87,6 @@ class Ledger:
     def to_dict(self) -> dict[str, Any]:
         return {key: value for key, value in asdict(self).items() if key != "file"}
 
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Ledger:
-        return cls(**data)
-
     def lines(self) -> list[str]:
         """A plain-text table: records in, each drop, kept, then the repairs and the warnings."""
         rows = [("records in", self.records_in)]

@@ -313,7 +313,7 @@ def test_a_directory_is_read_file_by_file_in_the_order_of_their_names(
         assert ledger.records_in == 6 == ledger.kept + sum(ledger.dropped.values())
         assert ledger.warnings[0].endswith(": not read: README.md, c.txt, sub.json")
         assert "record 3 of b.JSON (id 'odd')" in ledger.warnings[1]
-        assert Ledger.from_dict(ledger.to_dict()).lines() == ledger.lines()
+        assert Ledger(**ledger.to_dict()).lines() == ledger.lines()
 
 
 def test_a_directory_with_files_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
@@ -400,7 +400,7 @@ def test_a_ledger_that_lost_a_record_raises() -> None:
 
 def test_a_ledger_survives_json_and_prints_every_count() -> None:
     ledger = Ledger(1234, 1230, {"empty": 4}, {"merged": 9}, ["12 bytes lost"])
-    assert Ledger.from_dict(json.loads(json.dumps(ledger.to_dict()))) == ledger
+    assert Ledger(**json.loads(json.dumps(ledger.to_dict()))) == ledger
     assert [line.split() for line in ledger.lines()] == [
         ["records", "in", "1,234"],
         ["-", "empty", "4"],
