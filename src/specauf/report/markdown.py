@@ -5,25 +5,8 @@ from __future__ import annotations
 import html
 from collections.abc import Collection, Iterable, Mapping
 
-from specauf.report.tables import (
-    Results,
-    Rows,
-    check_rows,
-    compared,
-    comparison_sentences,
-    headline,
-    ledger_rows,
-    live_line,
-    meta,
-    method_rows,
-    provenance_rows,
-    selection_rows,
-    speedup_rows,
-    summary_rows,
-    task_label,
-    task_note,
-    task_rows,
-)
+from specauf.report import tables
+from specauf.report.tables import Results, Rows
 from specauf.report.words import GLOSSARY, LEGEND, PROSE, SELECTION, clean, escape
 
 
@@ -38,39 +21,44 @@ def markdown(results: Results, captions: Mapping[str, str] | None = None) -> str
     per_task, live = list[str](), list[str]()
     for t in results["evaluation"]:
         per_task += [
-            f"**{escape(task_label(results, t))}**",
-            escape(task_note(results, t)),
-            table(task_rows(results, t)),
+            f"**{escape(tables.task_label(results, t))}**",
+            escape(tables.task_note(results, t)),
+            table(tables.task_rows(results, t)),
         ]
     for sample in results.get("live") or []:
         text = "".join(
             f"<b>{html.escape(clean(s['text']))}</b>" if s.get("kind") == "draft" else html.escape(clean(s["text"]))
             for s in sample.get("segments") or []
         )
-        name = " · ".join(escape(v) for v in (task_label(results, sample.get("task", "")), sample.get("id")) if v)
+        name = " · ".join(
+            escape(v) for v in (tables.task_label(results, sample.get("task", "")), sample.get("id")) if v
+        )
         live += [
-            f"**{name}** {escape(live_line(sample))}",
+            f"**{name}** {escape(tables.live_line(sample))}",
             bullets([shorten(sample.get("prompt", ""))]),
             f"<pre>{text}</pre>",
         ]
-    legend, chosen = LEGEND.replace("Marked text", "Bold text") if live else "", table(selection_rows(results))
+    legend, chosen = LEGEND.replace("Marked text", "Bold text") if live else "", table(tables.selection_rows(results))
     blocks = [
         f"# {escape(results['title'])}",
-        escape(" · ".join(meta(results))),
-        "\n\n".join(f"**{escape(line)}**" for line in headline(results)),
-        table(summary_rows(results)),
-        bullets(comparison_sentences(results)),
+        escape(" · ".join(tables.meta(results))),
+        "\n\n".join(f"**{escape(line)}**" for line in tables.headline(results)),
+        table(tables.summary_rows(results)),
+        bullets(tables.comparison_sentences(results)),
         section("Emitted length", figure("tau")),
         section("Conditional acceptance", figure("alpha"), *per_task),
         section(
-            "What was compared", escape(compared(results)), table(method_rows(results)), table(speedup_rows(results))
+            "What was compared",
+            escape(tables.compared(results)),
+            table(tables.method_rows(results)),
+            table(tables.speedup_rows(results)),
         ),
         section("Self-selection", escape(SELECTION) if chosen else "", chosen),
         section("Training", figure("training"), figure("support")),
         section("Live decoding", legend, *live),
-        section("Data", table(ledger_rows(results)), bullets(ledger.get("warnings") or [])),
-        section("Checks", table(check_rows(results))),
-        section("Provenance", table(provenance_rows(results))),
+        section("Data", table(tables.ledger_rows(results)), bullets(ledger.get("warnings") or [])),
+        section("Checks", table(tables.check_rows(results))),
+        section("Provenance", table(tables.provenance_rows(results))),
         section("Terms", bullets(f"{term}: {text}" for term, text in GLOSSARY)),
     ]
     return "\n\n".join(filter(None, blocks)) + "\n"
