@@ -146,12 +146,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages, enable_th
 
 
 def continuation_ids(
-    tokenizer: PreTrainedTokenizerBase,
-    before: Messages,
-    answer: str,
-    end: int,
-    after: Messages,
-    enable_thinking: bool,
+    tokenizer: PreTrainedTokenizerBase, before: Messages, answer: str, end: int, after: Messages, enable_thinking: bool
 ) -> list[int]:
     """What follows the end-of-turn token `end` of `answer` up to the header of the next assistant turn.
 

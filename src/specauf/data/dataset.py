@@ -265,10 +265,7 @@ def _hash_order(conversations: Iterable[Conversation], seed: int) -> list[Identi
 
 
 def _render_rows(
-    conversations: list[Identified],
-    config: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    ledger: Ledger,
+    conversations: list[Identified], config: DataConfig, tokenizer: PreTrainedTokenizerBase, ledger: Ledger
 ) -> tuple[list[Row], list[str]]:
     rows: list[Row] = []
     names: list[str] = []

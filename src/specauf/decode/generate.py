@@ -20,16 +20,7 @@ from specauf.config import SamplingConfig
 from specauf.decode.cache import Columns
 from specauf.decode.propose import DrafterProposer, LookupFirst, Proposer
 from specauf.decode.select import Selection, along, build_tree, choose, sample_candidates
-from specauf.decode.verify import (
-    ACCEPT,
-    PROPOSE,
-    RESAMPLE,
-    accept_drawn,
-    accept_greedy,
-    accept_sampled,
-    at,
-    warp,
-)
+from specauf.decode.verify import ACCEPT, PROPOSE, RESAMPLE, accept_drawn, accept_greedy, accept_sampled, at, warp
 from specauf.drafter.domino import Domino
 from specauf.objective.blocks import counter_uniform
 from specauf.strict import UserError

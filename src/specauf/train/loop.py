@@ -268,9 +268,7 @@ class Trainer:
             valid = torch.zeros_like(blocks.valid)
             valid.view(-1, valid.shape[-1])[take] = blocks.valid.flatten(0, 1)[take]
             readout = read_head(
-                *(view.rows, blocks.labels, valid, view.head),
-                logits_rows=self.config.objective.logits_rows,
-                wants=(),
+                *(view.rows, blocks.labels, valid, view.head), logits_rows=self.config.objective.logits_rows, wants=()
             )
             found = block_metrics(readout, blocks._replace(valid=valid), terms.credit, served) | found
         if name or len(self.branches) > 1:
