@@ -27,8 +27,7 @@ from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 
 from specauf.config import SamplingConfig
-from specauf.data.chat import Messages, TemplateRefused, UnstableTemplate, continuation_ids, prompt_ids
-from specauf.data.sources import Message
+from specauf.data.chat import TemplateRefused, UnstableTemplate, continuation_ids, prompt_ids
 from specauf.decode.cache import Columns
 from specauf.decode.generate import Round, generate
 from specauf.decode.propose import DrafterProposer, LookupFirst, PromptLookup
@@ -71,7 +70,7 @@ class Dialogue(NamedTuple):
     id: str
     prompt: list[int]
     """The prompt of the first answer."""
-    messages: Messages = ()
+    messages: Sequence[Mapping[str, str]] = ()
     """The messages that `prompt` renders."""
     later: Sequence[str] = ()
     """The user's message after each answer but the last."""
@@ -162,7 +161,7 @@ def next_prompt(target: Target, dialogue: Dialogue, answered: Sequence[Trajector
     tokenizer, eos = target.require_tokenizer(), target.eos_ids()
     tokens = [list(takewhile(lambda token: token not in eos, t.tokens[:limit])) for t in answered]
     texts = [str(tokenizer.decode(answer, clean_up_tokenization_spaces=False)) for answer in tokens]
-    said: list[Mapping[str, str]] = [m._asdict() if isinstance(m, Message) else m for m in dialogue.messages]
+    said = list(dialogue.messages)
     for text, asked in zip(texts, dialogue.later, strict=False):
         said += [{"role": "assistant", "content": text}, {"role": "user", "content": asked}]
     *before, _, question = said
