@@ -36,11 +36,10 @@ def nearest(name: str, choices: typing.Iterable[str]) -> str:
     return f"; did you mean {match[0]!r}?" if match else "."
 
 
-def choose(name: str, choices: typing.Sequence[str], what: str) -> str:
-    """Return `name` if it is one of `choices`, else raise `ConfigError` with the valid ones and the nearest."""
+def choose(name: str, choices: typing.Sequence[str], what: str) -> None:
+    """Raise `ConfigError` with the valid ones and the nearest unless `name` is one of `choices`."""
     if name not in choices:
         raise ConfigError(f"unknown {what} {name!r}{nearest(name, choices)} Valid: {', '.join(choices)}")
-    return name
 
 
 def require(condition: bool, message: str) -> None:

@@ -52,8 +52,6 @@ bits the margin is two steps of a logit between 16 and 32. Exactness, token for 
 CHUNK = 64
 """Trajectories whose features are in memory at once."""
 
-Proposers = Mapping[str, Replayable]
-
 
 @dataclass
 class Recorded:
@@ -161,7 +159,7 @@ def _identity(dialogue: Dialogue) -> list[Any]:
 
 def measure(
     target: Target,
-    proposers: Proposers,
+    proposers: Mapping[str, Replayable],
     tasks: Mapping[str, Recorded],
     on_progress: Callable[[int, str], None] = lambda n, method: None,
 ) -> tuple[dict[str, Any], dict[str, dict[str, list[list[Round]]]]]:

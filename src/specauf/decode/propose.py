@@ -234,11 +234,8 @@ class LookupFirst:
         self.drafter, self.ngram = drafter, ngram
         self.lookup = PromptLookup(block_size or drafter.block_size, max(3, ngram))
         self.block_size = max(self.lookup.block_size, drafter.block_size)
+        self.layer_ids: Sequence[int] = drafter.layer_ids
         self.filler = drafter.drafter.config.mask_token_id
-
-    @property
-    def layer_ids(self) -> Sequence[int]:
-        return self.drafter.layer_ids
 
     def start(self, rows: int, max_length: int) -> None:
         self.lookup.start(rows, max_length)

@@ -60,12 +60,11 @@ class Sample:
             yield row
             row = row.next
 
-    def begin_next(self, question: Sequence[Message], prompt: list[int]) -> Sample:
+    def begin_next(self, question: Sequence[Message], prompt: list[int]) -> None:
         """End this row; another answers `question` after `prompt`, which renders all that was said."""
         uid = int(counter_hash(SAMPLE, self.uid, 0))
         self.stop = ANEW
         self.next = Sample(uid, self.number, self.conversation, question, prompt, messages=[*self.messages])
-        return self.next
 
 
 @dataclass(frozen=True)
