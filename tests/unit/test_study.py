@@ -165,6 +165,28 @@ def test_training_is_killed_goes_on_and_is_not_repeated(study: recipe.Study, tin
     assert console.said[-1] == "2 of 2 cells are trained"
 
 
+def test_a_cell_whose_training_fails_takes_no_other_with_it(study: recipe.Study, tiny: Target, world: Path) -> None:
+    data = content(world, study.out)
+    data["methods"]["decay"]["set"] += ["train.lr=1e30"]
+    data["parts"]["b"]["methods"] += ["decay"]
+    study, console = recipe.study_of(data, "test"), Quiet()
+    with pytest.raises(UserError, match="the training of decay-s0 failed"):
+        run_study(study, ["train", "record", "measure"], ["b"], tiny, console)
+    assert sum(line.startswith("decay-s0 failed: step 2: the gradient's norm is nan") for line in console.said) == 1
+    assert "2 of 3 cells are trained; left: decay-s0" in console.said
+    assert console.said[-1] == "finished cells are measured" and (study.out / "measured" / "wide-s0").is_dir()
+
+
+def test_a_drafter_that_fits_no_target_is_refused_by_its_method_before_any_is_trained(
+    study: recipe.Study, tiny: Target, world: Path
+) -> None:
+    data = content(world, study.out)
+    data["methods"]["wide"]["set"] += ["drafter.num_taps=50"]
+    with pytest.raises(ConfigError, match=r"methods\.wide: 50 taps do not fit"):
+        run_study(recipe.study_of(data, "test"), ["train"], ["b"], tiny, Quiet())
+    assert not (study.out / "cells").exists()
+
+
 def written(results: dict[str, Any], directory: Path) -> Path:
     """In place of the page, whose figures take longer than the study: it would have been drawn."""
     study_index.check(results)

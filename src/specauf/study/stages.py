@@ -7,6 +7,7 @@ from pathlib import Path
 
 from specauf.console import Console
 from specauf.files import atomic_write_text, json_text
+from specauf.strict import UserError
 from specauf.study.cells import check_same_data, check_unchanged
 from specauf.study.measuring import check_live_all, measure_all
 from specauf.study.recipe import Study, known_parts
@@ -21,7 +22,10 @@ STAGES = ("train", "record", "measure", "report")
 def run_study(
     study: Study, stages: Sequence[str], parts: Sequence[str], target: Target, console: Console
 ) -> Path | None:
-    """Run the named stages (all when none is named) of the named parts. Returns the report's page if it was written."""
+    """Run the named stages (all when none is named) of the named parts. Returns the report's page if it was written.
+
+    Raises `UserError` after the last stage when the training of a cell failed: the others have gone all the way.
+    """
     primary, keys = next(iter(study.parts)), known_parts(study, parts)
     wanted = [stage for stage in STAGES if stage in stages or not stages]
     console.say(f"{study.title}: {study.out}; target {target.name}, fingerprint {target.fingerprint()}")
@@ -29,6 +33,7 @@ def run_study(
         check_unchanged(cell)
         check_source(study, cell)
     corpus, recordings = Corpus(study, target, console), study.recordings(keys)
+    failed, written = list[str](), None
     if {"train", "record"} & set(wanted):
         corpus.prepared(study.base)  # the task of held-out prompts comes from it
         check_tasks(study, target, recordings)
@@ -38,7 +43,7 @@ def run_study(
                 check_same_data(cell, corpus.prepared(cell.config).train.meta["key"], target.fingerprint())
     if "train" in wanted:
         cells = study.cells(keys)
-        left = train_cells(study, target, corpus, cells, console)
+        left, failed = train_cells(study, target, corpus, cells, console)
         for cell in study.cells():  # a cell that another was made from may just have been retrained
             check_source(study, cell)
         done = len(cells) - len(left)
@@ -53,13 +58,15 @@ def run_study(
         console.say("finished cells are measured" + _left("measurements", left))
         if unrecorded:
             console.say(f"not recorded yet, so not measured: {', '.join(unrecorded)}")
-    if "report" not in wanted:
-        return None
-    found = collect(study, target, corpus.prepared(study.base))
-    atomic_write_text(study.out / "results.json", json_text(found))
-    from specauf.report import page  # here, since it loads matplotlib
+    if "report" in wanted:
+        found = collect(study, target, corpus.prepared(study.base))
+        atomic_write_text(study.out / "results.json", json_text(found))
+        from specauf.report import page  # here, since it loads matplotlib
 
-    return page.write(found, study.out / "report")
+        written = page.write(found, study.out / "report")
+    if failed:
+        raise UserError(f"the training of {', '.join(failed)} failed, as said above; the same command tries it again")
+    return written
 
 
 def _left(what: str, names: Sequence[str]) -> str:

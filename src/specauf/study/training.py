@@ -21,6 +21,7 @@ from specauf.locks import claim, turn
 from specauf.run import (
     draft_vocabulary,
     feature_cache,
+    geometry_of,
     heldout_evaluator,
     new_drafter,
     open_run,
@@ -125,19 +126,26 @@ def check_source(study: Study, cell: Cell) -> None:
         )
 
 
-def train_cells(study: Study, target: Target, corpus: Corpus, cells: Sequence[Cell], console: Console) -> list[str]:
-    """Train every cell that is neither finished nor another process's. Returns the names of the cells that are not trained.
+def train_cells(
+    study: Study, target: Target, corpus: Corpus, cells: Sequence[Cell], console: Console
+) -> tuple[list[str], list[str]]:
+    """Train every cell that is neither finished nor another process's.
 
-    A cell whose data is not made yet, or that needs another cell that is not trained yet, is left out. Goes over the list
-    again as long as it trained something, since another process may have died meanwhile.
+    Returns the names of the cells that are not trained, and of those among them whose training failed. A cell whose data is
+    not made yet, or that needs another cell that is not trained yet, is left out. Goes over the list again as long as it
+    tried something, since another process may have died meanwhile.
     """
     waiting = {cell.name: why for cell in cells if (why := _awaits(study, cell))}
     for cell in cells:  # all of them first: an impossible objective is refused before an hour is spent
-        if cell.name not in waiting:
-            stored_extras(cell.config)
+        if cell.name not in waiting and not finished(cell.out):
+            try:
+                stored_extras(cell.config)
+                geometry_of(cell.config, target)
+            except UserError as error:
+                raise ConfigError(f"methods.{cell.method}: {error}") from None
     for name, why in waiting.items():
         console.say(f"{name} waits: {why}")
-    left: list[str] = []
+    left, failed = list[str](), list[str]()
     working = True
     while working:
         working, left = False, []
@@ -145,16 +153,20 @@ def train_cells(study: Study, target: Target, corpus: Corpus, cells: Sequence[Ce
             if finished(cell.out):
                 continue
             early = not all(finished(study.cell_dir(other, cell.seed)) for other in study.needs(cell.method))
-            if cell.name in waiting or early:
+            if cell.name in (*waiting, *failed) or early:
                 left.append(cell.name)
                 continue
             with claim(cell.out) as mine:
                 if not mine:
                     left.append(cell.name)
                 elif not finished(cell.out):  # another process may have finished it meanwhile
-                    _train(study, target, corpus, cell, console)
+                    try:
+                        _train(study, target, corpus, cell, console)
+                    except UserError as error:  # one that diverges, say: the others are worth training all the same
+                        failed.append(cell.name)
+                        console.say(f"{cell.name} failed: {error}")
                     working = True
-    return left
+    return left, failed
 
 
 def _awaits(study: Study, cell: Cell) -> str | None:
