@@ -19,7 +19,7 @@ from specauf.report import plots
 from specauf.report import study_index as index
 from specauf.report.plots import INK, PAPER, SOFT, Style
 from specauf.report.study_plots import apart, below, columns_below, looks
-from specauf.report.study_words import ACTIVE_LABEL, COMMON_LABEL, SUPPORT_LABEL, TAU_REPLAY, TAU_SIMULATED
+from specauf.report.study_words import ACTIVE_LABEL, COMMON_LABEL, SUPPORT_LABEL, TAU_MIXED, TAU_REPLAY, TAU_SIMULATED
 from specauf.report.tables import Results
 from specauf.report.words import clean, real, short
 
@@ -37,14 +37,19 @@ def logs(results: Results, name: str) -> list[Log]:
 
 
 def tau_key(results: Results, names: Sequence[str]) -> str:
-    """ "replay_tau" when every logged method has some, else "simulated_tau": one panel must not mix the two."""
-    logged = [found for name in names if (found := logs(results, name))]
-    whole = all(any(real(row.get("replay_tau")) is not None for log in found for row in log) for found in logged)
-    return "replay_tau" if logged and whole else "simulated_tau"
+    """ "replay_tau" when every logged method has some, else "simulated_tau": one panel must not mix the two.
+
+    Empty when there is only simulated tau, and of labels from the data as well as from the target, which do not compare.
+    """
+    logged = {name: found for name in names if (found := logs(results, name))}
+    if logged and all(any(real(r.get("replay_tau")) is not None for log in f for r in log) for f in logged.values()):
+        return "replay_tau"
+    labels = {(index.method(results, name).get("objective") or {}).get("labels", "data") for name in logged}
+    return "simulated_tau" if len(labels) < 2 else ""
 
 
 def tau_words(key: str) -> str:
-    return TAU_REPLAY if key == "replay_tau" else TAU_SIMULATED
+    return {"replay_tau": TAU_REPLAY, "simulated_tau": TAU_SIMULATED}.get(key, TAU_MIXED)
 
 
 def mean_curve(curves: Sequence[Curve], ordered: bool = True) -> Curve:
@@ -84,7 +89,8 @@ def training(results: Results, names: Sequence[str], narrow: bool) -> Figure | N
                 x, y = mean_curve(curves)
                 _draw(ax, curves, (x, plots.smooth(y)), look[name])
         if not ax.lines:
-            ax.text(0.5, 0.5, "not recorded", transform=ax.transAxes, ha="center", va="center", color=SOFT)
+            why = "not recorded" if field else "labels differ"
+            ax.text(0.5, 0.5, why, transform=ax.transAxes, ha="center", va="center", color=SOFT)
             ax.set_yticks([])
         elif field != key:
             ax.set_ylim(0, min(1.05, 1.12 * ax.get_ylim()[1]))

@@ -70,6 +70,9 @@ SEVERAL = "Faint lines are seeds as logged, solid ones running means over them."
 SINGLE = "One seed a method: faint as logged, solid its running mean."
 TAU_REPLAY = "τ by replay of the drafter as it was, on held-out conversations and not on the benchmarks"
 TAU_SIMULATED = "simulated τ, on the training batches"
+TAU_MIXED = (
+    "simulated τ, not drawn here, since with labels from the data and from the target it counts different things"
+)
 
 TERMS = (
     *(row for row in GLOSSARY if row[0] not in ("95 % interval", "self-selection, K, T_s")),

@@ -54,6 +54,20 @@ def test_figures_are_the_same_bytes_again_and_can_be_read_in_the_dark(results: R
     assert "<image" not in svg and dict(matplotlib.rcParams) == before
 
 
+def test_simulated_tau_of_other_labels_is_not_drawn_beside_the_datas(results: Results) -> None:
+    for logs in results["training"].values():
+        for row in [row for log in logs.values() for row in log]:
+            row.pop("replay_tau", None)
+    assert study_training.tau_key(results, ["decay", "auf"]) == "simulated_tau"
+    index.method(results, "auf")["objective"]["labels"] = "target"
+    assert study_training.tau_key(results, ["auf"]) == "simulated_tau"
+    figure = drawing(results, "figure-4")
+    assert "not drawn here" in figure.caption
+    shown = figure.draw(False)
+    assert shown is not None and [ax.get_title(loc="left") for ax in shown.axes if not ax.lines] == ["Simulated τ"]
+    assert "labels differ" in texts(plots.to_svg(shown, "figure-4"))
+
+
 def test_no_two_methods_of_one_kind_look_alike(results: Results) -> None:
     look = study_plots.looks(results)
     for kind in ("dflash", "domino"):
