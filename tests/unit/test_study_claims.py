@@ -213,6 +213,7 @@ def test_the_inversion_pairs_readings_of_the_same_steps() -> None:
     for rows in results["training"]["auf"].values():
         rows[8].pop("common_accuracy")
     assert verdicts(results)["inversion"] == "not run"
+    assert claims(results)[4]["because"].startswith("no step near the end logs both"), "both are trained and measured"
     results = study()
     for rows in results["training"]["auf"].values():
         rows[8]["common_accuracy"] += 0.04  # the mean of the end's two readings moves by half of it

@@ -101,9 +101,9 @@ def inversion(results: Results) -> Found:
     seeds = sorted(read["decay"].keys() & read["auf"].keys())
     # AUF's loss does not read all slots, so it logs this figure only at some steps; it is paired with decay's at those.
     steps = {seed: sorted(read["decay"][seed].keys() & read["auf"][seed].keys()) for seed in seeds}
-    if index is None or not steps:
-        return Found("not run", "decay and AUF are not both trained, measured and logged")
-    if not all(steps.values()):
+    if index is None:
+        return Found("not run", "decay and AUF are not both trained and measured")
+    if not steps or not all(steps.values()):
         return Found("not run", "no step near the end logs both accuracies (train.common_every)")
     differences = [fmean(read["decay"][seed][t] - read["auf"][seed][t] for t in steps[seed]) for seed in seeds]
     sure = _half_width(differences)
