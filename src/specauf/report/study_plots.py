@@ -28,21 +28,24 @@ PALETTE = (*KNOWN.values(), *SPARE)
 
 
 def looks(results: Results) -> dict[str, Style]:
-    """The style of every method, the same in all figures. DFlash and Domino share theirs, as in the paper's Figure 5.
+    """The style of every method, the same in all figures. DFlash and Domino share theirs, as in the paper's Figure 5, unless
+    some part has both: then they meet in a panel.
 
-    Within a kind of drafter no two are alike: first the objective's own colour, then colours that are free, then the
+    Otherwise no two are alike: first the objective's own colour, then colours that are free, then the
     same again, hollow and dashed.
     """
     names = [m["name"] for m in results["methods"]]
     names += [name for part in results["parts"] for name in index.rows(results, part)]
     names += list(results.get("training") or {})
+    kinds = [{index.method(results, n).get("kind") for n in index.drafters(results, p)} for p in results["parts"]]
+    mixed = any(len(found - {None}) > 1 for found in kinds)
     used: dict[str, set[int]] = {}
     found: dict[str, Style] = {}
     own = list(KNOWN)
     for exact in (True, False, None):  # by name, by objective, by what is left
         for name in (n for n in dict.fromkeys(names) if n not in found):
             record = index.method(results, name)
-            taken = used.setdefault(str(record.get("kind")), set())
+            taken = used.setdefault("" if mixed else str(record.get("kind")), set())
             key = name if exact else str((record.get("objective") or {}).get("name"))
             key = AS_DFLASH.get(key, key)
             if index.is_lookup(results, name):

@@ -77,6 +77,11 @@ def test_no_two_methods_of_one_kind_look_alike(results: Results) -> None:
     assert len({(s.colour, s.marker, s.dash) for s in study_plots.looks(many).values()}) == 27
     assert look["decay"].colour == look["domino-decay"].colour and look["auf"] == look["b-auf"]
     assert look["auf"].colour == plots.KNOWN["auf"][0]
+    part(results, "b")["methods"] = ["decay", "domino-decay", "b-auf"]  # now the kinds meet in one panel
+    look = study_plots.looks(results)
+    names = [m["name"] for m in results["methods"] if m["kind"] in ("dflash", "domino")]
+    assert len({(look[n].colour, look[n].marker, look[n].dash) for n in names}) == len(names)
+    assert look["auf"].colour == plots.KNOWN["auf"][0]
 
 
 def test_bars_begin_at_one_token_and_missing_methods_say_so(results: Results) -> None:
