@@ -342,6 +342,16 @@ def test_a_report_is_not_of_another_sampling_than_it_says(
     assert found["scores"] == found["checks"] == [] and found["unchecked"], "what was not decoded live is named"
 
 
+def test_the_benchmarks_count_the_prompts_that_are_used_of_a_larger_recording(
+    whole: tuple[recipe.Study, dict[str, Any]], world: Path, tiny: Target
+) -> None:
+    fewer = content(world, whole[0].out)
+    fewer["parts"]["a"]["prompts"] = 2
+    study = recipe.study_of(fewer, "test")
+    found = collect(study, tiny, Corpus(study, tiny, Quiet()).prepared(study.base))
+    assert found["scores"] and (found["tasks"]["pairs"]["prompts"], found["tasks"]["pairs"]["clusters"]) == (4, 2)
+
+
 def test_a_live_sample_is_no_larger_than_its_part(world: Path, tmp_path: Path) -> None:
     data = content(world, tmp_path / "study")
     data["parts"]["a"]["prompts"], data["live"]["prompts"] = 2, 3

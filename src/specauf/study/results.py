@@ -19,7 +19,7 @@ from specauf.study.cells import progress
 from specauf.study.claims import claims
 from specauf.study.measuring import read_live
 from specauf.study.recipe import Study
-from specauf.study.recordings import describe
+from specauf.study.recordings import chosen, describe
 from specauf.study.records import subjects
 from specauf.study.scores import Measured, comparisons, methods_of, scores
 from specauf.study.training_log import at_common_steps, summary, thinned
@@ -90,7 +90,9 @@ def _task(study: Study, target: Target, name: str) -> dict[str, Any]:
         about = next(filter(None, (describe(study, name, w, target) for w in wanted)), None)
         if about is not None:
             shares[f"{t:g}"] = about["repeated_share"]
-            clusters = max(clusters, about["clusters"], key=len)
+            counts = [w.prompts for w in wanted]
+            used = chosen(about["clusters"], None if None in counts else max(c for c in counts if c is not None))
+            clusters = max(clusters, [about["clusters"][i] for i in used], key=len)
     return {
         "label": known.label,
         "family": known.family,
