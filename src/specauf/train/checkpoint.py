@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from specauf.config import RunConfig, digest, dump, load
 from specauf.drafter.checkpoint import load_drafter, save_drafter
-from specauf.files import atomic_dir, atomic_write_text, recover_dir, save_tensors
+from specauf.files import atomic_dir, atomic_file, recover_dir, save_tensors
 from specauf.strict import UserError, differences, to_dict
 
 if TYPE_CHECKING:
@@ -155,8 +155,10 @@ def resume(trainer: Trainer, out: Path) -> bool:
     trainer.survival = state.get("survival", {})
     log = out / "log.jsonl"
     if log.is_file() and trainer.ranks.main:
-        lines = log.read_bytes().splitlines(keepends=True)
-        atomic_write_text(log, b"".join(line for line in lines if _step(line) <= done).decode())
+        with log.open("rb") as lines, atomic_file(log) as kept, kept.open("wb") as file:
+            file.writelines(
+                line for line in lines if _step(line) <= done
+            )  # one at a time: a long run's log has gigabytes
     return True
 
 

@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 import signal
+import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -409,6 +410,20 @@ def test_lines_of_the_log_that_are_not_its_own_stop_no_resume(
         log.write(b'{"note": "mine"}\n{"step": 1, bad}\n3\n\xff\xe9\n')
     assert checkpoint.resume(make(target, dataset, tmp_path, max_steps=1), tmp_path)
     assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [1]
+
+
+def test_a_long_log_is_cut_back_without_being_held(target: Target, dataset: TokenDataset, tmp_path: Path) -> None:
+    make(target, dataset, tmp_path, max_steps=1).run()
+    log, late = tmp_path / "log.jsonl", b'{"step": 2, "loss": 3.0}\n'
+    kept = log.read_bytes() * 2000
+    log.write_bytes(kept + late)
+    again = make(target, dataset, tmp_path, max_steps=1)
+    tracemalloc.start()
+    checkpoint.resume(again, tmp_path)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert log.read_bytes() == kept
+    assert most < len(kept) / 2
 
 
 def test_a_checkpoint_is_written_once_a_step_and_never_by_a_run_that_takes_none(
