@@ -169,7 +169,7 @@ class _Batch:
         """Read the prompts and commit a token after each. Returns which rows go on; none has more than `longest` tokens."""
         device, count, width = self.target.device, len(prompts), longest + 2 * self.block
         self.out = [Generation(list(prompt)) for prompt in prompts]
-        self.rows = torch.arange(count, device=device)  # the row of `out` for each row of the batch
+        self.rows = list(range(count))  # the row of `out` for each row of the batch
         self.uid = torch.as_tensor(uids, device=device)
         self.ids = torch.zeros(count, width, dtype=torch.long, device=device)
         for row, prompt in enumerate(prompts):
@@ -190,8 +190,9 @@ class _Batch:
         """Let the other rows leave the batch."""
         if all(active):
             return
+        self.rows = [row for row, goes_on in zip(self.rows, active, strict=True) if goes_on]
         kept = torch.tensor([i for i, goes_on in enumerate(active) if goes_on], device=self.ids.device)
-        self.rows, self.uid, self.ids, self.anchors = (t[kept] for t in (self.rows, self.uid, self.ids, self.anchors))
+        self.uid, self.ids, self.anchors = self.uid[kept], self.ids[kept], self.anchors[kept]
         self.columns.select(kept)
         if self.proposer:
             self.proposer.select(kept)
@@ -225,7 +226,7 @@ class _Batch:
             features, logits = along(features, path), along(logits, path)
         if self.proposer:
             self.proposer.observe(features, anchors[:, None] + torch.arange(self.block, device=anchors.device))
-        for row, nodes in zip(self.rows.tolist(), tree.size.tolist(), strict=True):
+        for row, nodes in zip(self.rows, tree.size, strict=True):
             self.out[row].verified += nodes
         before = anchors.clone()
         active = self.commit(at(candidates, best), logits, law)
@@ -274,7 +275,7 @@ class _Batch:
         ids.scatter_(1, (anchors + 1 + accepted)[:, None], ending[:, None])
         margin = (-logits.topk(2).values.diff(dim=-1).squeeze(-1)).tolist() if self.record_margins else None
         emitted, go_on = ids.gather(1, after).tolist(), list[bool]()
-        for i, (row, a) in enumerate(zip(self.rows.tolist(), accepted.tolist(), strict=True)):
+        for i, (row, a) in enumerate(zip(self.rows, accepted.tolist(), strict=True)):
             generation, new = self.out[row], emitted[i][: a + 1]
             stop = next((j for j, token in enumerate(new) if token in self.eos), None)
             new = new if stop is None else new[: stop + 1]

@@ -208,7 +208,9 @@ class PromptLookup:
         self._seen = [self._seen[i] for i in rows.tolist()]
 
     def propose(self, ids: Tensor, anchors: Tensor) -> Tensor:
-        rows = [row[: a + 1].tolist() for row, a in zip(ids, anchors.tolist(), strict=True)]
+        ends = [a + 1 for a in anchors.tolist()]
+        texts = ids[:, : max(ends)].tolist()  # at once: the host waits for the device at every transfer
+        rows = [text[:end] for text, end in zip(texts, ends, strict=True)]
         found = [seen.continuation(row, self.block_size - 1) for seen, row in zip(self._seen, rows, strict=True)]
         self.matched = [n for _, n in found]
         return torch.tensor([draft for draft, _ in found], device=ids.device)

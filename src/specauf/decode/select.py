@@ -57,8 +57,8 @@ class Tree(NamedTuple):
     depth: Int[Tensor, "b n"]
     path: Int[Tensor, "b candidates slots"]
     """The node of every slot of every candidate, slot 0 the anchor."""
-    size: Int[Tensor, " b"]
-    """Nodes without the padding."""
+    size: list[int]
+    """Nodes of each row without the padding."""
 
     def sees(self, columns: Bool[Tensor, "b past"]) -> Bool[Tensor, "b 1 n all"]:
         """The attention mask: a node sees the given columns of the past, its ancestors and itself."""
@@ -77,9 +77,9 @@ def build_tree(anchor: Int[Tensor, "b one"], candidates: Int[Tensor, "b candidat
     fresh = owner == torch.arange(count, device=owner.device)[:, None]
     number = fresh.flatten(1).cumsum(1).view(b, count, k)  # from 1: the anchor is 0
     path = F.pad(number.gather(1, owner), (1, 0))
-    size = fresh.flatten(1).sum(1) + 1
+    size = (fresh.flatten(1).sum(1) + 1).tolist()
     below, above, slot = path[..., 1:].flatten(1), path[..., :-1].flatten(1), torch.arange(1, k + 1, device=path.device)
-    tokens = anchor.repeat(1, int(size.max()))
+    tokens = anchor.repeat(1, max(size))
     return Tree(
         tokens.scatter(1, below, candidates.flatten(1)),
         torch.zeros_like(tokens).scatter(1, below, above),

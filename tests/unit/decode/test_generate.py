@@ -374,6 +374,27 @@ def test_a_listener_costs_no_decoding_time(target: Target) -> None:
     assert made.seconds < 0.8
 
 
+def test_the_host_reads_from_the_device_a_few_times_a_round_whatever_the_batch(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, reads = torch.Tensor.tolist, 0
+
+    def counted(tensor: torch.Tensor) -> Any:
+        nonlocal reads
+        reads += 1
+        return read(tensor)
+
+    def reads_a_round(proposer: Proposer | None, rows: int) -> float:
+        nonlocal reads
+        reads = 0
+        made = generate(target, proposer, [[1, 2, 3]] * rows, max_new_tokens=20, eos_ids=frozenset())
+        return reads / (1 + len(made[0].rounds))  # the prefill is one too
+
+    monkeypatch.setattr(torch.Tensor, "tolist", counted)
+    assert reads_a_round(None, 1) <= 3
+    assert reads_a_round(PromptLookup(5), 8) == reads_a_round(PromptLookup(5), 1) <= 5
+
+
 def test_layers_that_cannot_forget_a_draft_are_refused(
     target: Target, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

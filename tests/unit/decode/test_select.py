@@ -110,7 +110,7 @@ def test_candidates_share_their_prefixes() -> None:
     anchors = torch.tensor([[9], [7]])
     candidates = torch.tensor([[[1, 2, 3], [1, 2, 4], [5, 2, 3]], [[1, 1, 1]] * 3])
     tree = build_tree(anchors, candidates)
-    assert tree.size.tolist() == [8, 4]
+    assert tree.size == [8, 4]
     assert tree.tokens.tolist() == [[9, 1, 2, 3, 4, 5, 2, 3], [7, 1, 1, 1, 7, 7, 7, 7]]
     assert tree.parent.tolist()[0] == [0, 0, 1, 2, 2, 0, 5, 6]
     assert tree.depth.tolist() == [[0, 1, 2, 3, 3, 1, 2, 3], [0, 1, 2, 3, 0, 0, 0, 0]]
@@ -127,7 +127,7 @@ def test_the_choice_is_the_best_score_and_the_first_of_equals() -> None:
     candidates = torch.tensor([[[1, 2], [1, 3], [0, 2], [1, 3]]])
     tree = build_tree(torch.tensor([[0]]), candidates)
     chance = {0: [0.3, 0.4, 0.2, 0.1], 1: [0.25, 0.25, 0.2, 0.3], 4: [0.0, 0.0, 0.9, 0.1]}
-    logits = torch.zeros(1, int(tree.size), 4)
+    logits = torch.zeros(1, tree.size[0], 4)
     for node, p in chance.items():
         logits[0, node] = torch.tensor(p).log()
 
