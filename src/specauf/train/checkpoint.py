@@ -155,10 +155,9 @@ def resume(trainer: Trainer, out: Path) -> bool:
     trainer.survival = state.get("survival", {})
     log = out / "log.jsonl"
     if log.is_file() and trainer.ranks.main:
+        # A line at a time: a long run's log may have gigabytes.
         with log.open("rb") as lines, atomic_file(log) as kept, kept.open("wb") as file:
-            file.writelines(
-                line for line in lines if _step(line) <= done
-            )  # one at a time: a long run's log has gigabytes
+            file.writelines(line for line in lines if _step(line) <= done)
     return True
 
 
