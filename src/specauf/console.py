@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
-from rich.console import Console as Rich
+from rich.console import Console as _Rich
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.segment import Segment
 
 from specauf.files import FULL
+from specauf.report.words import clean
 from specauf.strict import UserError
 
 PLAIN_EVERY = 15.0
@@ -46,6 +48,14 @@ class Console(Protocol):
 
     def progress(self, label: str, total: float, done: float = 0) -> AbstractContextManager[Callable[..., None]]:
         """Yield advance(amount, note=""). `done` was completed earlier and does not count in the rate."""
+
+
+class Rich(_Rich):
+    """Prints no control character but its own: a model or a corpus could command the terminal, or write its clipboard."""
+
+    def render(self, *what: Any) -> Iterator[Segment]:
+        for text, style, control in super().render(*what):
+            yield Segment(text if control else clean(text), style, control)
 
 
 class Terminal:
@@ -131,12 +141,12 @@ def reported(work: Callable[[], int], arguments: Sequence[str]) -> int:
     try:
         return work()
     except UserError as error:
-        print(f"specauf: {error}", file=sys.stderr)
+        print(f"specauf: {clean(error)}", file=sys.stderr)
         return 2
     except OSError as error:
         if error.errno not in MENDABLE:
             raise
-        print(f"specauf: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
+        print(f"specauf: {clean(error.filename or 'writing')}: {error.strerror}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         # torch's, for a device and for the host, told by name: no command waits for torch to be imported here.

@@ -8,9 +8,11 @@ import sys
 
 import pytest
 import torch
+from rich.text import Text
 
 from specauf import console
 from specauf.console import Terminal, reported
+from specauf.strict import UserError
 
 
 def test_what_was_there_before_cost_no_time(
@@ -50,6 +52,20 @@ def test_a_closed_output_and_one_without_greek_are_no_errors(monkeypatch: pytest
     assert reported(work, []) == 0
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out := io.BytesIO(), "ascii", write_through=True))
     assert reported(work, []) == 0 and out.getvalue() == b"? of ?.yaml\n"
+
+
+def test_nothing_that_is_told_commands_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    hostile = "a\x1b]52;c;AAAA\x07\x9b31m\tb"
+
+    def work() -> int:
+        Terminal().say(hostile)
+        Terminal().rich.print(Text(hostile, style="green"), end="")
+        Terminal().rich.rule(Text(hostile))
+        raise UserError(hostile)
+
+    assert reported(work, []) == 2
+    out, err = capsys.readouterr()
+    assert "a\ufffd]52" in out and "a\ufffd]52" in err and not {*"\x1b\x07\x9b"} & {*out, *err}
 
 
 @pytest.mark.parametrize(
