@@ -162,7 +162,7 @@ def read_head(
         asked = torch.zeros_like(valid)
         asked[..., start:stop] = valid[..., start:stop] & alive[..., None]
         todo = asked if outside is None else asked & ~outside
-        index = todo.view(-1).nonzero().squeeze(1)
+        index = todo.reshape(-1).nonzero().squeeze(1)
         rows = hidden[todo] if isinstance(hidden, torch.Tensor) else hidden.rows(todo)
         # With the target's logits, about five tensors as wide as the vocabulary exist at once.
         size = max(1, logits_rows // (1 if target_hidden is None else 5))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from specauf.objective import RULES, Blocks, Objective, block_loss
-from specauf.objective.wavefront import Head, default_cuts, plan_cuts
+from specauf.objective.wavefront import Head, default_cuts, plan_cuts, read_head
 from tests.unit.objective.test_loss import Case
 
 
@@ -100,6 +100,13 @@ def test_no_tensor_is_larger_than_the_budget_of_logits_rows(name: str) -> None:
         )
         terms.loss.backward()
     assert vocab <= seen.numel <= budget * vocab  # the weight's views count too: it is no larger
+
+
+def test_a_mask_that_is_a_transposed_view_is_read_as_its_copy() -> None:
+    hidden, labels, head = torch.randn(2, 3, 4, 8), torch.randint(0, 9, (2, 3, 4)), Head(torch.randn(9, 8))
+    valid = (torch.rand(2, 4, 3) > 0.2).transpose(1, 2)
+    here, there = (read_head(hidden, labels, v, head) for v in (valid, valid.contiguous()))
+    assert torch.equal(here.ce, there.ce) and torch.equal(here.order, there.order)  # type: ignore[arg-type]
 
 
 def test_the_weight_is_not_copied_for_every_row_of_a_batch_that_is_a_slice() -> None:
