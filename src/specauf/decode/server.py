@@ -14,7 +14,9 @@ from typing import Any
 from specauf.config import SamplingConfig
 from specauf.strict import UserError
 
-COUNTER = re.compile(r"^vllm:spec_decode_num_(drafts|accepted_tokens)(?:_total)?(\{[^}]*\})? (\S+)$", re.MULTILINE)
+COUNTER = re.compile(
+    r"^vllm:spec_decode_num_(drafts|accepted_tokens)(?:_total)?(\{[^}]*\})? (\d+(?:\.\d+)?(?:e\+\d\d)?)$", re.MULTILINE
+)
 PAUSES = (0.5, 5.0, 30.0)
 """Seconds before a failed request for an answer is made again: whoever waits for hundreds should not lose them to one."""
 
@@ -50,7 +52,7 @@ class Server:
             "stop_token_ids": sorted(stop),
             "return_token_ids": True,
         }
-        choice = self._read("/v1/completions", lambda found: dict(found["choices"][0]), request)
+        choice = self._read("/v1/completions", _choice, request)
         if (tokens := choice.get("token_ids")) is None:
             raise UserError(f"{self.url} returns no token_ids: a newer vLLM does")
         if not tokens or (tokens[-1] not in stop and len(tokens) != limit):
@@ -58,7 +60,7 @@ class Server:
                 f"{self.url} ended an answer after {len(tokens)} of {limit} tokens, at none that ends a text "
                 f"(finish_reason {choice.get('finish_reason')!r})"
             )
-        return [int(token) for token in tokens]
+        return list(tokens)
 
     def counters(self) -> tuple[int, int]:
         """(verify rounds, accepted draft tokens) since the server began. Raises `UserError` when it has no drafter."""
@@ -77,7 +79,7 @@ class Server:
         text = self._ask(path, body)
         try:
             return pick(json.loads(text))
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError, RecursionError):
             raise UserError(f"{self.url}{path} does not answer as vLLM does: {text[:200]!r}") from None
 
     def _ask(self, path: str, body: dict[str, Any] | None = None) -> str:
@@ -96,3 +98,10 @@ class Server:
                     raise UserError(f"{self.url}{path} cannot be reached ({error}): is the server running?") from None
             time.sleep(pause)
         raise AssertionError("the last attempt returns or raises")
+
+
+def _choice(found: Any) -> dict[str, Any]:
+    choice = dict(found["choices"][0])
+    if not all(type(token) is int and token >= 0 for token in list(choice.get("token_ids") or ())):
+        raise TypeError("a token's id is a whole number")
+    return choice

@@ -100,8 +100,10 @@ def test_what_is_no_such_server_is_an_error_that_says_so(target: Target, fake: F
         with pytest.raises(UserError, match=told):
             Server(url)
     fake.proposer = None
-    with pytest.raises(UserError, match="start vLLM with --speculative-config"):
-        Server(fake.url).counters()
+    for text in (fake.counters(), "vllm:spec_decode_num_drafts NaN\n", "vllm:spec_decode_num_drafts 1e+999\n"):
+        fake.counters = lambda text=text: text  # type: ignore[method-assign,misc]
+        with pytest.raises(UserError, match="start vLLM with --speculative-config"):
+            Server(fake.url).counters()
 
 
 def test_counters_that_never_move_end_the_wait(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,6 +164,7 @@ def test_a_server_that_near_ties_hide_is_refused(target: Target, fake: Fake, mon
         ("<html>", "/v1/models does not answer as vLLM does: '<html>'"),
         ('{"data": []}', "does not answer as vLLM does"),
         ('{"data": null}', "does not answer as vLLM does"),
+        ("[" * 10**5, "does not answer as vLLM does"),
     ],
 )
 def test_an_answer_in_another_form_is_no_traceback(fake: Fake, text: str, told: str) -> None:
@@ -182,6 +185,10 @@ def test_an_address_that_is_none_is_no_traceback(url: str) -> None:
         ({"token_ids": [], "finish_reason": "stop"}, "after 0 of 8 tokens"),
         ({"token_ids": [1, 2], "finish_reason": "abort"}, r"after 2 of 8 tokens.*'abort'"),
         ({}, "returns no token_ids"),
+        *(
+            ({"token_ids": other}, "does not answer as vLLM")
+            for other in (["a"], [1.5], [None], [[]], [-1], 7, {"0": 1})
+        ),
     ],
 )
 def test_an_answer_that_is_not_whole_is_refused(fake: Fake, choice: dict[str, Any], told: str) -> None:
