@@ -52,20 +52,25 @@ def load_drafter(directory: str | Path, device: str | torch.device = "cpu") -> D
     try:
         fields = json.loads((directory / "config.json").read_text())
         tensors = load_file(directory / "model.safetensors", device=str(device))
-    except (ValueError, SafetensorError) as error:
+    except (ValueError, RecursionError, SafetensorError) as error:
         raise UserError(f"{directory} is not a drafter checkpoint: {error}") from None
     except OSError as error:
         raise UserError(f"{directory} cannot be read: {error}") from None
     config = DFlashConfig.from_json(fields, str(directory / "config.json"))
+    if (layers := config.num_hidden_layers) > len(tensors):  # too many could not even be built
+        raise UserError(f"{directory}/model.safetensors: {len(tensors)} tensors, too few for {layers} layers")
     with torch.device("meta"):
         drafter = build_drafter(config)
     tensors = {name.removeprefix(OLD_PREFIX): tensor for name, tensor in tensors.items()}
-    wanted = {name: tuple(p.shape) for name, p in drafter.state_dict().items()}
+    kept = drafter.state_dict()
+    wanted = {name: tuple(p.shape) for name, p in kept.items()}
     found = {name: tuple(t.shape) for name, t in tensors.items()}
+    both = wanted.keys() & found.keys()
     for what, names in (
         ("missing", wanted.keys() - found.keys()),
         ("unexpected", found.keys() - wanted.keys()),
-        ("misshapen", {n for n in wanted.keys() & found.keys() if wanted[n] != found[n]}),
+        ("misshapen", {n for n in both if wanted[n] != found[n]}),
+        ("mistyped", {n for n in both if tensors[n].is_floating_point() != kept[n].is_floating_point()}),
     ):
         if names:
             raise UserError(f"{directory}/model.safetensors: {what} tensors {', '.join(sorted(names)[:5])}")

@@ -230,6 +230,20 @@ def test_missing_and_unexpected_tensors_are_errors_that_name_them(target: Target
     save_file({**tensors, "lm_head.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=r"unexpected tensors lm_head\.weight"):
         load_drafter(tmp_path)
+    for other in (torch.int64, torch.complex64):  # the first was a traceback, the second was taken
+        save_file({**tensors, "norm.weight": tensors["norm.weight"].to(other)}, tmp_path / "model.safetensors")
+        with pytest.raises(UserError, match=r"mistyped tensors norm\.weight"):
+            load_drafter(tmp_path)
+
+
+def test_what_no_machine_could_build_or_parse_is_refused_at_once(target: Target, tmp_path: Path) -> None:
+    config = json.loads((save_drafter(DFlash(make_geometry(target)), tmp_path) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 10**4}))
+    with pytest.raises(UserError, match="tensors, too few for 10000 layers"):
+        load_drafter(tmp_path)
+    (tmp_path / "config.json").write_text("[" * 10**5)
+    with pytest.raises(UserError, match="is not a drafter checkpoint: maximum recursion"):
+        load_drafter(tmp_path)
 
 
 def test_a_checkpoint_that_is_elsewhere_or_cannot_be_read_is_said(
