@@ -292,7 +292,7 @@ def _manifest(directory: Path) -> dict[str, Row]:
         return {}
     try:
         return {entry["name"]: entry for entry in json.loads(path.read_bytes())}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f'{path}: expected a list of {{"name": ..., "source": ..., "licence": ...}} ({error}); mend or remove it'
         ) from None
@@ -314,7 +314,7 @@ def _read_jsonl(path: Path) -> list[BenchPrompt]:
                 raise ValueError(f"the id {name!r} was there before")
         except KeyError as error:
             raise _malformed(path, number, f"no {error}") from None
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise _malformed(path, number, error) from None
         found[name] = _prompt(name, turns)
     if not found:

@@ -201,13 +201,13 @@ def load_trajectories(directory: Path) -> tuple[list[Trajectory], dict[str, obje
     try:
         meta = json.loads((directory / "meta.json").read_text())
         tensors = load_file(directory / "trajectories.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+        flat, out, at = tensors["ids"].tolist(), [], 0
+        for name, (p, n, ended) in zip(meta["ids"], tensors["sizes"].tolist(), strict=True):
+            out.append(Trajectory(name, flat[at : at + p], flat[at + p : at + p + n], bool(ended)))
+            at += p + n
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, SafetensorError) as error:
         told = f"{directory} holds no recorded trajectories ({error})"
         raise UserError(f"{told}: delete it, and the same command records them again") from None
-    flat, out, at = tensors["ids"].tolist(), [], 0
-    for name, (p, n, ended) in zip(meta["ids"], tensors["sizes"].tolist(), strict=True):
-        out.append(Trajectory(name, flat[at : at + p], flat[at + p : at + p + n], bool(ended)))
-        at += p + n
     return out, meta
 
 

@@ -116,7 +116,7 @@ def test_a_directory_goes_first_and_its_manifest_says_what_the_files_are(tmp_pat
 
 def test_a_manifest_that_is_none_is_named(tmp_path: Path) -> None:
     write(tmp_path / "own.jsonl", [{"id": "1", "turns": ["a"]}])
-    for text in ("{", '[{"source": "x"}]', "[3]"):
+    for text in ("{", '[{"source": "x"}]', "[3]", "[" * 10**5):
         (tmp_path / "manifest.json").write_text(text)
         with pytest.raises(UserError, match=r"manifest\.json: expected a list"):
             describe_task("own", tasks_dir=str(tmp_path))
@@ -133,6 +133,7 @@ def test_a_manifest_that_is_none_is_named(tmp_path: Path) -> None:
         ('{"id": "x", "turns": ["a", " "]}', "turns is not a list of texts"),
         ('{"id": "1", "turns": ["a"]}', "'1' was there before"),
         ("[1]", "list indices"),
+        ("[" * 10**5, "recursion"),
     ],
 )
 def test_a_malformed_line_is_named(tmp_path: Path, line: str, told: str) -> None:

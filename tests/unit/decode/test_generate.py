@@ -522,3 +522,11 @@ def test_whole_numbers_are_numbers(target: Target) -> None:
 
 def test_no_stream_of_draws_is_an_epoch() -> None:
     assert max(ACCEPT, RESAMPLE, PROPOSE, CANDIDATE) < 0
+
+
+@pytest.mark.parametrize("meta", ["[]", "{}", '{"ids": 5}', '{"ids": ["a", "b"]}', "[" * 10**5])
+def test_a_recording_whose_parts_do_not_fit_is_one_to_make_again(tmp_path: Path, meta: str) -> None:
+    save_trajectories(tmp_path / "kept", [Trajectory("a", [1], [2, 3], True)], {})
+    (tmp_path / "kept" / "meta.json").write_text(meta)
+    with pytest.raises(UserError, match=r"holds no recorded trajectories .* records them again"):
+        load_trajectories(tmp_path / "kept")
