@@ -245,7 +245,8 @@ class _Batch:
             numbers = counter_uniform(sampling.seed, PROPOSE, self.uid[:, None], after)
             draft, law = proposer.sample(ids, anchors, sampling.temperature, numbers)
             return draft[:, None], law
-        return (proposer.propose(ids, anchors) if proposer else ids[:, :0])[:, None], None
+        draft = proposer.propose(ids, anchors).to(ids) if proposer else ids[:, :0]  # another's proposer may say int32
+        return draft[:, None], None
 
     def commit(
         self,

@@ -198,6 +198,15 @@ def test_an_answer_is_ended_by_an_eos_within_the_limit_alone(target: Target, pro
         assert made.rounds == [Round(0, at, cut=True)], "what the draft says after it is not accepted"
 
 
+def test_a_proposer_of_another_may_say_its_tokens_in_32_bits(target: Target, prompts: list[list[int]]) -> None:
+    class Narrow(PromptLookup):
+        def propose(self, ids: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
+            return super().propose(ids, anchors).int()
+
+    wide, narrow = (generate(target, how, prompts, max_new_tokens=9) for how in (PromptLookup(4), Narrow(4)))
+    assert [(g.tokens, g.rounds) for g in wide] == [(g.tokens, g.rounds) for g in narrow]
+
+
 def test_margins_are_those_of_every_token(target: Target, prompts: list[list[int]]) -> None:
     for how in (None, PromptLookup(4)):
         (made,) = generate(target, how, [prompts[3]], max_new_tokens=15, eos_ids=frozenset(), record_margins=True)
