@@ -146,8 +146,8 @@ class Train:
         evaluate = None
         if config.train.eval_every and (ranks.main or sharded):  # a sharded target needs every rank
             evaluate = run.heldout_evaluator(config, target, alone=not sharded)
-        name = config.objective.variant or config.objective.name
-        with terminal.progress(f"training {name}", trainer.max_steps or 0, trainer.done) as advance:
+        what = f"training {config.objective.variant or config.objective.name}"
+        with terminal.progress(what, trainer.max_steps or 0, trainer.done) as advance:
             trainer.run(on_step=lambda row: advance(1, run.step_note(row)), evaluate=evaluate)
         del lock  # held until here
         terminal.say(f"drafter: {Path(config.out) / 'checkpoint'}; log: {Path(config.out) / 'log.jsonl'}")

@@ -164,7 +164,7 @@ def _check_live(
             study.live.tokens,
             sampling=dataclasses.replace(study.base.eval.sampling, temperature=0.0),
             plain=plain,
-            on_done=lambda n: advance(n, ""),
+            on_done=advance,
         )
     found = {
         "key": _live_key(study, subject, about),

@@ -92,7 +92,7 @@ def _record(
     count = len(prompts[: wanted.prompts])
     label = describe_task(task, tasks_dir=study.base.eval.tasks_dir).label
     with console.progress(f"recording the target on {label}, T={wanted.temperature:g}", count) as advance:
-        made = _open(study, target, task, prompts, wanted, lambda n: advance(n, ""))
+        made = _open(study, target, task, prompts, wanted, advance)
     about = {
         "key": _key(made),
         "recording": dataclasses.asdict(wanted),

@@ -89,7 +89,7 @@ class Corpus:
         key = digest([to_dict(config.data), to_dict(config.features), drafter.target_layer_ids, drafter.num_taps])
         if key not in self._features:
             with self._turn("features"), self.console.progress("features", float(len(prepared.train.ids))) as advance:
-                self._features[key] = feature_cache(config, self.target, prepared, on_progress=lambda n: advance(n, ""))
+                self._features[key] = feature_cache(config, self.target, prepared, on_progress=advance)
         return self._features[key]
 
     def _turn(self, what: str) -> AbstractContextManager[None]:
