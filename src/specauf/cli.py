@@ -143,9 +143,8 @@ class Train:
         if sharded:
             target.shard()  # not before the drafter has its copies of the target's layers
         terminal.say(run.set_horizon(trainer))
-        evaluate = None
-        if config.train.eval_every and (ranks.main or sharded):  # a sharded target needs every rank
-            evaluate = run.heldout_evaluator(config, target, alone=not sharded)
+        measures = config.train.eval_every and (ranks.main or sharded)  # a sharded target needs every rank
+        evaluate = run.heldout_evaluator(config, target, alone=not sharded) if measures else None
         what = f"training {config.objective.variant or config.objective.name}"
         with terminal.progress(what, trainer.max_steps or 0, trainer.done) as advance:
             trainer.run(on_step=lambda row: advance(1, run.step_note(row)), evaluate=evaluate)
