@@ -339,12 +339,17 @@ def set_horizon(trainer: Trainer) -> str:
         seconds = trainer.ranks.agree(calibrate([trainer])[0])
         trainer.max_steps = max(1, int(minutes * 60 / seconds))
         return f"{minutes:g} minutes at {seconds:.2f} s a step: max_steps {trainer.max_steps}, frozen"
-    if trainer.done == trainer.max_steps:
-        return f"already trained: step {trainer.done} of {trainer.max_steps}"
-    told = f"max_steps {trainer.max_steps}"
-    if minutes is None or trainer.done:
+    finished = trainer.done == trainer.max_steps
+    told = (
+        f"already trained: step {trainer.done} of {trainer.max_steps}" if finished else f"max_steps {trainer.max_steps}"
+    )
+    if minutes is None:
         return told
-    return f"{told}; train.minutes={minutes:g} is not used (it would be with train.max_steps=null)"
+    if trainer.config.train.max_steps is None:
+        return f"{told}, frozen when training began; train.minutes={minutes:g} is not asked again"
+    return (
+        told if finished else f"{told}; train.minutes={minutes:g} is not used (it would be with train.max_steps=null)"
+    )
 
 
 def heldout_evaluator(config: RunConfig, target: Target, alone: bool = True) -> Callable[[DFlash], dict[str, float]]:
