@@ -85,19 +85,22 @@ def generate(
 
     Raises `UserError` on an empty prompt, when `proposer` cannot propose what `selection` or `sampling.proposal` ask for,
     and when the target's layers cannot drop a rejected draft, attend to a window that the text outgrows, or lack positions
-    for it.
+    for it; `ValueError` when limits or uids are not one a prompt.
     """
+    if not prompts:
+        return []
     sampling = sampling or SamplingConfig()
     empty = [i for i, prompt in enumerate(prompts) if not len(prompt)]
     if empty:
         raise UserError(f"prompt {empty[0]} is empty: there is no token to start from")
     require_decodable(target, proposer, sampling, selection)
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
-    longest = max(len(p) + limit for p, limit in zip(prompts, limits, strict=True))
+    uids = range(len(prompts)) if uids is None else uids
+    longest = max(len(p) + limit for p, limit, _ in zip(prompts, limits, uids, strict=True))
     target.require_reach(longest, "shorten the prompts, or lower the new tokens")
     eos = target.eos_ids() if eos_ids is None else eos_ids
     batch = _Batch(target, proposer, sampling, selection, eos, limits, record_margins, on_commit)
-    active = batch.prefill(prompts, range(len(prompts)) if uids is None else uids, longest)
+    active = batch.prefill(prompts, uids, longest)
     while any(active):
         batch.select(active)
         active = batch.round()

@@ -283,6 +283,14 @@ def test_an_empty_prompt_is_refused(target: Target) -> None:
         generate(target, None, [[1], []])
 
 
+def test_limits_and_uids_are_one_a_prompt(target: Target, prompts: list[list[int]]) -> None:
+    """A single uid would have served every prompt: all of them draw the same random numbers."""
+    for wrong in ({"uids": [5]}, {"max_new_tokens": [3, 3]}):
+        with pytest.raises(ValueError, match="shorter"):
+            generate(target, None, prompts[:3], **wrong)  # type: ignore[arg-type]
+    assert generate(target, None, []) == []
+
+
 def windowed(window: int) -> Target:
     torch.manual_seed(0)
     geometry = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
