@@ -13,6 +13,7 @@ to keep is spread over the ranks with `train.shard_target` (FSDP2).
 from __future__ import annotations
 
 import atexit
+import functools
 import gc
 import importlib
 import os
@@ -161,9 +162,15 @@ def _forget_groups() -> None:
     """Drop what still refers to a destroyed group: its threads would live on and might abort the process when Python exits.
 
     `torch.distributed.nn.functional` binds the group of its first import as a default argument, and torch._dynamo imports
-    it. Imported before there is a group, it binds none. FSDP2's mesh stays in DTensor's caches.
+    it. Imported before there is a group, it binds none. FSDP2's mesh stays in DTensor's caches, more of them with each release.
     """
     from torch.distributed.tensor import debug
 
-    getattr(debug, "_clear_sharding_prop_cache", lambda: None)()
+    planners = sys.modules.get("torch.distributed.tensor._redistribute")
+    for module, clear in ((debug, "_clear_sharding_prop_cache"), (planners, "clear_redistribute_planner_cache")):
+        getattr(module, clear, lambda: None)()
+    for kept in gc.get_objects():
+        # type(), as isinstance asks torch's deprecated objects for their class, and they warn
+        if type(kept) is functools._lru_cache_wrapper and str(kept.__module__).startswith("torch.distributed."):
+            kept.cache_clear()
     gc.collect()
