@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -106,6 +107,9 @@ class Target:
         self.reach = reach_of(model.config, self.body, embedding)
         """How many positions text may take; None where more are no error."""
         self._warned = False
+        # Renamed in transformers 5.24. A model without the old name would not refuse it: it would decode without its cache.
+        renamed = "cache" in inspect.signature(self.body.forward).parameters
+        self._cache_argument = "cache" if renamed else "past_key_values"
 
     @classmethod
     def load(cls, config: TargetConfig, to_shard: bool = False) -> Target:
@@ -275,8 +279,8 @@ class Target:
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=cache,
                 use_cache=cache is not None,
+                **{self._cache_argument: cache},
             )
         final: Tensor = out.last_hidden_state
         if any(tap.shape != final.shape for tap in taps.values()):  # Gemma 3n's put out four, stacked before the batch

@@ -13,6 +13,7 @@ from torch import distributed
 from transformers import (
     DogeConfig,
     DogeForCausalLM,
+    DynamicCache,
     Gemma3ForCausalLM,
     Gemma3nForCausalLM,
     Gemma3nTextConfig,
@@ -21,6 +22,7 @@ from transformers import (
     GPTJForCausalLM,
     Llama4ForCausalLM,
     Llama4TextConfig,
+    LlamaModel,
     OpenAIGPTConfig,
     OpenAIGPTLMHeadModel,
     OPTConfig,
@@ -156,12 +158,31 @@ def test_text_ends_where_a_cache_would_change_what_is_forgotten() -> None:
         parameter.data.mul_(3)
     ids, beyond = torch.randint(1, 61, (1, 10)), torch.randint(1, 61, (1, 20))
 
+    target = Target(model, None, "forgetful")
+
     def both(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        cache = model(ids[:, :-1], use_cache=True).past_key_values
-        return model(ids, use_cache=False).logits[:, -1], model(ids[:, -1:], past_key_values=cache).logits[:, -1]
+        """The last state after all at once, and after the others are in the cache."""
+        cache = DynamicCache()
+        target.run(ids[:, :-1], cache=cache)
+        return target.run(ids, cache=DynamicCache()).final[:, -1], target.run(ids[:, -1:], cache=cache).final[:, -1]
 
     assert torch.allclose(*both(ids), atol=1e-3) and not torch.allclose(*both(beyond), atol=1e-2)
-    assert Target(model, None, "forgetful").reach == 10
+    assert target.reach == 10
+
+
+def test_a_cache_has_the_name_that_the_model_knows() -> None:
+    """Newer models would take the old one among their further arguments, and decode without a cache."""
+    seen: list[object] = []
+
+    class Renamed(LlamaModel):
+        def forward(self, input_ids: torch.Tensor, cache: object = None, **further: object) -> object:
+            seen.append(cache)
+            return super().forward(input_ids, **further)
+
+    model, cache = make_target().model, DynamicCache()
+    model.model.__class__ = Renamed
+    Target(model, None, "renamed").run(torch.ones(1, 3, dtype=torch.long), cache=cache)
+    assert seen == [cache]
 
 
 def test_the_last_layer_is_refused(target: Target) -> None:
