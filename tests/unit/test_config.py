@@ -148,6 +148,8 @@ def test_what_is_merged_may_be_given_again(tmp_path: Path) -> None:
     assert (found.drafter.block_size, found.drafter.num_taps) == (8, 2)
     path.write_text("x: {inner: &b {<<: {p: 1}, p: 2}}\nc: {<<: *b, q: 3}\n")
     assert read_yaml(path, "", "")["c"] == {"p": 2, "q": 3}
+    path.write_text("a: &a {lr: 1}\nb: &b {lr: 2}\nc: {<<: [*a, *b]}\n")
+    assert read_yaml(path, "", "")["c"] == {"lr": 1}, "the earlier one wins"
     path.write_text("x: {inner: {p: 1, p: 2}}\n")
     with pytest.raises(ConfigError, match="the key 'p' is given twice"):
         read_yaml(path, "", "")
