@@ -212,9 +212,10 @@ def test_nothing_valid_gives_zero_loss_and_finite_gradient(
     empty = case.blocks._replace(valid=torch.zeros_like(case.blocks.valid))
     for reduction in REDUCTIONS:
         leaf = case.hidden.clone().requires_grad_()
-        loss = case.terms(Objective(name, gamma, reduction, options), leaf, blocks=empty).loss  # type: ignore[arg-type]
-        loss.backward()
-        assert loss == 0 and (leaf.grad == 0).all()
+        terms = case.terms(Objective(name, gamma, reduction, options), leaf, blocks=empty)  # type: ignore[arg-type]
+        terms.loss.backward()
+        assert terms.loss == 0 and (leaf.grad == 0).all()
+        assert terms.survival is None or (terms.survival == 0).all()
 
 
 @pytest.mark.parametrize("cuts", [None, [4]], ids=["as far as needed", "every slot"])
@@ -275,14 +276,15 @@ def test_a_run_passes_over_holes_and_does_not_count_them() -> None:
     assert leading_run(hit, torch.ones_like(valid)).tolist() == [2, 1]
 
 
-def test_survival_is_the_share_of_real_blocks_that_go_on_past_each_slot() -> None:
-    """By hand: right, wrong at its second slot, right over a hole, and a block that is padding."""
+@pytest.mark.parametrize("cuts", [None, [3]], ids=["as far as needed", "every slot"])
+def test_survival_is_the_share_of_real_blocks_that_go_on_past_each_slot(cuts: list[int] | None) -> None:
+    """By hand: right, wrong at its second slot alone, right over a hole, and a block that is padding; in two sequences."""
     weight = torch.eye(4, dtype=torch.float64)
-    hidden = 3 * F.one_hot(torch.tensor([[[0, 1, 2], [0, 3, 2], [0, 3, 2], [0, 0, 0]]]), 4).double()
-    labels, valid = torch.tensor([[[0, 1, 2], [0, 1, 2], [0, 0, 2], [0, 0, 0]]]), torch.ones(1, 4, 3).bool()
-    valid[0, 2, 1] = valid[0, 3, :] = False
-    blocks = Blocks(torch.zeros(1, 4).long(), valid.any(-1), labels, valid)
-    found = block_loss(hidden, blocks, Objective("auf"), Head(weight)).survival
+    hidden = 3 * F.one_hot(torch.tensor([[[0, 1, 2], [0, 3, 2]], [[0, 3, 2], [0, 0, 0]]]), 4).double()
+    labels, valid = torch.tensor([[[0, 1, 2], [0, 1, 2]], [[0, 0, 2], [0, 0, 0]]]), torch.ones(2, 2, 3).bool()
+    valid[1, 0, 1] = valid[1, 1, :] = False
+    blocks = Blocks(torch.zeros(2, 2).long(), valid.any(-1), labels, valid)
+    found = block_loss(hidden, blocks, Objective("auf"), Head(weight), cuts=cuts).survival
     assert found is not None and found.tolist() == pytest.approx([1, 2 / 3, 2 / 3])
 
 
@@ -398,15 +400,27 @@ def test_the_loss_needs_no_gradient(name: str, off: type) -> None:
     case = Case(1, slots=4)
     want = case.terms(Objective(name)).loss
     with off():
-        found = case.terms(Objective(name))
+        found, formed = case.terms(Objective(name)), Objective(name).formed
     torch.testing.assert_close(found.loss, want.detach())
-    assert not found.num.requires_grad and found.readout.grad is None
+    assert not found.num.requires_grad and found.readout.grad is None and formed == ()
 
 
 def test_credits_of_logits_that_have_a_gradient_are_constants() -> None:
     logits = torch.randn(3, 4, 7, generator=torch.Generator().manual_seed(0), requires_grad=True)
     slots = Slots.of(logits, torch.randint(7, (3, 4)), torch.ones(3, 4, dtype=torch.bool))
     assert not dpace(slots).requires_grad
+
+
+def test_a_gradient_that_overflows_counts_only_where_its_slot_does() -> None:
+    """The second slot is read with the first, and has no credit behind its failure."""
+    weight = torch.tensor([[65504.0, 0], [-65504.0, 0], [0, 1]], dtype=torch.float16)
+    blocks = Blocks(
+        torch.zeros(1, 1).long(), torch.ones(1, 1).bool(), *(torch.ones(1, 1, 2, dtype=t) for t in (int, bool))
+    )
+    leaf = torch.tensor([[[[0.0, 1.0], [1e-3, 0.0]]]], dtype=torch.float16, requires_grad=True)
+    for name, finite in (("uniform", False), ("auf", True)):
+        (grad,) = torch.autograd.grad(block_loss(leaf, blocks, Objective(name), Head(weight), cuts=[2]).loss, leaf)
+        assert grad[..., 0, :].isfinite().all() and bool((grad[..., 1, :] == 0).all()) == finite
 
 
 def test_an_objective_may_be_a_key() -> None:
