@@ -51,7 +51,7 @@ def block_attention(
     rows = query.unflatten(1, (kv, -1)).transpose(2, 3)
     attend = _flex if query.device.type == "cuda" and query.shape[-1] >= NARROWEST else _by_chunks
     out = attend(rows.flatten(3, 4), block_key, block_value, context_key, context_value, anchors)
-    return out.view(rows.shape).transpose(2, 3).flatten(1, 2)
+    return out.reshape(rows.shape).transpose(2, 3).flatten(1, 2)
 
 
 def _by_chunks(
@@ -59,8 +59,7 @@ def _by_chunks(
 ) -> Tensor:
     given = (rows * rows.shape[-1] ** -0.5, block_key, block_value, context_key, context_value)
     ends = anchors.clamp(0, context_key.shape[2]).repeat_interleave(rows.shape[1], 0)
-    out: Tensor = _Chunked.apply(*(t.flatten(0, 1) for t in given), ends)
-    return out.view(rows.shape)
+    return _Chunked.apply(*(t.flatten(0, 1) for t in given), ends)
 
 
 class _Chunked(torch.autograd.Function):
@@ -146,8 +145,7 @@ def _flex(
         torch.cat([c, t.flatten(2, 3)], 2) for c, t in ((context_key, block_key), (context_value, block_value))
     )
     mask = _mask_of(anchors, rows.shape[3], block_key.shape[3], context_key.shape[2])
-    out: Tensor = _kernel(rows.device.type)(rows.flatten(2, 3), key, value, block_mask=mask)
-    return out.reshape(rows.shape)
+    return _kernel(rows.device.type)(rows.flatten(2, 3), key, value, block_mask=mask)
 
 
 @functools.cache

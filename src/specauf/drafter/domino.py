@@ -98,7 +98,7 @@ class Domino(DFlash):
         for i in range(z.shape[1]):
             now = base[:, i]
             if i >= self.pure:
-                now = now + F.linear(self.code(z[:, i], state[0]), self.expansion).to(now.dtype)
+                now = now + F.linear(self.code(z[:, i], state[0]), self.expansion)
                 now = now if keep is None else now.masked_fill(~keep, -torch.inf)
             token = now.argmax(-1) if choose is None else choose(i, now)
             tokens.append(token)

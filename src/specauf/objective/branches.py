@@ -209,4 +209,4 @@ def lambda_base(step: int, max_steps: int, start: float = 1.0, ratio: float = 1.
     At ratio 0.5 the second half of a run trains the final branch alone, and the base branch's objective has no effect
     there.
     """
-    return min(max(start * (1 - min(step / max(1, int(max_steps * ratio)), 1.0)), 0.0), 1.0)
+    return start * (1 - min(step / max(1, int(max_steps * ratio)), 1.0))

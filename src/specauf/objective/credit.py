@@ -160,7 +160,7 @@ def dpace_cumulative(slots: Slots, temperature: float = 1.0, alpha: float = 0.5,
 
 def dpace_continuation(slots: Slots, temperature: float = 1.0, alpha: float = 0.5) -> Tensor:
     """D-PACE's second factor alone; outside the family, since no prefix gates it."""
-    return continuation(torch.where(slots.valid, (1 - alpha) * slots.prob + alpha, 1.0), slots.valid)  # type: ignore[operator]
+    return continuation((1 - alpha) * slots.prob + alpha, slots.valid)  # type: ignore[operator,arg-type]
 
 
 def streak_credit(slots: Slots, temperature: float = 1.0, eps: float = 0.0) -> Tensor:

@@ -216,7 +216,7 @@ def weigh(
             for num, _ in reduced
         ]
         weights = torch.stack([torch.stack(kind) for kind in zip(*found, strict=True)])
-    return torch.stack([num.detach() for num, _ in reduced]), torch.stack([den.detach() for _, den in reduced]), weights
+    return torch.stack([num.detach() for num, _ in reduced]), torch.stack([den for _, den in reduced]), weights
 
 
 def reduce(

@@ -63,8 +63,8 @@ def lk_lambda(rows: Rows, eta: float = 3.0, per: str = "token") -> Tensor:
     overlap = rows.overlap.detach()
     if per != "token":
         over = (0, 1) if per == "slot" else (0, 1, 2)
-        count = rows.valid.sum(over, keepdim=True).clamp(min=1)
-        overlap = (overlap * rows.valid).sum(over, keepdim=True) / count
+        count = rows.valid.sum(over).clamp(min=1)
+        overlap = (overlap * rows.valid).sum(over) / count
     mix = torch.exp(-eta * overlap)
     return mix * rows.kl + (1 - mix) * (1 - rows.overlap)
 
@@ -159,7 +159,7 @@ def register(
     """
     if unknown := sorted(set(needs) - NEEDS):
         raise ValueError(f"objective {name!r} needs {unknown[0]!r}, which is none of {', '.join(sorted(NEEDS))}")
-    if isinstance(rows, str) or not {*rows} <= {"ce", "kl", "overlap"}:
+    if not {*rows} <= {"ce", "kl", "overlap"}:
         raise ValueError(f"objective {name!r}: rows are a tuple of ce, kl and overlap, got {rows!r}")
     if name.endswith("-decay"):
         raise ValueError(f"{name!r}: names that end in -decay belong to the rule before the ending, times the decay")

@@ -232,7 +232,7 @@ def _rows(
         tied = (logits == gold) & (torch.arange(logits.shape[1], device=logits.device) < index)
         values["rank"] = ((logits > gold) | tied).sum(1)
     if temperature != 1:
-        values["prob"] = (1 / ((logits - gold) / temperature).exp_().sum(1)).to(logits.dtype)
+        values["prob"] = 1 / ((logits - gold) / temperature).exp_().sum(1)
     # In place if possible: a row is a training step's largest tensor.
     soft = logits.sub_(top).exp_() if target_hidden is None else (logits - top).exp_()
     total = soft.sum(-1, keepdim=True)
@@ -291,7 +291,7 @@ def plan_cuts(survival: Sequence[float], blocks: int, launch_rows: float = LAUNC
     best, last = [0.0], [0]
     for stop in range(1, len(alive)):
         costs = [
-            best[start] + (stop - start) * s + launch_rows / blocks * (1 - (1 - min(s, 1.0)) ** blocks)
+            best[start] + (stop - start) * s + launch_rows / blocks * (1 - (1 - s) ** blocks)
             for start, s in enumerate(alive[:stop])
         ]
         best.append(min(costs))
