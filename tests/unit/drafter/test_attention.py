@@ -90,6 +90,15 @@ def test_it_equals_dense_attention_wherever_the_chunks_end(
     same(block_attention(*given, anchors), dense(given, anchors), given, given)
 
 
+@pytest.mark.parametrize(("n", "r", "s"), [(100, 12, 700), (100, 12, 0), (3, 2, 10), (9, 40, 10**6)])
+def test_no_more_scores_are_formed_at_a_time_than_is_said(n: int, r: int, s: int) -> None:
+    """Of context positions; but at least a block of each sequence, and at most a quarter of them."""
+    rows, anchors = torch.zeros(2, n, r, 1), torch.full((2, n), s)
+    sizes = [len(range(n)[at]) for at, _, _ in attention._chunks(rows, torch.zeros(2, s, 1), anchors)]
+    most = max(1, min(-(-n // 4), attention.SCORES // (2 * r * max(1, s))))
+    assert sum(sizes) == n and set(sizes[:-1]) == {most} and 0 < sizes[-1] <= most
+
+
 def test_the_compiled_kernel_may_have_a_graph_for_every_use() -> None:
     before = torch._dynamo.config.recompile_limit
     try:
@@ -167,7 +176,7 @@ def test_sums_over_many_chunks_are_not_rounded_at_each(monkeypatch: pytest.Monke
         assert (rounded - exact).norm() / exact.norm() < 0.01  # 0.02 when each chunk's sum is rounded
 
 
-@pytest.mark.parametrize("s", [1, 7])
+@pytest.mark.parametrize("s", [0, 1, 7])
 def test_an_anchor_of_zero_sees_its_own_block_alone(s: int) -> None:
     case = Case(b=2, heads=4, kv=2, n=5, q=2, slots=3, s=s, d=8)
     given = case.tensors(torch.Generator().manual_seed(0))
@@ -181,11 +190,16 @@ def test_an_anchor_of_zero_sees_its_own_block_alone(s: int) -> None:
         torch.testing.assert_close(block_attention(*alone, anchors[:, :1]), out[:, :, j : j + 1])
 
 
-def test_an_anchor_beyond_the_context_sees_all_of_it() -> None:
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_an_anchor_beyond_the_context_sees_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(b=1, heads=2, kv=1, n=8, q=3, slots=3, s=5, d=4)
     given = case.tensors(torch.Generator().manual_seed(0))
-    beyond = torch.tensor([[9, 2, 3, 7, 1, 4, 6, 8]])
-    same(block_attention(*given, beyond), dense(given, beyond.clamp(max=5)), given, given)
+    beyond = torch.tensor([[9, 2, 3, 7, 0, 4, 6, 8]])
+    want = dense(given, beyond.clamp(max=5))
+    same(block_attention(*given, beyond), want, given, given)
+    for off in (torch.no_grad, torch.inference_mode):
+        with off():
+            torch.testing.assert_close(by_flex([t.clone() for t in given], beyond.clone(), monkeypatch), want)
 
 
 def test_under_autocast_all_products_are_in_its_dtype() -> None:
@@ -246,7 +260,8 @@ def test_the_layers_of_a_pass_share_a_mask_and_anchors_that_moved_get_another() 
     mask = attention._mask_of(anchors, 4, 2, 9)
     assert attention._mask_of(anchors, 4, 2, 9) is mask
     assert attention._mask_of(anchors, 2, 2, 9) is not mask, "the last layer asks for fewer rows"
-    assert attention._mask_of(anchors, 4, 2, 9) is not mask and attention._mask_of(anchors.clone(), 4, 2, 9) is not mask
+    mask = attention._mask_of(anchors, 4, 2, 9)
+    assert attention._mask_of(anchors.clone(), 4, 2, 9) is not mask, "others, which no one moved either"
 
     def seen() -> list[bool]:
         return [bool(attention._mask_of(anchors, 4, 2, 9).mask_mod(*map(torch.tensor, (0, 0, 0, c)))) for c in range(9)]
@@ -262,14 +277,17 @@ def test_the_layers_of_a_pass_share_a_mask_and_anchors_that_moved_get_another() 
 
 
 @pytest.mark.parametrize(
-    ("n", "rows", "slots", "s"), [(40, 24, 8, 300), (70, 6, 5, 256), (3, 7, 4, 1), (9, 128, 128, 128)]
+    ("n", "rows", "slots", "s"), [(40, 24, 8, 297), (70, 6, 5, 256), (3, 7, 4, 1), (9, 128, 128, 128)]
 )
 def test_the_tiles_are_those_with_something_to_see(n: int, rows: int, slots: int, s: int) -> None:
     g = torch.Generator().manual_seed(0)
-    anchors = torch.randint(0, s + 1, (2, n), generator=g)
+    anchors = torch.randint(0, s + 1, (4, n), generator=g)
     anchors[0] = anchors[0].sort().values
+    anchors[1:3] = torch.tensor([[128], [129]]).clamp(
+        max=s
+    )  # all see a tile of context, to its end or to the next one's first
     mask = flex_mask(anchors, rows, slots, s)
-    entry_by_entry = torch_flex.create_block_mask(mask.mask_mod, 2, None, *mask.seq_lengths, device="cpu")
+    entry_by_entry = torch_flex.create_block_mask(mask.mask_mod, 4, None, *mask.seq_lengths, device="cpu")
     assert torch.equal(mask.to_dense(), entry_by_entry.to_dense())
     if n > 9:
         assert not mask.to_dense().all()

@@ -141,6 +141,12 @@ def test_same_seed_same_weights(target: Target) -> None:
     )
     assert all(torch.equal(one[k], two[k]) for k in one)
     assert not torch.equal(one["fc.weight"], other["fc.weight"])
+    for tensor in one.values():  # a norm begins as none
+        assert (
+            tensor.std() == pytest.approx(geometry.initializer_range, rel=0.1)
+            if tensor.ndim == 2
+            else (tensor == 1).all()
+        )
 
 
 def test_layer_ids_match_published_checkpoints() -> None:
@@ -337,7 +343,10 @@ def test_pending_rows_are_the_whole_forwards_rows_with_the_same_gradients(target
     wanted = sum((whole[todo] ** 2).sum() for todo in stages)
     want = torch.autograd.grad(wanted, list(drafter.parameters()), retain_graph=True)
     pending = drafter.pending(embeds, anchors, context)
+    asked: list[torch.Size] = []
+    pending.layer.self_attn.q_proj.register_forward_hook(lambda _, given, __: asked.append(given[0].shape[:2]))
     rows = [pending.rows(todo) for todo in stages]
+    assert asked[-1] == (b, 1), "one slot of one block, and its row's place in the other sequences"
     for todo, found in zip(stages, rows, strict=True):
         torch.testing.assert_close(found, whole[todo], rtol=1e-10, atol=1e-10)
     got = torch.autograd.grad(sum((r**2).sum() for r in rows), list(drafter.parameters()))

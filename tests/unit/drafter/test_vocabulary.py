@@ -36,6 +36,7 @@ def test_the_most_frequent_labels_are_kept_and_ties_go_to_the_lowest_id() -> Non
     kept = torch.zeros(12, dtype=torch.bool)
     kept[[7, 9]] = True
     assert coverage(labels, kept) == pytest.approx(5 / 9) and coverage(labels[:0], kept) == 1
+    assert most_frequent(labels, 3, 12, always={1, 2, 3}).tolist() == [1, 2, 3]
     with pytest.raises(ConfigError, match="no room for the 3 tokens"):
         most_frequent(labels, 2, 12, always={1, 2, 3})
 
@@ -46,6 +47,10 @@ def test_the_mapping_is_stored_as_speculators_stores_it(target: Target) -> None:
     assert drafter.d2t.dtype == torch.int64 and (torch.arange(6) + drafter.d2t).tolist() == KEPT.tolist()
     assert not any(p is drafter.t2d or p is drafter.d2t for p in drafter.parameters())
     assert drafter.double().d2t.dtype == torch.int64
+    keep_tokens(drafter, 60 - KEPT.flip(0))
+    assert torch.equal(kept_tokens(drafter), 60 - KEPT.flip(0)), "the old ones are forgotten"
+    with pytest.raises(UserError, match="or not in ascending order"):
+        keep_tokens(drafter, KEPT.flip(0))
 
 
 def test_the_head_is_the_targets_rows_of_the_kept_tokens(target: Target) -> None:
@@ -58,7 +63,7 @@ def test_the_head_is_the_targets_rows_of_the_kept_tokens(target: Target) -> None
     assert capped.softcap == 2.0 and 0 < capped.read(9 * torch.randn(2, 3, 32)).abs().max() <= 2
     logits = head.read(torch.randn(2, 3, 32))
     wide = head.spread(logits)
-    assert torch.equal(wide[..., KEPT], logits) and int(wide.isinf().sum()) == 2 * 3 * 55
+    assert torch.equal(wide[..., KEPT], logits) and int((wide == -torch.inf).sum()) == 2 * 3 * 55
     whole = draft_head(DFlash(make_geometry(target)), Head(target.head_weight))
     assert whole.weight is target.head_weight and whole.rows_of is None, "nothing is copied for the full vocabulary"
     assert whole.spread(logits) is logits

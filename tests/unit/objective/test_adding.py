@@ -179,3 +179,25 @@ def test_a_gamma_that_nothing_reads_is_refused(workdir: Path) -> None:
 def test_an_unknown_need_is_refused() -> None:
     with pytest.raises(ValueError, match="'odd' needs 'ranks', which is none of rank, rollouts, target_prob, uniform"):
         register("odd", needs={"ranks"})
+
+
+def test_options_without_one_default_and_names_of_the_decay_are_refused_when_they_are_registered() -> None:
+    def credit(slots: Slots, floor: float = 0.5) -> torch.Tensor:
+        return slots.valid.float()
+
+    for survives in (lambda slots, floor=0.25: slots.valid, lambda slots, edge: slots.valid):
+        with pytest.raises(ValueError, match=r"'(floor|edge)' must have one default, the same wherever it is taken"):
+            register("odd", survives=survives)(credit)
+    with pytest.raises(ValueError, match="'odd-decay': names that end in -decay"):
+        register("odd-decay")
+    assert "odd" not in RULES
+
+
+def test_the_decay_of_a_loss_of_two_parts_weighs_both() -> None:
+    @register("halves")
+    def halves(slots: Slots) -> Any:
+        return (1.0, slots.valid.double()), (0.5, 2 * slots.valid.double())
+
+    decay = torch.tensor([1, 0.5, 0.25], dtype=torch.float64)
+    found = Objective("halves-decay", 3.0).rule.credit(Slots(torch.ones(1, 3).bool(), decay=decay))
+    assert [(scale, c.tolist()) for scale, c in found] == [(1.0, [[1, 0.5, 0.25]]), (0.5, [[2, 1, 0.5]])]

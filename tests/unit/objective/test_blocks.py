@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specauf.objective import block_inputs, build_blocks, counter_hash, sample_anchors, slot_uniform
-from specauf.objective.blocks import covered
+from specauf.objective.blocks import counter_uniform, covered, prefix_tokens
 
 
 @settings(max_examples=50, deadline=None)
@@ -21,10 +21,12 @@ def test_labels_and_validity_equal_a_loop(seed: int, block_size: int) -> None:
     anchors, keep = sample_anchors(mask, torch.tensor([5, 9]), 6, seed=seed, epoch=0)
     blocks = build_blocks(ids, mask, anchors, keep, block_size)
     inputs = block_inputs(ids, anchors, block_size, 99)
+    before = prefix_tokens(ids, anchors, block_size - 1)
     for i in range(b):
         for j in range(anchors.shape[1]):
             a = int(anchors[i, j])
             assert inputs[i, j].tolist() == [int(ids[i, a])] + [99] * (block_size - 1)
+            assert before[i, j].tolist() == [int(ids[i, min(a + k, s - 1)]) for k in range(block_size - 1)]
             if keep[i, j]:
                 assert mask[i, a] and mask[i, a + 1] and blocks.valid[i, j, 0]
             for k in range(1, block_size):
@@ -96,6 +98,32 @@ def test_every_candidate_is_equally_likely() -> None:
     assert counts[11] == 0  # the last position has no successor
     expected = 2000 * 3 / 11
     assert ((counts[:11] - expected).abs() < 5 * expected**0.5).all()
+
+
+def test_there_are_as_many_anchors_as_the_widest_sequence_has_and_at_least_one() -> None:
+    mask = torch.tensor([[True] * 5, [False, True, True, False, False]])
+    for supervised, number, want in ((mask, 99, [4, 1]), (mask, 3, [3, 1]), (mask & False, 99, [0, 0])):
+        anchors, keep = sample_anchors(supervised, torch.tensor([3, 4]), number, seed=0, epoch=0)
+        assert anchors.shape == keep.shape == (2, max(1, *want)) and keep.sum(1).tolist() == want
+        assert not anchors[~keep].any(), "padding stands at 0"
+
+
+def splitmix(*parts: int) -> int:
+    """`counter_hash` in integers without a sign (Steele, Lea and Flood 2014)."""
+    state = 0
+    for part in parts:
+        x = ((state ^ part) + 0x9E3779B97F4A7C15) % 2**64
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+        state = x ^ (x >> 31)
+    return state % 2**63
+
+
+@given(st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=4))
+def test_the_hash_is_splitmix_and_its_uniform_the_upper_bits(parts: list[int]) -> None:
+    """Another hash would give every run of the same seed other anchors, draws and data order."""
+    assert counter_hash(*parts).item() == splitmix(*parts)
+    assert counter_uniform(*parts).item() == splitmix(*parts) // 2**10 / 2**53
 
 
 def test_counter_hash_is_stable_and_well_spread() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from specauf.drafter.checkpoint import build_drafter
 from specauf.drafter.config import DominoHead
 from specauf.drafter.domino import Corrected, Domino
-from specauf.objective import Blocks, Head, Objective
+from specauf.objective import Blocks, Head, Objective, read_head
 from specauf.objective.branches import VARIANTS, Branch, Shared, TwoBranchTerms, lambda_base, two_branch_loss
 from specauf.objective.credit import position_decay
 from tests.conftest import make_geometry, make_target
@@ -307,6 +307,35 @@ def test_what_was_read_for_the_loss_and_for_the_other_branchs_credit_is_reported
     torch.testing.assert_close(found.base.readout.ce, ce * s.blocks.valid)
 
 
+def test_a_branch_reports_all_that_was_read_of_it_and_how_far_its_blocks_survive() -> None:
+    """Its gate reads whole blocks here, its loss the support alone."""
+    s = scene(4)
+    found = ours(s, branches("f-auf", 3.0), 0.5, cuts={"base": [N], "final": [N]})
+    for terms, logits in zip((found.base, found.final), dense(s.drafter, s.z, s.said, s.weight), strict=True):
+        right = logits.argmax(-1) == s.blocks.labels
+        assert torch.equal(terms.readout.evaluated, s.blocks.valid)
+        assert torch.equal(terms.readout.hit, s.blocks.valid & right)
+        alive = (right | ~s.blocks.valid)[s.blocks.valid.any(-1)].cumprod(-1)
+        assert terms.survival is not None and terms.survival.tolist() == pytest.approx(alive.double().mean(0).tolist())
+
+
+@pytest.mark.parametrize(
+    ("variant", "passes"), [("decay-only", 2), ("b-auf", 2), ("b-auf-d", 2), ("s-auf", 2), ("f-auf", 3)]
+)
+def test_only_a_final_branch_that_is_its_own_gate_is_read_twice(
+    variant: str, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no pass reads the target's distribution for nobody, or more rows at a time than it may."""
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        "specauf.objective.branches.read_head", lambda *a, **how: calls.append(how) or read_head(*a, **how)
+    )
+    s = scene(2)
+    ours(s, branches(variant, 3.0), 0.5, target_hidden=torch.zeros_like(s.z))
+    assert len(calls) == passes
+    assert all(how["target_hidden"] is None and how["logits_rows"] == 4 for how in calls)
+
+
 @pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("variant", ["f-auf-d", "b-auf"])
 def test_the_loss_needs_no_gradient(variant: str, off: type) -> None:
@@ -382,3 +411,4 @@ def test_lambda_falls_linearly_over_its_share_of_the_steps() -> None:
     assert [lambda_base(t, 10) for t in (0, 5, 10, 12)] == [1.0, 0.5, 0.0, 0.0]
     assert [lambda_base(t, 10, ratio=0.5) for t in (0, 2, 5, 9)] == [1.0, 0.6, 0.0, 0.0]
     assert lambda_base(0, 10, start=0.6) == 0.6
+    assert [lambda_base(t, 10, ratio=0.01) for t in (0, 1)] == [1.0, 0.0], "a share of less than one step is one step"

@@ -83,6 +83,9 @@ def test_t6_decay_between_uniform_and_the_first_slot() -> None:
             torch.testing.assert_close(narrow, first, **TOL)
     weights = position_decay(3, 7)
     torch.testing.assert_close(weights, torch.tensor([1, 0.866878, 0.751477], dtype=torch.float64), rtol=1e-6, atol=0)
+    assert position_decay(3, None).tolist() == [1, 1, 1]
+    with pytest.raises(ValueError, match="gamma must be > 0"):
+        position_decay(3, 0)
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
@@ -146,6 +149,8 @@ def test_t13_zero_temperature_limits_of_the_gate() -> None:
     slots = slots_of(z, y)
     cold = slots._replace(prob=(z / 1e-3).softmax(-1).gather(-1, y[..., None]).squeeze(-1))
     torch.testing.assert_close(gate(cold, shift=1), auf(slots).double(), rtol=0, atol=1e-6)
+    assert torch.equal(credits.soft_auf(slots, temperature=0), auf(slots))
+    assert torch.equal(credits.gate_holds(slots, temperature=0, eps=0.5), auf(slots).bool() & slots.hit)  # type: ignore[operator]
     i = torch.arange(1, y.shape[1] + 1)
     wrong = ~slots.hit  # type: ignore[operator]
     j = torch.where(wrong.any(-1), wrong.int().argmax(-1) + 1, y.shape[1] + 1)[:, None]

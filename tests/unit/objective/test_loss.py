@@ -203,7 +203,9 @@ def test_micro_batches_add_up_and_blocks_may_be_permuted(
     torch.testing.assert_close(sum(p.den for p in parts), whole.den, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize(("name", "gamma", "options"), CASES, ids=identify)
+@pytest.mark.parametrize(
+    ("name", "gamma", "options"), [*CASES, *(("lk-lambda", None, {"per": p}) for p in ("slot", "all"))], ids=identify
+)
 def test_nothing_valid_gives_zero_loss_and_finite_gradient(
     name: str, gamma: float | None, options: dict[str, Any]
 ) -> None:
@@ -233,7 +235,8 @@ def test_metrics_of_a_block_worked_by_hand(cuts: list[int] | None) -> None:
     assert found["simulated_tau"] == (1 + 3 + 1 + 1) / 2
     assert found["r_active"] == 5 / 8 and found["r_active_B"] == 5 / 10
     assert found["a_support"] == 4 / 5
-    assert found["first_error_0"] == 0.5 and found["first_error_2"] == 0.5
+    assert [found[f"first_error_{k}"] for k in range(5)] == [0.5, 0, 0.5, 0, 0]
+    assert [found[f"credit_{k}"] for k in range(1, 5)] == [1, 0.5, 0.5, 0.5]
     assert found.get("common_accuracy") == (6 / 7 if cuts else None)
 
 
@@ -267,6 +270,9 @@ def test_accuracy_on_all_slots_needs_all_slots() -> None:
         found = block_metrics(terms.readout, blocks, terms.credit)
         assert ("common_accuracy" in found) == known, name
         assert found["simulated_tau"] == (2 + 5, 2)
+    terms = block_loss(hidden, blocks, Objective("first-k", options={"k": 2}), Head(weight), cuts=[1, 2, 3, 4])
+    found = block_metrics(terms.readout, blocks, terms.credit)
+    assert not {"common_accuracy", "simulated_tau", "first_error_0"} & found.keys(), "one block's run may go on"
 
 
 def test_a_run_passes_over_holes_and_does_not_count_them() -> None:
@@ -340,6 +346,7 @@ def test_lambda_is_of_the_overlap_averaged_over_what_it_is_said_to_be(per: str, 
     ("arguments", "told"),
     [
         (("auff",), "did you mean 'auf'"),
+        (("xyz",), r"unknown objective 'xyz'\. Valid: uniform, "),
         (("decay",), "needs a gamma"),
         (("decay", 0.0), "gamma must be > 0"),
         (("auf", 4.0), "'auf-decay' does"),
@@ -354,6 +361,7 @@ def test_lambda_is_of_the_overlap_averaged_over_what_it_is_said_to_be(per: str, 
         (("griffin-exclusive", None, "global", {"k": 1.5}), "whole number"),
         (("lk-lambda", None, "global", {"per": "head"}), "token, slot, all"),
         (("dpace", None, "global", {"alpha": "much"}), "must be a finite number"),
+        (("dpace", None, "global", {"alpha": True}), "must be a finite number"),
         (("lk-lambda", None, "global", {"eta": math.inf}), "must be a finite number"),
     ],
 )
