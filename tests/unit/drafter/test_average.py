@@ -63,6 +63,9 @@ def test_the_mean_of_means_is_a_branch_too(target: Target, tmp_path: Path) -> No
     paths = [branch(target, tmp_path / str(i), i) for i in (1, 2)]
     merged = save_drafter(average_weights(paths), tmp_path / "merged")
     assert average_weights([merged, paths[1]]).config.extra["averaged_with"][0]["path"] == str(paths[1])
+    later = branch(target, tmp_path / "later", 3, init_from={**FROM, "weights": "1", "trained": {"init_from": FROM}})
+    (record,) = average_weights([paths[0], later]).config.extra["averaged_with"]
+    assert record["trained"]["init_from"]["weights"] == "1", "what the two do not share is told"
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,10 @@ def test_t13_zero_temperature_limits_of_the_gate() -> None:
     cold = slots._replace(prob=(z / 1e-3).softmax(-1).gather(-1, y[..., None]).squeeze(-1))
     torch.testing.assert_close(gate(cold, shift=1), auf(slots).double(), rtol=0, atol=1e-6)
     assert torch.equal(credits.soft_auf(slots, temperature=0), auf(slots))
+    hard, ahead = (gate(slots, temperature=0, future=f) for f in (False, True))
+    assert torch.equal(credits.dpace_cumulative(slots, temperature=0, alpha=0), hard)
+    for at_zero in (credits.dpace(slots, temperature=0, alpha=0), credits.streak_credit(slots, temperature=0)):
+        assert torch.equal(at_zero, ahead)
     assert torch.equal(credits.gate_holds(slots, temperature=0, eps=0.5), auf(slots).bool() & slots.hit)  # type: ignore[operator]
     i = torch.arange(1, y.shape[1] + 1)
     wrong = ~slots.hit  # type: ignore[operator]

@@ -183,6 +183,18 @@ def test_a_confident_token_has_its_own_gradient_under_autocast_too(softcap: floa
     assert float((grads[1] - grads[0]).norm() / grads[0].norm()) < 0.1
 
 
+def test_rows_of_a_wider_drafter_are_read_in_the_heads_precision() -> None:
+    g = torch.Generator().manual_seed(0)
+    labels, valid = torch.randint(9, (1, 6, 4), generator=g), torch.ones(1, 6, 4, dtype=torch.bool)
+    weight, expansion, rows = (torch.randn(*s, generator=g).bfloat16() for s in ((9, 8), (9, 3), (1, 6, 4, 11)))
+    found = [
+        read_head(rows.to(to), labels, valid, Head(weight, expansion=expansion.to(to)))
+        for to in (weight.dtype, torch.float)
+    ]
+    assert torch.equal(found[0].ce, found[1].ce) and found[1].ce.dtype == torch.float
+    assert torch.equal(found[0].grad["ce"].float(), found[1].grad["ce"])  # type: ignore[index]
+
+
 def test_float16_holds_the_normaliser_of_a_large_vocabulary() -> None:
     vocab, width = 151_936, 4
     weight = torch.zeros(vocab, width, dtype=torch.float16)
