@@ -91,15 +91,17 @@ def test_no_tensor_is_larger_than_the_budget_of_logits_rows(name: str) -> None:
     valid = torch.ones(1, n, 5, dtype=torch.bool)
     blocks = Blocks(torch.zeros(1, n).long(), valid[..., 0], torch.randint(vocab, (1, n, 5), generator=g), valid)
     gamma = 4.0 if isinstance(RULES[name].gamma, str) else None
-    with Largest() as seen:
+    objective = Objective(name, gamma)
+    with Largest() as seen, Largest("mm") as products:
         terms = block_loss(
-            *(hidden, blocks, Objective(name, gamma), Head(weight)),
+            *(hidden, blocks, objective, Head(weight)),
             target_hidden=hidden.detach().roll(1, 1),
             uniform=torch.rand(1, n, 5, generator=g),
             logits_rows=budget,
         )
         terms.loss.backward()
     assert vocab <= seen.numel <= budget * vocab  # the weight's views count too: it is no larger
+    assert products.numel == budget * vocab // (5 if objective.needs_target else 1), "as many are held at once"
 
 
 def test_a_mask_that_is_a_transposed_view_is_read_as_its_copy() -> None:
