@@ -74,9 +74,12 @@ def test_what_engines_read_but_weights_ignore_may_differ(target: Target, checkpo
     assert new_drafter(config(init_from=str(checkpoint)), target)
 
 
-def test_a_warm_start_may_have_longer_blocks_and_says_of_which_it_came(target: Target, checkpoint: Path) -> None:
+def test_a_warm_start_may_have_longer_blocks_and_says_of_which_it_came(
+    target: Target, checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     longer, same = (new_drafter(config(init_from=str(checkpoint), block_size=b), target) for b in (7, 4))
     assert (longer.config.block_size, longer.config.extra["init_from"]["block_size"]) == (7, 4)
+    assert "left behind" not in caplog.text, "it had no head of its own"
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(longer.parameters(), same.parameters(), strict=True))
 
 

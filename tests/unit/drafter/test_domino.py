@@ -103,12 +103,27 @@ def test_the_rollout_is_the_head_recomputed_for_every_token(target: Target, shif
 
 
 def test_the_recurrence_stays_in_the_weights_dtype_under_autocast(target: Target) -> None:
-    """CUDA's autocast would make it float16; on a CPU it would make it bfloat16."""
-    drafter = make_domino(target)
+    """CUDA's autocast would make it float16, that of some CPUs bfloat16; others leave it alone, so autocast is asked."""
+    drafter, on = make_domino(target), []
+    drafter.prefix_gru.register_forward_pre_hook(lambda *_: on.append(torch.is_autocast_enabled("cpu")))
     embeds = torch.randn(2, 3, 4, drafter.config.hidden_size, generator=torch.Generator().manual_seed(0))
     with torch.autocast("cpu", torch.bfloat16):
         state = drafter.prefix(embeds)
-    assert state.dtype == torch.float32 and torch.equal(state, drafter.prefix(embeds))
+    assert state.dtype == torch.float32 and torch.equal(state, drafter.prefix(embeds)) and not any(on)
+
+
+def test_the_targets_embeddings_may_be_in_16_bits_and_codes_are_in_the_precision_of_the_pass(target: Target) -> None:
+    drafter, everything = make_domino(target), torch.ones(2, 3, 5, dtype=torch.bool)
+    said, codes = torch.randn(2, 3, 5, 32, generator=torch.Generator().manual_seed(0)).bfloat16(), []
+    z = said.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        later = Corrected(drafter, Rows(z), said)
+    drafter.embed_proj[0].register_forward_hook(lambda _, __, code: codes.append(code.dtype))
+    assert Corrected(drafter, Rows(z), said).rows(everything).dtype == later.rows(everything).dtype == torch.float32
+    assert codes == [torch.float32, torch.bfloat16]
+    embed = target.embed_weight
+    wide, narrow = (drafter.unroll(z[0], z[0] @ embed.T, a, lambda _, a=a: a) for a in (z[0, :, 0], said[0, :, 0]))
+    assert torch.equal(wide[1], narrow[1])
 
 
 def test_shifting_moves_the_slots_and_nothing_else(target: Target) -> None:

@@ -162,6 +162,14 @@ def test_staged_supports_are_the_dense_ones_whatever_the_cuts(seed: int, right: 
         torch.testing.assert_close(found.final.credit, support(dense(s.drafter, s.z, s.said, s.weight)[1], s.blocks))
 
 
+def test_nothing_valid_gives_zero_loss_and_gradient() -> None:
+    s = scene(1)
+    s = s._replace(blocks=s.blocks._replace(valid=torch.zeros_like(s.blocks.valid)))
+    for variant in VARIANTS:
+        loss = ours(s, branches(variant, 3.0), 0.5).terms.loss
+        assert loss == 0 and not any(grad.any() for grad in gradients(loss, s).values())
+
+
 def test_who_learns_from_what() -> None:
     """lambda 1 leaves the head alone; lambda 0 leaves the base branch's objective without effect; between, both count."""
     s = scene(5)
