@@ -326,10 +326,17 @@ def test_domino_may_begin_as_a_dflash_drafter_that_its_head_does_not_correct_yet
     assert torch.equal(logits, base)
 
 
-def test_dflash_may_begin_as_dominos_body(target: Target, checkpoint: Path, tmp_path: Path) -> None:
+def test_dflash_may_begin_as_dominos_body_and_domino_with_its_head(
+    target: Target, checkpoint: Path, tmp_path: Path
+) -> None:
     domino = new_drafter(config(init_from=str(checkpoint), shift_label=False, **HEAD), target)
-    bare = new_drafter(config(init_from=str(save_drafter(domino, tmp_path / "domino"))), target)
+    assert isinstance(domino, Domino)
+    torch.nn.init.normal_(domino.expansion)
+    saved = str(save_drafter(domino, tmp_path / "domino"))
+    bare = new_drafter(config(init_from=saved), target)
     assert all(torch.equal(tensor, domino.state_dict()[name]) for name, tensor in bare.state_dict().items())
+    whole = new_drafter(config(init_from=saved, shift_label=False, **HEAD), target).state_dict()
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in domino.state_dict().items())
 
 
 def test_shifted_labels_and_another_head_are_refused(target: Target, checkpoint: Path, tmp_path: Path) -> None:
