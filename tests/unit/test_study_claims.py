@@ -88,6 +88,7 @@ def test_all_of_them_reproduce_and_say_why() -> None:
     assert [results["comparisons"][i]["task"] for i in rows[1]["evidence"]] == list(TASKS)
     assert "ends 10.0 ± 0.0 points above AUF's (3 seeds, 2 readings each at the same steps)" in rows[4]["because"]
     assert "AUF's macro-average tau is 0.100 above decay's (better)" in rows[4]["because"]
+    assert rows[3]["because"].endswith("tau); r_active ends at 0.40")
 
 
 @pytest.mark.parametrize(
@@ -128,7 +129,9 @@ def test_a_position_prior_that_does_as_well_is_named() -> None:
     results["comparisons"] = [r for r in results["comparisons"] if r["b"] != "decay-g2"]
     for row in results["comparisons"]:
         if row["b"] in PRIORS:
-            row |= {"seeds": 1, "noise_floor": 0.06}
+            row |= {"seeds": 1, "noise_floor": 0.06 if row["b"] == "uniform" else 0.05}
+        if row["b"] == "decay":
+            row |= {"seeds": 2, "noise_floor": 0.09}
     told = claims(results)[7]
     assert told["verdict"] == "undecided" and len(told["evidence"]) == 6
     assert (
@@ -146,6 +149,9 @@ def test_missing_comparisons_are_not_run() -> None:
     results["comparisons"] = [r for r in results["comparisons"] if r["temperature"] == "0" and r["a"] != "f-auf"]
     told = {"T=1": "not run", "inert": "not run", "transfer": "not run"}
     assert verdicts(results) == only(**told)
+    assert claims(results)[2]["because"] == "AUF against decay: 0 of 2 comparisons are measured"
+    results["comparisons"] = [r for r in results["comparisons"] if r["b"] != "s-auf"]
+    assert claims(results)[6]["because"] == "against AUF on both branches: 3 of 4 comparisons are measured"
     results["comparisons"] = []
     assert set(verdicts(results).values()) == {"not run"}
 
@@ -171,7 +177,7 @@ def test_temperatures_are_those_of_any_part_that_has_both_methods() -> None:
     one, *others = results["parts"]
     results["parts"] = [one | {"temperatures": ["0"]}, one | {"methods": ["auf-decay", "decay"]}, *others]
     assert verdicts(results)["inert"] == "reproduced", "at T=1 no part has both"
-    results["parts"] = [one | {"temperatures": ["0"]}, one, *others]
+    results["parts"] = [one | {"temperatures": ["0"]}, one | {"methods": ["auf", "auf-decay"]}, *others]
     assert verdicts(results)["inert"] == "undecided", "one part is enough"
 
 
@@ -184,6 +190,11 @@ def test_decay_cannot_be_called_inert_on_a_short_support() -> None:
     assert "r_active ends at 0.29" in claims(results)[3]["because"]
     results["comparisons"][find(results, "auf-decay", "auf", "0", "macro") or 0]["verdict"] = "better"
     assert verdicts(results)["inert"] == "not reproduced", "a difference is one at any length"
+    results = study()
+    for rows in results["training"]["auf"].values():
+        rows[:] = [{"step": row["step"]} for row in rows]
+    assert verdicts(results) == only(inert="undecided", inversion="not run")
+    assert claims(results)[3]["because"].endswith("tau), but r_active was not logged")
 
 
 def test_the_inversion_needs_all_seeds_to_agree() -> None:
@@ -196,10 +207,15 @@ def test_the_inversion_needs_all_seeds_to_agree() -> None:
         for row in rows:
             row["common_accuracy"] = 0.1
     assert verdicts(results) == only(inversion="not reproduced")
+    results["training"]["decay"] = results["training"]["auf"]
+    assert verdicts(results) == only(inversion="undecided"), "alike to the last digit"
     results = study()
     for method in results["methods"]:
         method["cells"][1]["state"] = method["cells"][2]["state"] = "training"
     assert verdicts(results)["inversion"] == "undecided", "one finished seed shows no spread"
+    assert "ends 10.0 points above AUF's (1 seed, " in claims(results)[4]["because"]
+    results = study(auf__decay__0__macro="worse")
+    assert "AUF's macro-average tau is 0.100 below decay's (worse)" in claims(results)[4]["because"]
 
 
 def test_the_inversion_pairs_readings_of_the_same_steps() -> None:
@@ -210,6 +226,8 @@ def test_the_inversion_pairs_readings_of_the_same_steps() -> None:
         for row in rows:
             row["common_accuracy"] = 0.9 if row["step"] == 10 else row["common_accuracy"]  # AUF has none there
     assert "ends 10.0 ± 0.0 points above AUF's (3 seeds, 1 reading each" in claims(results)[4]["because"]
+    del results["training"]["decay"]["1"][8]["common_accuracy"]
+    assert verdicts(results)["inversion"] == "not run", "one seed's readings are of different steps"
     for rows in results["training"]["auf"].values():
         rows[8].pop("common_accuracy")
     assert verdicts(results)["inversion"] == "not run"
@@ -224,11 +242,14 @@ def test_equal_time_says_what_each_took() -> None:
     results = study()
     for cell, seconds in zip(results["methods"][0]["cells"], (1134, 750, 732), strict=True):
         cell["train_seconds"] = seconds
+    assert "trained" not in claims(results)[8]["because"]
     results["methods"].append({"name": "auf-time", "cells": [{"seed": 0, "state": "done", "train_seconds": 990}]})
     told = "; AUF trained 16.5 min, decay 12.2 to 18.9 min"
     assert claims(results)[8]["because"].endswith(told)
     results["methods"][-1]["cells"].append({"seed": 1, "state": "training", "train_seconds": 60})
     assert claims(results)[8]["because"].endswith(told), "a run that goes on has not taken its time yet"
+    results["comparisons"] = []
+    assert "trained" not in claims(results)[8]["because"]
 
 
 def test_small_differences_do_not_read_as_zero() -> None:
@@ -237,6 +258,10 @@ def test_small_differences_do_not_read_as_zero() -> None:
         if row["a"] == "auf-decay":
             row["difference"] = -0.00004
     assert "(differences −0.00004 to −0.00004 tau)" in claims(results)[3]["because"]
+    for row in results["comparisons"]:
+        row["difference"] = 0.0 if row["b"] == "decay" else 0.0005
+    assert "(differences +0.000 to +0.000 tau)" in claims(results)[1]["because"]
+    assert "(differences +0.001 to +0.001 tau)" in claims(results)[3]["because"]
 
 
 def test_single_runs_count_beyond_the_noise_floor_alone() -> None:
@@ -244,18 +269,24 @@ def test_single_runs_count_beyond_the_noise_floor_alone() -> None:
         return standing(comparison("a", "b", "0", "macro", verdict, seeds=1, noise_floor=floor, difference=difference))
 
     assert told("better", 0.05) == "better" and told("worse", 0.05, -0.1) == "worse"
-    assert told("better", 0.15) == told("better", None) == told("equivalent", 0.001, 0.0) == "undecided"
+    assert told("better", 0.15) == told("better", 0.1) == told("better", None) == "undecided"
+    assert told("equivalent", 0.001, 0.01) == "undecided", "two equivalent runs do not show equivalent methods"
     results = study()
     for row in results["comparisons"]:
         row["seeds"], row["noise_floor"] = 1, 0.2
     found = claims(results)
     assert {row["verdict"] for row in found} == {"undecided"}
     assert "fewer than three seeds decide nothing within the noise floor" in found[0]["because"]
+    assert "Holm" not in found[1]["because"], "single runs have none of it"
     for row in results["comparisons"]:
         row["seeds"], row["noise_floor"] = 2, None
     found = claims(results)
     assert {row["verdict"] for row in found} == {"undecided"}
     assert "fewer than three seeds decide nothing while the noise floor is not known" in found[0]["because"]
+    assert "Holm's correction 2 of" in found[1]["because"]
+    for row in results["comparisons"][1:]:
+        row["seeds"] = 1
+    assert "Holm" not in claims(results)[1]["because"]
     two = {"seeds": 2, "noise_floor": 0.2}
     assert standing(comparison("a", "b", "0", "macro", "better", difference=0.3, **two)) == "better", "as of one"
     assert standing(comparison("a", "b", "0", "macro", "better", difference=0.1, **two)) == "undecided"
@@ -290,6 +321,7 @@ def test_a_lower_accuracy_of_decay_counts_when_its_seeds_agree_alone() -> None:
             for row in rows:
                 row["common_accuracy"] = value
         assert verdicts(results) == only(inversion=told)
+    assert "accuracy ends 5.1 ± 43.0 points below AUF's" in claims(results)[4]["because"]
     for row in results["training"]["decay"].values():
         for at in row:
             at["common_accuracy"] = 0.3

@@ -98,9 +98,9 @@ def inversion(results: Results) -> Found:
     """Decay is more accurate over all valid slots, yet is accepted less."""
     index = find(results, "auf", "decay", "0", MACRO)
     read = {name: _end(results, name, "common_accuracy") for name in ("decay", "auf")}
-    seeds = sorted(read["decay"].keys() & read["auf"].keys())
+    seeds = read["decay"].keys() & read["auf"].keys()
     # AUF's loss does not read all slots, so it logs this figure only at some steps; it is paired with decay's at those.
-    steps = {seed: sorted(read["decay"][seed].keys() & read["auf"][seed].keys()) for seed in seeds}
+    steps = {seed: read["decay"][seed].keys() & read["auf"][seed].keys() for seed in seeds}
     if index is None:
         return Found("not run", "decay and AUF are not both trained and measured")
     if not steps or not all(steps.values()):
@@ -115,9 +115,9 @@ def inversion(results: Results) -> Found:
         f"({counted(len(seeds), 'seeds')}, {counted(min(map(len, steps.values())), 'readings')} each at the same steps), "
         f"and {_told(results, index)}"
     )
-    if verdict in ("worse", "equivalent") or (mean < 0 and sure < -mean):
+    if verdict in ("worse", "equivalent") or sure < -mean:
         return Found("not reproduced", because, [index])
-    shown = verdict == "better" and mean > 0 and sure < mean
+    shown = verdict == "better" and sure < mean
     return Found("reproduced" if shown else "undecided", because, [index])
 
 
@@ -223,12 +223,10 @@ def standing(row: Mapping[str, Any]) -> str:
 
     The bootstrap of two seeds is too narrow (docs/statistics.md). The floor is one of single runs, so it is wide for two.
     """
-    if row["seeds"] > 2 or row["verdict"] == "undecided":
+    if row["seeds"] > 2:
         return str(row["verdict"])
     noise = row["noise_floor"]
-    if noise is None:
-        return "undecided"
-    if row["verdict"] == "equivalent":  # two equivalent runs do not show equivalent methods
+    if noise is None or row["verdict"] == "equivalent":  # two equivalent runs do not show equivalent methods
         return "undecided"
     return str(row["verdict"]) if abs(row["difference"]) > noise else "undecided"
 
@@ -237,7 +235,7 @@ def _decide(results: Results, indices: Iterable[int | None], good: set[str], bad
     """Reproduced when every comparison is good, not reproduced when one is bad, else undecided; not run when one is missing."""
     found = list(indices)
     known = [i for i in found if i is not None]
-    if not found or len(known) < len(found):
+    if len(known) < len(found):
         return Found("not run", f"{what}: {len(known)} of {len(found)} comparisons are measured", known)
     verdicts = [standing(results["comparisons"][i]) for i in known]
     told = ", ".join(
