@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import pytest
 
 from specauf.bench.statistics import holm, noise_floor, verdict
@@ -15,22 +16,24 @@ from specauf.decode.generate import Round
 from specauf.decode.replay import Trajectory
 from specauf.study import recipe
 from specauf.study.records import records
-from specauf.study.scores import NO_SEED, ByTask, Measured, _counts, comparisons, scores
+from specauf.study.scores import NO_SEED, ByTask, Counts, Measured, _counts, _score, comparisons, scores
 
 CLUSTERS = {"birds": [0, 1, 2, 3], "pairs": [0, 0, 1, 1, 2, 2]}
 LIMIT, LOOP = 30, [7] * 40
 """A text that loops from its ninth token: rounds that start at 8 or later are after the loop set in."""
 SILENT = ("birds", 2)
 """A prompt whose first token ended the text."""
+BRIEF = ("birds", 1)
+"""One whose second token did: a single round."""
 
 Rounds = list[Round]
 World = dict[tuple[str, int], dict[str, list[Rounds]]]
 
 
-def study(tmp_path: Path) -> recipe.Study:
+def study(tmp_path: Path, *more: str) -> recipe.Study:
     part = {"temperatures": [0.0], "max_new_tokens": LIMIT}
     parts = {
-        "a": {"title": "a", "methods": ["decay", "auf"], "baseline": "decay", "seeds": [0, 1, 2], **part},
+        "a": {"title": "a", "methods": ["decay", "auf", *more], "baseline": "decay", "seeds": [0, 1, 2], **part},
         "b": {"title": "b", "methods": ["auf", "wide"], "baseline": "auf", "seeds": [0], **part},
     }
     methods = {
@@ -38,10 +41,15 @@ def study(tmp_path: Path) -> recipe.Study:
         "auf": {"label": "a", "set": ["objective.name=auf"]},
         "wide": {"label": "w", "set": ["objective.name=auf", "drafter.block_size=6"]},
     }
+    methods |= {name: {"label": name, "set": [f"objective.name={name}"]} for name in more}
     base = {"drafter": {"block_size": 4}, "train": {"max_steps": 4}, "eval": {"tasks": ["birds", "pairs"]}}
     live = {"prompts": 0}
     content = {"title": "t", "out": str(tmp_path), "base": base, "methods": methods, "parts": parts, "live": live}
     return recipe.study_of(content, "test")
+
+
+def text(task: str, prompt: int) -> list[int]:
+    return LOOP[: {SILENT: 1, BRIEF: 2}.get((task, prompt), LIMIT)]
 
 
 def world(made: recipe.Study, seed: int) -> World:
@@ -55,7 +63,7 @@ def world(made: recipe.Study, seed: int) -> World:
                 found[method, s][task] = []
                 for prompt in range(len(clusters)):
                     at, row = 0, list[Round]()
-                    while at < LIMIT - 1 and (task, prompt) != SILENT:
+                    while at < len(text(task, prompt)) - 1:
                         a = rng.randint(0, most) if rng.random() < 0.4 + 0.2 * (at > 8) else 0
                         row.append(Round(at, a, cut=rng.random() < 0.1))
                         at += a + 1
@@ -75,8 +83,7 @@ class Known(Measured):
         size = 6 if method in ("wide", "prompt-lookup-b6") else 4
         out = {}
         for task, clusters in CLUSTERS.items():
-            texts = [LOOP[: 1 if (task, p) == SILENT else LIMIT] for p in range(len(clusters))]
-            answers = [Trajectory("", [1], text, False) for text in texts]
+            answers = [Trajectory("", [1], text(task, p), False) for p in range(len(clusters))]
             rows = [[*enumerate(records(self.rounds[method, s][task], answers, LIMIT, size))] for s in numbered]
             kept = tuple(s for s in numbered if s != NO_SEED)
             out[task] = _counts(kept, [[record for _, record in row] for row in rows], clusters)
@@ -121,7 +128,8 @@ def test_scores_are_those_of_plain_loops(tmp_path: Path, seed: int) -> None:
         assert row["alpha"] == pytest.approx(alpha)
         assert row["rounds"] == sum(map(len, flat.values())) and row["prompts"] == sum(len(CLUSTERS[t]) for t in tasks)
         assert row["cut_share"] == pytest.approx(fmean(fmean(r.cut for r in found) for found in flat.values()))
-        spoken = {t: LIMIT * len(seeds) * (len(CLUSTERS[t]) - (t == SILENT[0])) for t in tasks}
+        texts = {t: [text(t, p) for p in range(len(CLUSTERS[t])) if (t, p) != SILENT] for t in tasks}
+        spoken = {t: len(seeds) * sum(map(len, texts[t])) for t in tasks}
         assert row["engine_tau"] == pytest.approx(fmean(spoken[t] / len(flat[t]) for t in tasks))
         assert row["seeds"] == [s for s in seeds if s != NO_SEED] == [int(s) for s in row["seed_taus"]]
         for s, alone in row["seed_taus"].items():
@@ -171,6 +179,22 @@ def test_methods_are_compared_over_the_seeds_that_both_have(tmp_path: Path) -> N
     del rounds["auf", 0], rounds["decay", 2]
     seeds = {(r["part"], r["a"]): r["seeds"] for r in comparisons(Known(made, rounds))}
     assert ("a", "auf") not in seeds and seeds["a", "prompt-lookup"] == 2
+
+
+def test_what_claims_ask_for_is_compared_beside_the_baseline_and_nothing_twice(tmp_path: Path) -> None:
+    made = study(tmp_path, "auf-decay")
+    rounds = world(made, 7)
+    rounds |= {("auf-decay", s): rounds["decay", s] for s in range(3)}
+    rows = [r for r in comparisons(Known(made, rounds)) if (r["part"], r["task"]) == ("a", "macro")]
+    told = sorted((r["a"], r["b"]) for r in rows if not r["before_loop"])
+    assert told == [("auf", "decay"), ("auf-decay", "auf"), ("auf-decay", "decay"), ("prompt-lookup", "decay")]
+
+
+def test_an_interval_of_tau_stays_between_one_and_the_block_size() -> None:
+    accepted = np.zeros((2, 5, 4))
+    accepted[0, :, 0] = accepted[1, :, 3] = 1  # nothing with one seed, everything with the other
+    counts = Counts((0, 1), accepted, accepted, np.zeros((2, 5)), np.ones((2, 5)), np.arange(5))
+    assert _score({"t": counts})["interval"] == [1, 4]
 
 
 def test_clusters_reach_the_interval(tmp_path: Path) -> None:

@@ -145,6 +145,8 @@ def test_disagreeing_seeds_widen_the_interval_and_agreeing_ones_do_not() -> None
     alone, agree = single(prompts[None]), single(np.stack([prompts] * 3))
     disagree = single(prompts + np.array([[-0.1], [0.0], [0.1]]))
     assert width(agree.interval) == pytest.approx(width(alone.interval), rel=0.05)
+    few = prompts[:4]  # Student's tails are those of the prompts, whatever the seeds have none of
+    assert width(single(np.stack([few] * 3)).interval) == pytest.approx(width(single(few[None]).interval), rel=0.1)
     assert width(disagree.interval) > 2 * width(alone.interval)
 
 
@@ -199,6 +201,7 @@ def test_p_below_five_percent_is_an_interval_without_zero(seed: int, shift: floa
     ("a", "b", "clusters", "told"),
     [
         ({"t": np.ones((2, 3))}, {"t": np.ones((2, 4))}, {"t": np.arange(3)}, "shapes"),
+        ({"t": np.ones((2, 3))}, {"t": np.ones((1, 3))}, {"t": np.arange(3)}, "do not fit together"),
         ({"t": np.ones((2, 3))}, None, {"t": np.arange(4)}, "shapes"),
         ({"t": np.ones((2, 3))}, None, {"t": np.zeros(3)}, "two or more conversations"),
         ({"t": np.full((2, 3), NAN)}, None, {"t": np.arange(3)}, "no prompt"),
@@ -341,7 +344,7 @@ def test_a_p_near_a_hurdle_is_drawn_finely_and_no_other() -> None:
 
     near, far = found(0.03), found(0.3)
     assert NEAR[0] < near.p < NEAR[1] and near == found(0.03, resamples=REFINED)
-    assert far.p < NEAR[0] and far == found(0.3, resamples=10_000) and far != found(0.3, resamples=REFINED)
+    assert far.p == 2 / 10_001 and far == found(0.3, resamples=10_000) and far != found(0.3, resamples=REFINED)
 
 
 # --- the noise floor ---
@@ -352,6 +355,7 @@ def test_noise_floor_is_the_textbook_formula() -> None:
     mean = sum(taus) / 3
     sd = math.sqrt(sum((x - mean) ** 2 for x in taus) / 2)
     assert noise_floor(np.array(taus)) == pytest.approx(4.302653 * sd * math.sqrt(2), rel=1e-6)
+    assert noise_floor(np.array([1.3, 1.4])) == pytest.approx(12.706205 * 0.1, rel=1e-6)  # of two: sd is 0.1 / sqrt(2)
 
 
 def test_noise_floor_pools_the_spread_within_methods() -> None:

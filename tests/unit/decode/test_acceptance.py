@@ -95,7 +95,9 @@ def test_a_loop_sets_in_where_eight_tokens_first_repeat() -> None:
     assert before_loop([[Round(3, 0), Round(27, 1), Round(29, 7)]], [loop_onset(text)]) == [[Round(3, 0), Round(27, 1)]]
     assert before_loop([[Round(28, 1)]], [loop_onset(text)]) == [[]], "the text repeats itself with its first token"
     assert repeated_share([[1] * 16, list(range(25))]) == pytest.approx(8 / 27), "of all n-grams, not of all texts"
-    assert repeated_share([list(range(50))]) == 0 and repeated_share([[1] * 16]) == pytest.approx(8 / 9)
+    assert repeated_share([list(range(50))]) == repeated_share([[1, 1]]) == 0 and repeated_share(
+        [[1] * 16]
+    ) == pytest.approx(8 / 9)
 
 
 def test_one_conversation_has_no_interval_and_nothing_accepted_no_ratio() -> None:
@@ -122,6 +124,7 @@ def test_skewed_prompts_cost_as_much_coverage_as_the_docs_say(prompts: int, held
     intervals = [bootstrap(values, resamples=500) for values in worlds]
     assert np.mean([low <= 1 <= high for low, high in intervals]) == pytest.approx(held, abs=0.03)
     assert np.mean([high < 1 for _, high in intervals]) > 4 * np.mean([low > 1 for low, _ in intervals])
+    assert np.mean([high + low for low, high in intervals]) > 2.02 * worlds.mean(), "it leans to where the long tail is"
 
 
 def test_an_interval_of_tau_stays_between_one_and_the_block_size() -> None:
@@ -129,6 +132,8 @@ def test_an_interval_of_tau_stays_between_one_and_the_block_size() -> None:
     low, high = bootstrap(np.array([1.1, 1.5]))
     assert low < 1 and high > 2 and tau_interval(np.array([1.1, 1.5]), 8) == (1.0, high)
     assert np.isnan(tau_interval(np.array([1.5]), 8)).all()
+    inside = np.array([1.4, 1.5, 1.5, 1.6])
+    assert tau_interval(inside, 2) == bootstrap(inside) and 1 < bootstrap(inside)[0] < bootstrap(inside)[1] < 2
     few = summarise([as_rounds([3, 0]), as_rounds([3, 3])], [8, 8], 3)  # blocks of four
     assert few.interval == (1.0, 4.0)
 
