@@ -80,6 +80,8 @@ class Known(Measured):
 
     def _load(self, key: str, part: recipe.Part, temperature: float, method: str, seeds: Sequence[int]) -> ByTask:
         numbered = [NO_SEED] if method.startswith("prompt-lookup") else [s for s in seeds if (method, s) in self.rounds]
+        if not numbered:
+            return {}
         size = 6 if method in ("wide", "prompt-lookup-b6") else 4
         out = {}
         for task, clusters in CLUSTERS.items():
@@ -176,18 +178,23 @@ def test_methods_are_compared_over_the_seeds_that_both_have(tmp_path: Path) -> N
     single = next(r for r in rows if (r["part"], r["a"], r["task"]) == ("b", "wide", "macro"))
     want = noise_floor([[fmean(tau([rounds["decay", s][t]]) for t in CLUSTERS) for s in (0, 1, 2)]])  # type: ignore[arg-type]
     assert single["noise_floor"] == pytest.approx(want), "of the methods that have all seeds"
+    assert row["noise_floor"] == single["noise_floor"], "of two seeds as of one"
     del rounds["auf", 0], rounds["decay", 2]
     seeds = {(r["part"], r["a"]): r["seeds"] for r in comparisons(Known(made, rounds))}
-    assert ("a", "auf") not in seeds and seeds["a", "prompt-lookup"] == 2
+    assert ("a", "auf") not in seeds and ("b", "wide") not in seeds and seeds["a", "prompt-lookup"] == 2
 
 
 def test_what_claims_ask_for_is_compared_beside_the_baseline_and_nothing_twice(tmp_path: Path) -> None:
     made = study(tmp_path, "auf-decay")
     rounds = world(made, 7)
     rounds |= {("auf-decay", s): rounds["decay", s] for s in range(3)}
+    for s in range(3):
+        none = {t: [[Round(i, 0) for i, _ in enumerate(x)] for x in p] for t, p in rounds["decay", s].items()}
+        rounds["decay", s] = none
     rows = [r for r in comparisons(Known(made, rounds)) if (r["part"], r["task"]) == ("a", "macro")]
     told = sorted((r["a"], r["b"]) for r in rows if not r["before_loop"])
     assert told == [("auf", "decay"), ("auf-decay", "auf"), ("auf-decay", "decay"), ("prompt-lookup", "decay")]
+    assert {r["ratio"] is None for r in rows if r["b"] == "decay"} == {True}, "decay accepts nothing here"
 
 
 def test_an_interval_of_tau_stays_between_one_and_the_block_size() -> None:
@@ -195,6 +202,8 @@ def test_an_interval_of_tau_stays_between_one_and_the_block_size() -> None:
     accepted[0, :, 0] = accepted[1, :, 3] = 1  # nothing with one seed, everything with the other
     counts = Counts((0, 1), accepted, accepted, np.zeros((2, 5)), np.ones((2, 5)), np.arange(5))
     assert _score({"t": counts})["interval"] == [1, 4]
+    accepted[1] = accepted[0]
+    assert _score({"t": counts})["interval"] == [1, 1] and _score({"t": counts})["alpha"] == [0, None, None]
 
 
 def test_clusters_reach_the_interval(tmp_path: Path) -> None:

@@ -117,6 +117,21 @@ def test_replay_makes_the_live_rounds_with_several_eos_ids(
     assert replay(how, recorded, features, 24) == [g.rounds for g in live]  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("head", [None, DominoHead(8, 4)])
+def test_a_drafter_that_is_sometimes_right_makes_the_rounds_of_replay(
+    prompts: list[list[int]], head: DominoHead | None
+) -> None:
+    """Target and drafter say four tokens alone, so that rows accept now and then, each its own number."""
+    target = make_target()
+    target.head_bias = torch.where(torch.arange(61) % 16 == 7, 0.0, -1e4)
+    drafter = build_drafter(dataclasses.replace(make_geometry(target), domino=head, initializer_range=0.3), seed=1)
+    how, numbered = DrafterProposer(drafter, target), [(str(i), p) for i, p in enumerate(prompts)]
+    live = [g.rounds for g in generate(target, how, prompts, max_new_tokens=24)]
+    assert len({r.accepted for rounds in live for r in rounds}) > 2, "the case shows nothing"
+    recorded = record(target, numbered, limit=24, block_size=5, sampling=SamplingConfig())
+    assert replay(how, recorded, trajectory_features(target, recorded, how.layer_ids), 24) == live
+
+
 def test_a_chain_is_not_copied_along_its_own_path(target: Target, prompts: list[list[int]]) -> None:
     with Largest("gather") as seen:
         generate(target, proposers(target)["drafter"], prompts, max_new_tokens=12)
@@ -124,7 +139,15 @@ def test_a_chain_is_not_copied_along_its_own_path(target: Target, prompts: list[
 
 
 def test_rounds_account_for_every_token(target: Target, prompts: list[list[int]]) -> None:
-    for generation in generate(target, PromptLookup(5), prompts, max_new_tokens=30, eos_ids=frozenset()):
+    told: list[tuple[list[int], list[bool]]] = [([], []) for _ in prompts]
+
+    def listen(row: int, tokens: list[int], drafted: list[bool]) -> None:
+        told[row][0].extend(tokens)
+        told[row][1].extend(drafted)
+
+    made = generate(target, PromptLookup(5), prompts, max_new_tokens=30, eos_ids=frozenset(), on_commit=listen)
+    assert told == [(g.tokens, g.drafted) for g in made]
+    for generation in made:
         starts = [r.start for r in generation.rounds]
         assert starts == [0, *(r.start + r.accepted + 1 for r in generation.rounds[:-1])]
         assert sum(generation.drafted) <= sum(r.accepted for r in generation.rounds)
@@ -146,7 +169,7 @@ def test_what_is_accepted_is_what_a_text_has_of_the_draft(kind: str, chunk: int)
     head = DominoHead(8, 4) if "domino" in kind else None
     geometry = dataclasses.replace(make_geometry(target), domino=head, initializer_range=0.3)  # says this and that
     drafter = build_drafter(geometry, seed=1)
-    how = DrafterProposer(drafter, target, candidate_pool=30 if kind == "pooled domino" else 0)
+    how = DrafterProposer(drafter, target, candidate_pool=3 if kind == "pooled domino" else 0)
     rng = random.Random(0)
     text, rounds, said = [4, 8, 15, 16, 23], list[Round](), set[int]()
     for _ in range(12):
@@ -174,9 +197,9 @@ def test_a_pool_that_holds_the_whole_vocabulary_is_none(target: Target, pool: in
 def test_nothing_is_accepted_beyond_the_end_of_a_recording() -> None:
     """Prompt lookup and a drafter that go on saying the last token, which ended the text."""
     target = make_target()
-    made = Trajectory("x", [7, 7, 7, 7], [7, 7, 7], ended=True)
+    made = Trajectory("x", [1, 1, 1, 1], [1, 1, 1], ended=True)
     assert acceptances(PromptLookup(6), made, None, 9).tolist() == [2, 1]
-    target.head_weight, target.head_bias = target.head_weight * 0, (torch.arange(61) == 7).float()
+    target.head_weight, target.head_bias = target.head_weight * 0, (torch.arange(61) == 1).float()
     drafter = DrafterProposer(DFlash(make_geometry(target)), target)
     (features,) = trajectory_features(target, [made], drafter.layer_ids)
     assert acceptances(drafter, made, features, 9).tolist() == [2, 1]
@@ -208,8 +231,10 @@ def test_a_proposer_of_another_may_say_its_tokens_in_32_bits(target: Target, pro
 
 
 def test_margins_are_those_of_every_token(target: Target, prompts: list[list[int]]) -> None:
-    for how in (None, PromptLookup(4)):
-        (made,) = generate(target, how, [prompts[3]], max_new_tokens=15, eos_ids=frozenset(), record_margins=True)
+    narrow = SamplingConfig(top_k=1, top_p=0.1)  # of draws alone, and at T=0 there are none
+    for how, sampling in ((None, None), (PromptLookup(4), None), (None, narrow)):
+        given = {"sampling": sampling, "max_new_tokens": 15, "record_margins": True}
+        (made,) = generate(target, how, [prompts[3]], eos_ids=frozenset(), **given)  # type: ignore[arg-type]
         logits = target.logits(target.run(torch.tensor([made.prompt + made.tokens])).final[0])
         top = logits[len(made.prompt) - 1 : -1].topk(2).values
         torch.testing.assert_close(torch.tensor(made.margins), top[:, 0] - top[:, 1], rtol=1e-4, atol=1e-4)
@@ -319,6 +344,8 @@ def test_learned_positions_are_used_to_the_last_and_no_further() -> None:
     assert target.reach == 32 and made.tokens == plain.tokens and len(plain.tokens) == 12
     with pytest.raises(UserError, match="learned reaches 32 positions here, and this takes 33: shorten the prompts"):
         generate(target, None, [prompt], max_new_tokens=13)
+    with pytest.raises(UserError, match="takes 33: a has a prompt of 20 tokens"):  # before any is recorded
+        record(target, [("a", prompt)], limit=10, block_size=4, sampling=SamplingConfig())
     with pytest.raises(UserError, match=r"takes 33: shorten the text, or lower data\.max_length"):
         target.run(torch.zeros(1, 33, dtype=torch.long))
 
@@ -436,8 +463,29 @@ def test_prompt_lookup_copies_what_followed_the_latest_longest_match() -> None:
     lookup.start(1, 20)
     assert draft([7, 1, 2, 1, 2, 1, 2]) == [1, 2, 1]  # a loop shorter than the block goes on
     lookup.start(1, 20)
+    assert draft([7, 1, 2, 1, 2, 1, 2, 7]) == [1, 2, 1]  # one token, as long as nothing longer matches
+    lookup.start(1, 20)
     text = [9, 1, 2, 3, 5, 8, 1, 2, 3, 6, 9, 1, 2, 3]
     assert draft(text) == [6, 9, 1]  # of three tokens the latest: that four matched further back is not looked at
+
+
+def test_rows_of_different_lengths_are_drafted_as_each_would_be_alone(target: Target) -> None:
+    drafter = build_drafter(dataclasses.replace(make_geometry(target), initializer_range=0.3), seed=1)
+    how, ids = (
+        DrafterProposer(drafter, target),
+        torch.randint(0, 58, (3, 12), generator=torch.Generator().manual_seed(0)),
+    )
+    anchors, features = torch.tensor([4, 11, 7]), target.run(ids, how.layer_ids).features
+
+    def logits(rows: slice, width: int) -> torch.Tensor:
+        how.start(len(ids[rows]), 12)
+        how.observe(features[rows, :width], torch.arange(width).expand(len(ids[rows]), -1))
+        return how.logits(ids[rows], anchors[rows])
+
+    alone = torch.cat([logits(slice(i, i + 1), int(anchors[i])) for i in range(3)])
+    torch.testing.assert_close(logits(slice(None), 12), alone, rtol=1e-4, atol=1e-4)
+    how.select(torch.tensor([2, 0]))
+    torch.testing.assert_close(how.logits(ids[[2, 0]], anchors[[2, 0]]), alone[[2, 0]], rtol=1e-4, atol=1e-4)
 
 
 def test_lookup_first_may_ask_for_more_tokens_than_lookup_looks_at_by_itself(target: Target) -> None:
@@ -445,16 +493,23 @@ def test_lookup_first_may_ask_for_more_tokens_than_lookup_looks_at_by_itself(tar
     both = LookupFirst(drafter, 4)
     assert not both.asks_drafter([5, 1, 2, 3, 7, 5, 1, 2, 3])
     assert both.asks_drafter([4, 1, 2, 3, 7, 5, 1, 2, 3]), "three are not four"
+    assert LookupFirst(drafter, 1).lookup.along([1, 2, 3, 9, 2, 3, 8, 1, 2, 3], [9]) == [([9, 2], 3)], "and no fewer"
+    assert LookupFirst(drafter, 1).asks_drafter([4, 1, 2]) and not LookupFirst(drafter, 1).asks_drafter([4, 1, 4])
 
 
 def test_lookup_first_copies_where_enough_tokens_match_and_asks_the_drafter_elsewhere(target: Target) -> None:
-    drafter = DrafterProposer(DFlash(make_geometry(target, block_size=3)), target)
+    geometry = dataclasses.replace(make_geometry(target, block_size=3), initializer_range=0.3)  # says this and that
+    drafter = DrafterProposer(build_drafter(geometry, seed=1), target)
     ids = torch.tensor([[1, 2, 3, 9, 1, 2], [1, 2, 3, 9, 5, 2], [4, 4, 6, 7, 8, 9]])
     anchors, features = torch.full((3,), 5), target.run(ids, drafter.layer_ids).features
     both = LookupFirst(drafter, 2, 5)
+    drafter.start(3, 6)
+    unread = drafter.propose(ids, anchors).tolist()
+    drafter.observe(features, torch.arange(6).expand(3, -1))
+    filler, own = both.filler, drafter.propose(ids, anchors).tolist()
+    assert own != unread and filler not in own[1] + own[2], "the case shows nothing"
     both.start(3, 6)
     both.observe(features, torch.arange(6).expand(3, -1))
-    filler, own = both.filler, drafter.propose(ids, anchors).tolist()
     drafts = both.propose(ids, anchors).tolist()
     assert drafts == [[3, 9, 1, 2], [*own[1], filler, filler], [*own[2], filler, filler]]
     both.select(torch.tensor([2, 0]))

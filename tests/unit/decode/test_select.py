@@ -137,6 +137,8 @@ def test_the_choice_is_the_best_score_and_the_first_of_equals() -> None:
     # at T=1: 0.4 * 1.2, 0.4 * 1.3, 0.3 * 1.9, again 0.4 * 1.3
     assert chosen(SamplingConfig(temperature=1.0)) == 2
     assert chosen(SamplingConfig()) == 1  # accepted lengths 1, 2, 0, 2
+    logits[0, 4] = torch.tensor([0.0, 0.0, 0.7, 0.3]).log()  # now 0.3 * 1.7: a likely second token is not enough
+    assert chosen(SamplingConfig(temperature=1.0)) == 1
     logits[0, 1] = 0.0
     assert chosen(SamplingConfig()) == 0, "accepted lengths 1, 1, 0, 1"
 
@@ -213,5 +215,5 @@ def test_what_cannot_be_proposed_is_refused(target: Target, prompts: list[list[i
     for wrong in ((0, 1.5), (2, 0.0), (1, 0.7)):
         with pytest.raises(ConfigError, match="candidates"):
             Selection.of(*wrong)
-    assert Selection.of(1, 1.5) is None
+    assert Selection.of(1, 1.5) is None and Selection.of(2, 0.7) == Selection(2, 0.7)
     assert len(generate(target, None, prompts[:1], sampling=drawn, max_new_tokens=4, eos_ids=NEVER)[0].tokens) == 4

@@ -50,6 +50,7 @@ class Case:
             law[..., int(torch.randint(0, V, (), generator=g))] += 0.1
             law /= law.sum(-1, keepdim=True)
         self.accepting = torch.rand(self.b, self.k, generator=g, dtype=torch.float64)
+        self.accepting *= torch.rand(self.b, self.k, generator=g) < 0.9  # zero is a number too
         self.ending = torch.rand(self.b, self.k + 1, generator=g, dtype=torch.float64)
 
 
