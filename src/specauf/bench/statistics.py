@@ -202,7 +202,7 @@ def _difference(
     """a - b [seeds, prompts] without the prompts that have no round, and their clusters numbered from 0."""
     cells, groups = np.asarray(taus_a[task], dtype=np.float64), np.asarray(clusters[task])
     other = np.zeros_like(cells) if taus_b is None else np.asarray(taus_b[task], dtype=np.float64)
-    if cells.ndim != 2 or other.shape != cells.shape or groups.shape != cells.shape[1:]:
+    if other.shape != cells.shape or groups.shape != cells.shape[1:]:
         raise ValueError(f"{task}: shapes {cells.shape}, {other.shape} and clusters {groups.shape} do not fit together")
     cells = cells - other
     kept = _complete(cells)

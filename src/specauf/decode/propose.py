@@ -169,7 +169,7 @@ class DrafterProposer:
         z = self.hidden(ids, anchors, context)
         base = self.target.logits(z)
         state = self.drafter.prefix(self.target.embed(prefix_tokens(ids, anchors, z.shape[2])).to(z.dtype))
-        number = torch.arange(z.shape[2], device=z.device).expand(z.shape[:3])
+        number = torch.arange(z.shape[2], device=z.device)
         final = base + F.linear(self.drafter.codes(z, state, number), self.drafter.expansion)
         pool = pool_mask(base, self.candidate_pool)
         assert pool is not None
@@ -274,11 +274,10 @@ class _Ngrams:
     def continuation(self, tokens: list[int], length: int) -> tuple[list[int], int]:
         """(`length` tokens after the latest match, how many matched); the last token alone where nothing does."""
         for end in range(self.read + 1, len(tokens)):  # n-grams that end before the last token have a successor
-            for n in range(1, self.longest + 1):
-                if end >= n:
-                    self.last[tuple(tokens[end - n : end])] = end
-        self.read = max(self.read, len(tokens) - 1)
-        for n in range(min(self.longest, len(tokens)), 0, -1):
+            for n in range(1, min(self.longest, end) + 1):
+                self.last[tuple(tokens[end - n : end])] = end
+        self.read = len(tokens) - 1
+        for n in range(self.longest, 0, -1):
             start = self.last.get(tuple(tokens[-n:]))
             if start is not None:
                 period = len(tokens) - start

@@ -242,7 +242,7 @@ def acceptances(
     """
     first, count = len(trajectory.prompt), len(trajectory.tokens)
     stop = min(limit, count) - 1  # rounds start while fewer than `limit` tokens are committed, and not at the last one
-    anchors = torch.arange(first, first + max(stop, 0))
+    anchors = torch.arange(first, first + stop)
     if isinstance(proposer, DrafterProposer):
         return _drafted(proposer, torch.tensor(trajectory.ids), anchors, features, chunk)
     lookup = proposer.lookup if isinstance(proposer, LookupFirst) else proposer
@@ -275,7 +275,7 @@ def _drafted(
             hit = proposer.pooled(*here, context) == labels
         else:
             hidden, head = proposer.reading(*here, context)
-            hit = read_head(hidden, labels.clamp(min=0), labels >= 0, head, cuts=default_cuts(k), wants=()).hit
+            hit = read_head(hidden, labels, labels >= 0, head, cuts=default_cuts(k), wants=()).hit
         parts.append(_run(hit[0]).cpu())
     return torch.cat(parts)
 

@@ -135,5 +135,5 @@ def at(rows: Shaped[Tensor, "b n ..."], index: Int[Tensor, " b"]) -> Shaped[Tens
 def draw(weights: Float[Tensor, "... v"], uniform: Float[Tensor, "... n"]) -> Int[Tensor, "... n"]:
     """One index per uniform with probability proportional to `weights`, by inversion in float64."""
     total = weights.double().cumsum(-1)
-    index = torch.searchsorted(total, uniform.double() * total[..., -1:], right=True)
+    index = torch.searchsorted(total, uniform * total[..., -1:], right=True)
     return index.clamp(max=weights.shape[-1] - 1)
