@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import random
@@ -328,6 +329,13 @@ def test_layers_with_a_window_are_decoded_until_it_is_full(prompts: list[list[in
     for prompt in prompts[:3]:
         (made,) = generate(target, PromptLookup(3), [prompt], max_new_tokens=20)
         assert made.tokens == reference(target, prompt, 20, 1.0, target.eos_ids())
+    decoded = []
+    for limit in range(33, 40):
+        with contextlib.suppress(UserError):  # as far as it goes, and no wrong token before it is refused
+            (made,) = generate(target, PromptLookup(3), [prompts[0]], max_new_tokens=limit, eos_ids=frozenset())
+            assert made.tokens == reference(target, prompts[0], limit, 1.0, frozenset())
+            decoded.append(limit)
+    assert 0 < len(decoded) < 7
     with pytest.raises(UserError, match="windowed has layers that see the last 40 tokens alone"):
         generate(target, None, [prompts[0]], max_new_tokens=60, eos_ids=frozenset())
     with pytest.raises(UserError, match=r"this takes 4[0-9]: long has a prompt of .* tokens"):  # before any is recorded
