@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.conftest import CHATML, make_geometry, make_talker
+from tests.conftest import CHATML, make_geometry, make_talker, make_target
 
 from specauf.bench import compare
 from specauf.bench.runner import Recorded, comparison, measure, recorded
@@ -23,6 +23,7 @@ from specauf.decode.generate import generate
 from specauf.decode.propose import DrafterProposer, LookupFirst, PromptLookup
 from specauf.decode.replay import Dialogue, Trajectory, record, replay, trajectory_features
 from specauf.decode.select import Selection
+from specauf.drafter.checkpoint import build_drafter
 from specauf.drafter.dflash import DFlash
 from specauf.files import json_text
 from specauf.strict import UserError
@@ -298,6 +299,23 @@ def test_a_measurement_does_not_depend_on_how_many_features_are_held(
     tasks["own"].keep_features = True
     assert measure(target, proposers, tasks) == measure(target, proposers, tasks) == whole
     assert asked == [1] * 2 * len(prompts), "kept for the second of them"
+
+
+def test_what_a_drafter_accepts_is_not_taken_for_another_behind_a_lookup(
+    prompts: list[list[int]], tmp_path: Path
+) -> None:
+    target = make_target()
+    target.head_bias = torch.where(
+        torch.arange(61) % 16 == 7, 0.0, -1e4
+    )  # four tokens: a drafter is right now and then
+    geometry = dataclasses.replace(make_geometry(target, block_size=4), initializer_range=0.3)
+    one, two = (DrafterProposer(build_drafter(geometry, seed=seed), target) for seed in (1, 2))
+    proposers = {"one": one, "two": two, "behind one": LookupFirst(one, 6), "behind two": LookupFirst(two, 6)}
+    task = recorded(target, "own", [(str(i), p) for i, p in enumerate(prompts)], PLAN, 4, tmp_path)
+    found = measure(target, proposers, {"own": task})[1]["own"]
+    features = trajectory_features(target, task.trajectories, one.layer_ids)
+    assert found == {name: replay(p, task.trajectories, features, task.limit) for name, p in proposers.items()}
+    assert found["behind one"] != found["behind two"], "the case shows nothing"
 
 
 def test_results_of_something_else_are_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
