@@ -166,7 +166,7 @@ class _Batch:
         self.began = time.perf_counter()
         self.block = self.proposer.block_size if self.proposer else 1
         self.layer_ids = self.proposer.layer_ids if self.proposer else ()
-        self.columns = Columns(self.target, whole=self.selection is not None)
+        self.columns = Columns(self.target)
 
     def prefill(self, prompts: Sequence[Sequence[int]], uids: Sequence[int], longest: int) -> list[bool]:
         """Read the prompts and commit a token after each. Returns which rows go on; none has more than `longest` tokens."""
