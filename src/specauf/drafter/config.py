@@ -355,7 +355,7 @@ def _domino_head(data: Mapping[str, Any], where: str) -> DominoHead | None:
     nested = data.get("dflash_config", {})
     kind = nested.get("projector_type")
     if kind is None:
-        if "DominoDraftModel" in (data.get("architectures") or []):
+        if "DominoDraftModel" in (data.get("architectures") or []) or "gru_hidden_dim" in nested:
             raise ConfigError(f"{where}: the field 'projector_type' is missing from dflash_config of a Domino drafter")
         return None
     if kind != "domino":

@@ -234,6 +234,7 @@ def test_tensors_under_specforges_old_prefix_are_read(target: Target, tmp_path: 
         ({"shift_label": 1}, "shift_label must be true or false"),
         ({"emb_dim": 0}, "emb_dim must be a whole number"),
         ({"projector_type": "markov"}, "projector_type 'markov' is not supported"),
+        ({"projector_type": None}, "'projector_type' is missing"),
     ],
 )
 def test_a_wrong_or_missing_field_is_an_error_that_names_it(
