@@ -62,6 +62,8 @@ def test_prepare_train_eval_generate_and_report(world: Path, capsys: pytest.Capt
     assert f"written to {world}/eval/results.json" in told
     assert "prompt lookup" in told and "ok: run, birds, batch 1" in told and "FAILED" not in told
     assert "ok: run, lookup first, birds, batch 1" in told
+    speedups = [row for row in told.splitlines() if row.startswith("replay of prompt-lookup, birds")]
+    assert [row.partition("faster ")[2] for row in speedups] == ["(same prompts)"] * 2, "it has no features to compute"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("specauf.bench.compare.check_live", lambda *given, **options: 1 / 0)
         with pytest.raises(ZeroDivisionError):

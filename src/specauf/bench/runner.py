@@ -249,7 +249,7 @@ class LiveCheck:
     replay_seconds: float
     """With the features cached."""
     prefill_seconds: float
-    """What computing those features took."""
+    """What computing those features took; 0 where there are none."""
     problems: list[str]
     """Divergences with a top-2 margin above `near_tie`. Empty is a pass."""
     near_ties: list[str]
@@ -298,7 +298,7 @@ def check_live(
         features = trajectory_features(target, part, proposer.layer_ids) if proposer.layer_ids else None
         between = _clock(target)
         replayed = replay(proposer, part, features, limit)
-        check.prefill_seconds += between - began
+        check.prefill_seconds += between - began if features else 0.0
         check.replay_seconds += _clock(target) - between
         for i, trajectory in enumerate(part):
             ours, reference = live[start + i], plain[start + i]
