@@ -126,7 +126,8 @@ class Roller:
         rest = row.conversation.messages[len(row.messages) :]  # answers replace the corpus's one by one
         turns = sum(m.role == "assistant" for m in row.messages)
         if not ended:
-            row.stop = "samples cut by the token limit"
+            short = len(tokens) < self.plan.max_new_tokens  # data.max_length left no more room
+            row.stop = "samples ended at max_length" if short else "samples cut by the token limit"
         elif not rest or turns == self.plan.turns:
             row.stop = WHOLE
         else:

@@ -144,6 +144,12 @@ def test_every_answer_is_plain_greedy_decoding_of_its_prompt_and_the_mask_is_exa
     assert greedy.meta["rollout"]["tokens"] == int(greedy.mask.sum())
 
 
+def test_an_answer_without_room_is_not_said_to_be_cut_by_the_limit_of_answers(world: World) -> None:
+    narrow = dataclasses.replace(DATA, max_length=45)
+    data = world.roll(dataclasses.replace(GREEDY, max_new_tokens=200, turns=1), data=narrow)
+    assert data.meta["ledger"]["changed"].keys() == {"samples ended at max_length"}
+
+
 def test_the_first_prompt_is_the_conversations_own(world: World, greedy: TokenDataset) -> None:
     corpus = {r["id"]: r for r in json.loads(world.corpus.read_text())}
     for (_, ids, mask), name in zip(rows(greedy), greedy.meta["conversation_ids"], strict=True):
