@@ -122,7 +122,9 @@ def mismatches(target: Target, trained: Mapping[str, Any], enable_thinking: bool
     if enable_thinking is not None and trained.get("enable_thinking") not in (None, enable_thinking):
         found.append(f"this drafter was trained with enable_thinking={trained['enable_thinking']}")
     if trained.get("target_fingerprint") not in (None, target.fingerprint()):
-        found.append("this drafter was trained for another target (the fingerprints differ)")
+        then, now = trained.get("target_dtype"), str(target.embed_weight.dtype).removeprefix("torch.")
+        perhaps = "" if then in (None, now) else f", or for this one in {then}"
+        found.append(f"this drafter was trained for another target{perhaps} (the fingerprints differ)")
     return found
 
 

@@ -69,8 +69,10 @@ def test_another_template_thinking_flag_or_target_than_in_training_is_told(
     assert mismatches(here, trained, True) == ["this drafter was trained with enable_thinking=False"]
     (told,) = mismatches(here, {**trained, "template_hash": "0"}, False)
     assert "another chat template" in told
-    (told,) = mismatches(here, {**trained, "target_fingerprint": "0"})
-    assert "another target" in told
+    (told,) = mismatches(here, {**trained, "target_fingerprint": "0", "target_dtype": "float32"})
+    assert "another target (" in told
+    (told,) = mismatches(here, {**trained, "target_fingerprint": "0", "target_dtype": "bfloat16"})
+    assert "another target, or for this one in bfloat16 (" in told
 
 
 @pytest.mark.parametrize(("margin", "passes"), [(1e-5, True), (1e-2, False)])
