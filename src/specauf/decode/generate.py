@@ -277,7 +277,7 @@ class _Batch:
             else:
                 accepted, ending = accept_drawn(draft, chance, law, accepting, drawing)
         ids.scatter_(1, (anchors + 1 + accepted)[:, None], ending[:, None])
-        margin = (-logits.topk(2).values.diff(dim=-1).squeeze(-1)).tolist() if self.record_margins else None
+        margin = logits.topk(2).values.diff(dim=-1).squeeze(-1).abs().tolist() if self.record_margins else None
         emitted, go_on = ids.gather(1, after).tolist(), list[bool]()
         for i, (row, a) in enumerate(zip(self.rows, accepted.tolist(), strict=True)):
             generation, new = self.out[row], emitted[i][: a + 1]

@@ -239,6 +239,10 @@ def test_margins_are_those_of_every_token(target: Target, prompts: list[list[int
         logits = target.logits(target.run(torch.tensor([made.prompt + made.tokens])).final[0])
         top = logits[len(made.prompt) - 1 : -1].topk(2).values
         torch.testing.assert_close(torch.tensor(made.margins), top[:, 0] - top[:, 1], rtol=1e-4, atol=1e-4)
+    level = make_target()
+    level.head_weight = torch.zeros_like(level.head_weight)
+    (made,) = generate(level, None, [prompts[3]], max_new_tokens=2, eos_ids=frozenset(), record_margins=True)
+    assert [f"{m:.2e}" for m in made.margins] == ["0.00e+00"] * 2, "a tie's margin has no sign"
 
 
 @pytest.mark.parametrize("kind", ["drafter", "domino", "lookup", "lookup first"])
