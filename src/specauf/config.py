@@ -199,7 +199,7 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         base = self.name.removesuffix("-decay") if self.name != "decay" else self.name
         if self.plugin is None:
-            choose(base, OBJECTIVES, "objective")
+            choose(base, (*OBJECTIVES, "<name>-decay"), "objective")
             twice = base != self.name and base in OWN_DECAY
             require(not twice, f"objective {base!r} has a position decay already: set gamma")
             alone = self.variant is None and self.final is None

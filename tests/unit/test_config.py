@@ -194,7 +194,7 @@ def test_yaml_1_1_scientific_notation_is_a_number(tmp_path: Path, text: str) -> 
         ("train: {lrr: 1}", ["r.yaml.train", "'lrr'", "'lr'"]),
         ("trian: {}", ["r.yaml", "'trian'", "'train'"]),
         ("eval: {sampling: {topp: 1}}", ["r.yaml.eval.sampling", "'topp'", "'top_p'"]),
-        ("objective: {name: aff}", ["r.yaml.objective", "'aff'", "'auf'", "griffin-exclusive"]),
+        ("objective: {name: aff}", ["r.yaml.objective", "'aff'", "'auf'", "griffin-exclusive", "<name>-decay"]),
         ("objective: {name: auf, gamma: 3}", ["r.yaml.objective", "takes no gamma", "'auf-decay'"]),
         ("objective: {name: lk-alpha-decay}", ["r.yaml.objective", "has a position decay already"]),
         ("objective: {labels: targets}", ["r.yaml.objective", "'target'"]),
