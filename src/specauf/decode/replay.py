@@ -242,7 +242,7 @@ def acceptances(
     """
     first, count = len(trajectory.prompt), len(trajectory.tokens)
     stop = min(limit, count) - 1  # rounds start while fewer than `limit` tokens are committed, and not at the last one
-    anchors = torch.arange(first, first + stop)
+    anchors = torch.arange(first, first + max(stop, 0))
     if isinstance(proposer, DrafterProposer):
         return _drafted(proposer, torch.tensor(trajectory.ids), anchors, features, chunk)
     lookup = proposer.lookup if isinstance(proposer, LookupFirst) else proposer
