@@ -343,13 +343,11 @@ def set_horizon(trainer: Trainer) -> str:
     told = (
         f"already trained: step {trainer.done} of {trainer.max_steps}" if finished else f"max_steps {trainer.max_steps}"
     )
-    if minutes is None:
+    if minutes is None or (trainer.done and trainer.config.train.max_steps is not None):
         return told
-    if trainer.config.train.max_steps is None:
-        return f"{told}, frozen when training began; train.minutes={minutes:g} is not asked again"
-    return (
-        told if finished else f"{told}; train.minutes={minutes:g} is not used (it would be with train.max_steps=null)"
-    )
+    if trainer.done:
+        return f"{told}, frozen when the run began: for another train.minutes choose another `out`"
+    return f"{told}; train.minutes={minutes:g} is not used (it would be with train.max_steps=null)"
 
 
 def heldout_evaluator(config: RunConfig, target: Target, alone: bool = True) -> Callable[[DFlash], dict[str, float]]:

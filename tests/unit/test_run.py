@@ -166,11 +166,11 @@ def test_the_horizon_is_told_with_what_became_of_the_minutes(target: Target, tmp
     assert set_horizon(trainer) == f"max_steps 3; {unused}"
     trainer.run()
     assert set_horizon(trainer) == "already trained: step 3 of 3"
-    trainer.config = dataclasses.replace(trainer.config, train=dataclasses.replace(train, max_steps=None))
-    frozen = "frozen when training began; train.minutes=20 is not asked again"
-    assert set_horizon(trainer) == f"already trained: step 3 of 3, {frozen}"
-    trainer.max_steps = 7
-    assert set_horizon(trainer) == f"max_steps 7, {frozen}"
+    trainer.config = dataclasses.replace(trainer.config, train=TrainConfig(minutes=9))
+    kept = "frozen when the run began: for another train.minutes choose another `out`"
+    assert set_horizon(trainer) == f"already trained: step 3 of 3, {kept}"
+    trainer.done = 2
+    assert set_horizon(trainer) == f"max_steps 3, {kept}"
 
 
 def test_a_mask_that_is_a_token_of_the_text_is_refused(target: Target, tmp_path: Path) -> None:
