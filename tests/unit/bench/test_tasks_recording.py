@@ -312,7 +312,9 @@ def test_what_a_drafter_accepts_is_not_taken_for_another_behind_a_lookup(
     one, two = (DrafterProposer(build_drafter(geometry, seed=seed), target) for seed in (1, 2))
     proposers = {"one": one, "two": two, "behind one": LookupFirst(one, 6), "behind two": LookupFirst(two, 6)}
     task = recorded(target, "own", [(str(i), p) for i, p in enumerate(prompts)], PLAN, 4, tmp_path)
-    found = measure(target, proposers, {"own": task})[1]["own"]
+    told: list[str] = []
+    found = measure(target, proposers, {"own": task}, lambda n, name: told.append(name * n))[1]["own"]
+    assert sorted(told) == sorted([*proposers] * len(prompts))
     features = trajectory_features(target, task.trajectories, one.layer_ids)
     assert found == {name: replay(p, task.trajectories, features, task.limit) for name, p in proposers.items()}
     assert found["behind one"] != found["behind two"], "the case shows nothing"
