@@ -245,7 +245,7 @@ def test_margins_are_those_of_every_token(target: Target, prompts: list[list[int
     assert [f"{m:.2e}" for m in made.margins] == ["0.00e+00"] * 2, "a tie's margin has no sign"
 
 
-@pytest.mark.parametrize("kind", ["drafter", "domino", "shorter domino", "lookup", "lookup first"])
+@pytest.mark.parametrize("kind", ["drafter", "domino", "shorter domino", "lookup", "lookup first", "behind lookup"])
 def test_a_round_that_differs_is_told_with_the_margin_of_the_slot_that_decides_it(
     target: Target, prompts: list[list[int]], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,17 +256,17 @@ def test_a_round_that_differs_is_told_with_the_margin_of_the_slot_that_decides_i
         if isinstance(drafter, Domino):
             drafter.expansion.data.mul_(500)
         how = DrafterProposer(drafter, target)
-        how = LookupFirst(how, 1) if kind == "lookup first" else how
+        how = LookupFirst(how, 1) if kind in ("lookup first", "behind lookup") else how
     made = record(
         target, [(str(i), p) for i, p in enumerate(prompts[:2])], limit=20, block_size=5, sampling=SamplingConfig()
     )
     live = generate(target, how, [prompts[1]], max_new_tokens=20)[0].rounds
 
     def telling(r: Round) -> bool:
-        """One that can be longer; of Domino's corrected slots; copied, where the drafter may be asked instead."""
+        """One that can be longer; of Domino's corrected slots; behind a lookup copied, or not, as the kind says."""
         text = made[1].ids[: len(prompts[1]) + r.start + 1]
-        copied = not isinstance(how, LookupFirst) or not how.asks_drafter(text)
-        return r.accepted < 4 and copied and ("domino" not in kind or r.accepted > 0)
+        meant = not isinstance(how, LookupFirst) or how.asks_drafter(text) == (kind == "behind lookup")
+        return r.accepted < 4 and meant and ("domino" not in kind or r.accepted > 0)
 
     number = next(i for i, r in enumerate(live) if telling(r))
     more = -1 if kind == "shorter domino" else 1  # than live, as replay has it
@@ -277,12 +277,12 @@ def test_a_round_that_differs_is_told_with_the_margin_of_the_slot_that_decides_i
         return rounds
 
     monkeypatch.setattr(runner, "replay", lucky)
-    margin = math.inf
-    if isinstance(how, DrafterProposer):
+    margin, asked = math.inf, how.drafter if isinstance(how, LookupFirst) and kind == "behind lookup" else how
+    if isinstance(asked, DrafterProposer):
         ids, at = torch.tensor([made[1].ids]), len(prompts[1]) + live[number].start
-        how.start(1, ids.shape[1])
-        how.observe(target.run(ids, how.layer_ids).features, torch.arange(ids.shape[1])[None])
-        top = how._chosen(ids, torch.tensor([at]), None)[1][0, live[number].accepted + min(more, 0)].topk(2).values
+        asked.start(1, ids.shape[1])
+        asked.observe(target.run(ids, asked.layer_ids).features, torch.arange(ids.shape[1])[None])
+        top = asked._chosen(ids, torch.tensor([at]), None)[1][0, live[number].accepted + min(more, 0)].topk(2).values
         margin = float(top[0] - top[1])
     told = f"1: live and replayed round {number} differ, at token {live[number].start}, top-2 margin"
     (problem,) = check_live(target, how, made, 20).problems
