@@ -105,7 +105,7 @@ def _results_of(path: Path, config: DFlashConfig, weights: str) -> dict[str, Any
     measured = ((found.get("provenance") or {}).get("target") or {}).get("fingerprint")
     if target and measured and target != measured:
         raise UserError(
-            f"{path} was measured on another target ({measured}) than the drafter was trained for ({target})"
+            f"{path} was measured on another target or in another dtype ({measured}) than the drafter was made for ({target})"
         )
     drafters = {m["name"]: m["weights"] for m in found["methods"] if "weights" in m}
     if not drafters and sum(m.get("kind") == "drafter" for m in found["methods"]) > 1:

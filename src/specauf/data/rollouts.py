@@ -93,7 +93,8 @@ def open_rollouts(config: DataConfig, target: Target) -> Prepared:
         raise UserError(f"{directory} was made with data.max_length={meta['max_length']}: set at least that")
     if meta["rollout"]["target"] != target.fingerprint():
         log.warning(
-            "%s: the rollouts were made by another target than %s (fingerprints differ)", directory, target.name
+            "%s: the rollouts were made by another target than %s, or in another dtype (the fingerprints differ)",
+            *(directory, target.name),
         )
     if config.max_conversations is not None:
         dataset = _first(dataset, config.max_conversations)
