@@ -304,10 +304,9 @@ def test_a_measurement_does_not_depend_on_how_many_features_are_held(
 def test_what_a_drafter_accepts_is_not_taken_for_another_behind_a_lookup(
     prompts: list[list[int]], tmp_path: Path
 ) -> None:
+    """Target and drafters say four tokens alone, so that a drafter is right now and then."""
     target = make_target()
-    target.head_bias = torch.where(
-        torch.arange(61) % 16 == 7, 0.0, -1e4
-    )  # four tokens: a drafter is right now and then
+    target.head_bias = torch.where(torch.arange(61) % 16 == 7, 0.0, -1e4)
     geometry = dataclasses.replace(make_geometry(target, block_size=4), initializer_range=0.3)
     one, two = (DrafterProposer(build_drafter(geometry, seed=seed), target) for seed in (1, 2))
     proposers = {"one": one, "two": two, "behind one": LookupFirst(one, 6), "behind two": LookupFirst(two, 6)}

@@ -95,9 +95,8 @@ def test_a_loop_sets_in_where_eight_tokens_first_repeat() -> None:
     assert before_loop([[Round(3, 0), Round(27, 1), Round(29, 7)]], [loop_onset(text)]) == [[Round(3, 0), Round(27, 1)]]
     assert before_loop([[Round(28, 1)]], [loop_onset(text)]) == [[]], "the text repeats itself with its first token"
     assert repeated_share([[1] * 16, list(range(25))]) == pytest.approx(8 / 27), "of all n-grams, not of all texts"
-    assert repeated_share([list(range(50))]) == repeated_share([[1, 1]]) == 0 and repeated_share(
-        [[1] * 16]
-    ) == pytest.approx(8 / 9)
+    assert repeated_share([list(range(50))]) == repeated_share([[1, 1]]) == 0
+    assert repeated_share([[1] * 16]) == pytest.approx(8 / 9)
 
 
 def test_one_conversation_has_no_interval_and_nothing_accepted_no_ratio() -> None:
