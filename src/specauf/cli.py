@@ -301,7 +301,7 @@ class Demo:
     """Train a decay and an AUF drafter on the embedded default, measure both and prompt lookup, and write a page."""
 
     minutes: float = 13.0
-    """Budget of the whole demo, without installation. Turned once into conversations and steps; no clock stops them."""
+    """Budget after installing, turned once into conversations and steps; measuring (up to 7 minutes) does not shrink."""
     drafter: Literal["dflash", "domino"] = "dflash"
     """Kind of both drafters, as drafter.kind in a recipe."""
     block_size: int = 8
