@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from specauf.files import read_rows
-from specauf.study.claims import CLAIMS, DOMINO, PRIORS, _half_width, claims, find, standing
+from specauf.study.claims import CLAIMS, DOMINO, PRIORS, _decide, _half_width, claims, find, standing
 from specauf.study.training_log import at_common_steps, summary, thinned
 
 TASKS = ("gsm8k", "alpaca")
@@ -142,6 +142,10 @@ def test_a_position_prior_that_does_as_well_is_named() -> None:
     results = study()
     results["comparisons"] = [r for r in results["comparisons"] if r["b"] != "decay-g2"]
     assert claims(results)[7]["verdict"] == "undecided", "all of those that were run, but not all"
+
+
+def test_a_claim_about_nothing_is_not_run() -> None:
+    assert _decide(study(), [], {"better"}, {"worse"}, "nothing").verdict == "not run"
 
 
 def test_missing_comparisons_are_not_run() -> None:

@@ -235,7 +235,7 @@ def _decide(results: Results, indices: Iterable[int | None], good: set[str], bad
     """Reproduced when every comparison is good, not reproduced when one is bad, else undecided; not run when one is missing."""
     found = list(indices)
     known = [i for i in found if i is not None]
-    if len(known) < len(found):
+    if not found or len(known) < len(found):
         return Found("not run", f"{what}: {len(known)} of {len(found)} comparisons are measured", known)
     verdicts = [standing(results["comparisons"][i]) for i in known]
     told = ", ".join(

@@ -201,3 +201,15 @@ def test_the_decay_of_a_loss_of_two_parts_weighs_both() -> None:
     decay = torch.tensor([1, 0.5, 0.25], dtype=torch.float64)
     found = Objective("halves-decay", 3.0).rule.credit(Slots(torch.ones(1, 3).bool(), decay=decay))
     assert [(scale, c.tolist()) for scale, c in found] == [(1.0, [[1, 0.5, 0.25]]), (0.5, [[2, 1, 0.5]])]
+
+
+def test_a_credit_learns_nothing_itself() -> None:
+    share = torch.ones((), dtype=torch.float64, requires_grad=True)
+
+    @register("learned")
+    def learned(slots: Slots) -> torch.Tensor:
+        return share * slots.valid
+
+    terms = Case(3).terms(Objective("learned"), Case(3).hidden.clone().requires_grad_())
+    terms.loss.backward()
+    assert not terms.den.requires_grad and share.grad is None
